@@ -1,0 +1,110 @@
+"""Runs a function on several real ranks and brings back what each returned.
+
+Ranks are forked from a server process that has imported torch and deepspeed once and computed nothing, so a test starts
+them in a fraction of a second and each is as good as new. A rank that fails fails the test with that rank's
+traceback; a rank that hangs is killed at the time limit.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import socket
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "deepspeed", "torch.distributed", "tlgc_mp.parallel", "tests.ranks"])
+
+
+def _rank_main(
+    function: Any, arguments: tuple[Any, ...], rank: int, world: int, port: int, rendezvous: str, pipe: Connection
+) -> None:
+    import datetime
+
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        LOCAL_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{rendezvous}",
+            rank=rank,
+            world_size=world,
+            timeout=datetime.timedelta(seconds=60),
+        )
+        result = io.BytesIO()
+        torch.save(function(*arguments), result)
+        pipe.send((True, result.getvalue()))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    finally:
+        pipe.close()
+
+
+def run_ranks(world: int, function: Any, *arguments: Any, timeout: float = 120.0) -> list[Any]:
+    """``function(*arguments)`` on ``world`` ranks with torch.distributed (Gloo) up; what each returned, by rank.
+
+    ``function`` is a module-level function; what it returns is saved as torch saves it.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(world):
+            receive, send = _context.Pipe(duplex=False)
+            process = _context.Process(
+                target=_rank_main,
+                args=(function, arguments, rank, world, port, os.path.join(folder, "rendezvous"), send),
+                daemon=True,
+            )
+            process.start()
+            send.close()
+            pipes.append(receive)
+            processes.append(process)
+        results: dict[int, Any] = {}
+        failures: list[str] = []
+        deadline = time.monotonic() + timeout
+        try:
+            while len(results) < world and not failures:
+                pending = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+                ready = wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    missing = [rank for rank in range(world) if rank not in results]
+                    raise AssertionError(f"ranks {missing} gave no answer within {timeout:.0f} s")
+                for pipe in ready:
+                    rank = pipes.index(pipe)  # type: ignore[arg-type]
+                    try:
+                        fine, value = pipe.recv()  # type: ignore[union-attr]
+                    except EOFError:
+                        fine, value = False, "the process ended without an answer"
+                    if fine:
+                        results[rank] = torch.load(io.BytesIO(value), weights_only=False)
+                    else:
+                        failures.append(f"rank {rank} of {world}:\n{value}")
+        finally:
+            for process in processes:
+                process.join(timeout=20.0 if not failures else 1.0)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return [results[rank] for rank in range(world)]

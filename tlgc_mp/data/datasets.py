@@ -1,0 +1,244 @@
+"""The data sets, with the augmentation of the paper's experiments.
+
+A training item is augmented with torch's global CPU generator, as torchvision's transforms do it;
+:class:`~tlgc_mp.data.loaders.TrainingBatches` sets that generator for each sample it reads, and restores it. Test
+items are never random.
+"""
+
+import fcntl
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import Dataset
+from torchvision import transforms
+
+from tlgc_mp.data.catalog import CIFAR_FOLDERS, check_dataset, split_folders
+from tlgc_mp.data.streams import stream
+from tlgc_mp.errors import UsageError
+
+Sample: TypeAlias = tuple[Tensor, int]
+Transform: TypeAlias = Callable[[Any], Tensor]
+
+# Per-channel mean and standard deviation of the training images, pixels scaled to 0..1.
+_CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+_CIFAR100_STATISTICS = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+_IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_DIGITS_STATISTICS = ((0.3053,) * 3, (0.3760,) * 3)
+
+_DIGITS_TEST_LENGTH = 360
+_LARGEST_SMALL_IMAGE = 64
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """A training and a test set of square images.
+
+    An item is ``(image, label)``: float32 3 x ``image_size`` x ``image_size``, normalized by channel, and an
+    int in ``0..num_classes - 1``.
+    """
+
+    train: Dataset[Sample]
+    test: Dataset[Sample]
+    num_classes: int
+    image_size: int
+
+
+def load_datasets(
+    name: str,
+    data_dir: str | None,
+    *,
+    seed: int,
+    image_size: int | None = None,
+    num_classes: int | None = None,
+    synthetic_length: int = 1024,
+) -> Datasets:
+    """Load the data set ``name``, one of :data:`~tlgc_mp.data.catalog.DATASETS`.
+
+    Args:
+        name: ``digits``: scikit-learn's 8 x 8 digits, 1437 to train on and 360 to test on, shifted by up to a pixel.
+            ``cifar10``, ``cifar100``: pad 4, random crop, flip; downloaded if ``data_dir`` does not hold them.
+            ``imagenet``: random resized crop to 224, flip. ``imagefolder``: as CIFAR if the images are small (at
+            most 64 pixels), else as ImageNet. ``synthetic``: noise around a pattern for each class.
+        data_dir: as :func:`~tlgc_mp.data.catalog.check_dataset` wants it.
+        seed: of the ``synthetic`` images; the other sets do not depend on it.
+        image_size: side in pixels. Default: the set's own; for ``imagefolder`` the shorter side of the first
+            training image if that is at most 64, else 224; for ``synthetic`` 32.
+        num_classes: of ``synthetic``, default 10; for the other sets it must be their own.
+        synthetic_length: training samples of ``synthetic``; a quarter as many test samples.
+
+    Raises:
+        UsageError: the set cannot be found, read or downloaded, or has another image size or class count.
+    """
+    check_dataset(name, data_dir)
+    for argument, value in (
+        ("image_size", image_size),
+        ("num_classes", num_classes),
+        ("synthetic_length", synthetic_length),
+    ):
+        if value is not None and value < 1:
+            raise UsageError(f"{argument}={value} is not positive; use 1 or more")
+
+    if name == "digits":
+        datasets = _digits()
+    elif name == "synthetic":
+        datasets = _synthetic(seed, image_size or 32, num_classes or 10, synthetic_length)
+    else:
+        assert data_dir is not None  # check_dataset has refused it
+        if name == "cifar10":
+            datasets = _cifar(name, torchvision.datasets.CIFAR10, Path(data_dir), 10, _CIFAR10_STATISTICS)
+        elif name == "cifar100":
+            datasets = _cifar(name, torchvision.datasets.CIFAR100, Path(data_dir), 100, _CIFAR100_STATISTICS)
+        else:
+            datasets = _image_folders(name, Path(data_dir), image_size)
+
+    for argument, asked, actual in (
+        ("image_size", image_size, datasets.image_size),
+        ("num_classes", num_classes, datasets.num_classes),
+    ):
+        if asked not in (None, actual):
+            raise UsageError(f"{argument}={asked} does not fit --dataset {name}; use {actual} or leave it out")
+    return datasets
+
+
+class _Labelled(Dataset[Sample]):
+    """Images N x 3 x H x W and labels N held in memory."""
+
+    def __init__(self, images: Tensor, labels: list[int], transform: Transform) -> None:
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.transform(self.images[index]), self.labels[index]
+
+
+def _digits() -> Datasets:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float().div(16).unsqueeze(1).repeat(1, 3, 1, 1)  # N x 3 x 8 x 8
+    labels = digits.target.tolist()
+    train, test = train_test_split(range(len(labels)), test_size=_DIGITS_TEST_LENGTH, stratify=labels, random_state=0)
+    normalize = transforms.Normalize(*_DIGITS_STATISTICS)
+    # No flip: a mirrored digit is another sign.
+    shift = transforms.Compose([transforms.RandomCrop(8, padding=1), normalize])
+    return Datasets(
+        train=_Labelled(images[train], [labels[i] for i in train], shift),
+        test=_Labelled(images[test], [labels[i] for i in test], normalize),
+        num_classes=10,
+        image_size=8,
+    )
+
+
+class _Synthetic(Dataset[Sample]):
+    """Standard normal noise on a smooth pattern that depends on the class; item ``i`` is of class ``i % num_classes``.
+
+    Item ``i`` depends on ``(seed, split, i)`` alone; the patterns depend on ``seed``, so that what is learned from
+    one split holds for the other.
+    """
+
+    def __init__(self, seed: int, split: str, length: int, image_size: int, num_classes: int) -> None:
+        self.seed, self.split, self.length, self.image_size = seed, split, length, image_size
+        self.patterns = torch.randn(num_classes, 3, 4, 4, generator=stream(seed, "synthetic patterns"))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.length:
+            raise IndexError(f"index {index} is not in 0..{self.length - 1}")
+        label = index % len(self.patterns)
+        size = (self.image_size, self.image_size)
+        pattern = functional.interpolate(self.patterns[label, None], size, mode="bilinear")[0]
+        noise = torch.randn(3, *size, generator=stream(self.seed, "synthetic", self.split, index))
+        return pattern + noise, label
+
+
+def _synthetic(seed: int, image_size: int, num_classes: int, length: int) -> Datasets:
+    return Datasets(
+        train=_Synthetic(seed, "train", length, image_size, num_classes),
+        test=_Synthetic(seed, "test", max(1, length // 4), image_size, num_classes),
+        num_classes=num_classes,
+        image_size=image_size,
+    )
+
+
+def _cifar(name: str, dataset: Any, data_dir: Path, num_classes: int, statistics: tuple) -> Datasets:
+    train, test = _small_image_transforms(32, statistics)
+
+    def load(*, download: bool) -> Datasets:
+        return Datasets(
+            train=dataset(data_dir, train=True, transform=train, download=download),
+            test=dataset(data_dir, train=False, transform=test),
+            num_classes=num_classes,
+            image_size=32,
+        )
+
+    try:
+        return load(download=False)
+    except RuntimeError:  # torchvision's word for files that are missing or damaged
+        pass
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        # One process of a node downloads; the others wait, and then find the files.
+        with open(data_dir / f".{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return load(download=True)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"--data-dir {data_dir}: {name} is not there and could not be downloaded ({reason}); "
+            f"put {dataset.filename}, from {dataset.url}, or the folder {CIFAR_FOLDERS[name]} unpacked from it, there"
+        ) from error
+
+
+def _image_folders(name: str, data_dir: Path, image_size: int | None) -> Datasets:
+    train_folder, test_folder = split_folders(name, data_dir)
+    folder = partial(torchvision.datasets.ImageFolder, loader=_read_image)
+    train, test = folder(train_folder), folder(test_folder)
+    if image_size is None:
+        shorter_side = min(_read_image(train.samples[0][0]).size)
+        image_size = shorter_side if name == "imagefolder" and shorter_side <= _LARGEST_SMALL_IMAGE else 224
+    small = name == "imagefolder" and image_size <= _LARGEST_SMALL_IMAGE
+    make_transforms = _small_image_transforms if small else _large_image_transforms
+    train.transform, test.transform = make_transforms(image_size, _IMAGENET_STATISTICS)
+    return Datasets(train, test, num_classes=len(train.classes), image_size=image_size)
+
+
+def _read_image(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--data-dir: cannot read the image {path} ({reason}); replace or remove it") from error
+
+
+def _small_image_transforms(size: int, statistics: tuple) -> tuple[Transform, Transform]:
+    """The paper's augmentation for CIFAR, and none; images whose shorter side is not ``size`` are resized to it."""
+    end = [transforms.ToTensor(), transforms.Normalize(*statistics)]
+    train = [
+        transforms.Resize(size),
+        transforms.RandomCrop(size, padding=size // 8),  # the paper's 4 pixels at size 32
+        transforms.RandomHorizontalFlip(),
+    ]
+    test = [transforms.Resize(size), transforms.CenterCrop(size)]
+    return transforms.Compose(train + end), transforms.Compose(test + end)
+
+
+def _large_image_transforms(size: int, statistics: tuple) -> tuple[Transform, Transform]:
+    """The paper's augmentation for ImageNet, and the centre crop: of 224 from a shorter side of 256, or in proportion."""
+    end = [transforms.ToTensor(), transforms.Normalize(*statistics)]
+    train = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+    test = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
+    return transforms.Compose(train + end), transforms.Compose(test + end)

@@ -1,0 +1,56 @@
+"""Model and convolution names, checked without importing torch, so that a mistyped flag is answered at once."""
+
+from __future__ import annotations
+
+import re
+
+from tlgc_mp.errors import UsageError, divisors, one_of
+
+CONVOLUTIONS = ("sc", "gc", "gc-2l")
+"""sc: dense. gc: group convolution. gc-2l: two-level group convolution."""
+
+_WIDE_RESNET = re.compile(r"wrn-(\d+)-(\d+)")
+
+
+def parse_model(name: str) -> tuple[int, int]:
+    """``"wrn-28-10"`` -> (28, 10), the depth and the width.
+
+    Raises:
+        UsageError: not a name of a model, or a depth that is not 6 u + 4.
+    """
+    match = _WIDE_RESNET.fullmatch(name)
+    if match is None:
+        raise UsageError(f"model={name!r} is unknown; use wrn-<depth>-<width>, for example wrn-28-10")
+    depth, width = int(match[1]), int(match[2])
+    if depth < 10 or (depth - 4) % 6:
+        raise UsageError(f"model={name!r}: depth {depth} is not 6 u + 4; use one of 10, 16, 22, 28, 34, 40")
+    if width < 1:
+        raise UsageError(f"model={name!r}: width {width} is not a widening factor; use 1 or more")
+    return depth, width
+
+
+def check_model(name: str, conv: str, groups: int, num_classes: int | None = None) -> None:
+    """Raises :class:`UsageError` for any argument with which the model cannot be built."""
+    _, width = parse_model(name)
+    if conv not in CONVOLUTIONS:
+        raise UsageError(f"conv={conv!r} is unknown; use {one_of(CONVOLUTIONS)}")
+    if conv == "sc" and groups != 1:
+        raise UsageError(f"groups={groups}: conv='sc' is the dense convolution and has no groups; use 1")
+    if groups < 1 or 16 % groups:
+        raise UsageError(f"groups={groups} does not divide the stem's 16 channels; use {one_of(divisors(16))}")
+    if num_classes is not None and num_classes < 1:
+        raise UsageError(f"num_classes={num_classes} is not a number of classes; use 1 or more")
+
+
+def check_split(name: str, conv: str, groups: int, tensor_parallel: int) -> None:
+    """Raises :class:`UsageError` unless the model splits over ``tensor_parallel`` ranks (P)."""
+    if tensor_parallel < 1:
+        raise UsageError(f"tensor_parallel={tensor_parallel} is not a number of ranks; use 1 or more")
+    if 16 % tensor_parallel:
+        raise UsageError(
+            f"tensor_parallel={tensor_parallel} does not divide the stem's 16 channels; use {one_of(divisors(16))}"
+        )
+    if conv != "sc" and groups % tensor_parallel:
+        raise UsageError(
+            f"tensor_parallel={tensor_parallel} does not divide groups={groups}; use {one_of(divisors(groups))}"
+        )

@@ -1,0 +1,148 @@
+"""Every collective of a forward or backward pass, each beside its conjugate.
+
+    forward                         backward
+    coarse_gather: all-gather       coarse_reduce_scatter: reduce-scatter
+    sum_partials: all-reduce        identity
+    identity                        copy_to_ranks: all-reduce
+
+All are ``torch.library`` operators in the namespace ``tlgc_mp`` with a fake (shape-only) form, so that torch.compile,
+FakeTensor and profilers see them by name. A process group is passed by its name, as torch's own functional
+collectives do. Where DeepSpeed's communication layer is up, they go through it and appear in its communication log.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from tlgc_mp.nn.two_level import Exchange
+
+_in_flight: dict[int, tuple[Any, Tensor]] = {}
+"""Address of a result still being received -> the work to wait for, and the input that must live until then."""
+
+
+def _comm(name: str, torch_name: str) -> Any:
+    """The collective ``name`` of DeepSpeed's communication layer where that is up, else torch's ``torch_name``."""
+    deepspeed_comm = sys.modules.get("deepspeed.comm.comm")
+    if deepspeed_comm is not None and deepspeed_comm.cdb is not None and deepspeed_comm.cdb.is_initialized():
+        return getattr(deepspeed_comm, name)
+    return getattr(dist, torch_name, None) or getattr(dist, name)
+
+
+@torch.library.custom_op("tlgc_mp::coarse_gather", mutates_args=())
+def coarse_gather(share: Tensor, ranks: int, group_name: str) -> Tensor:
+    """All-gather along the first dimension: (G, ...) on each of P ranks -> (P G, ...) on all, in rank order."""
+    full = share.new_empty(ranks * share.shape[0], *share.shape[1:])
+    _comm("all_gather_into_tensor", "all_gather_single")(full, share.contiguous(), group=_resolve_process_group(group_name))
+    return full
+
+
+@coarse_gather.register_fake
+def _(share: Tensor, ranks: int, group_name: str) -> Tensor:
+    return share.new_empty(ranks * share.shape[0], *share.shape[1:])
+
+
+@torch.library.custom_op("tlgc_mp::coarse_reduce_scatter", mutates_args=())
+def coarse_reduce_scatter(full: Tensor, ranks: int, group_name: str) -> Tensor:
+    """Starts the sum over P ranks of (P G, ...), of which each rank keeps its own (G, ...).
+
+    The result may be read after :func:`coarse_wait`.
+    """
+    full = full.contiguous()
+    share = full.new_empty(full.shape[0] // ranks, *full.shape[1:])
+    group = _resolve_process_group(group_name)
+    work = _comm("reduce_scatter_tensor", "reduce_scatter_single")(share, full, group=group, async_op=True)
+    _in_flight[share.data_ptr()] = (work, full)
+    return share
+
+
+@coarse_reduce_scatter.register_fake
+def _(full: Tensor, ranks: int, group_name: str) -> Tensor:
+    return full.new_empty(full.shape[0] // ranks, *full.shape[1:])
+
+
+@torch.library.custom_op("tlgc_mp::coarse_wait", mutates_args=("share",))
+def coarse_wait(share: Tensor) -> None:
+    """Waits for the collective that fills ``share``, a result of :func:`coarse_reduce_scatter`."""
+    work, _ = _in_flight.pop(share.data_ptr())
+    work.wait()
+
+
+@coarse_wait.register_fake
+def _(share: Tensor) -> None:
+    return None
+
+
+def _gather_context(ctx: Any, inputs: tuple[Tensor, int, str], output: Tensor) -> None:
+    _, ctx.ranks, ctx.group_name = inputs
+
+
+def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    share = coarse_reduce_scatter(grad, ctx.ranks, ctx.group_name)
+    coarse_wait(share)
+    return share, None, None
+
+
+coarse_gather.register_autograd(_gather_backward, setup_context=_gather_context)
+
+
+@torch.library.custom_op("tlgc_mp::sum_partials", mutates_args=())
+def sum_partials(partial: Tensor, group_name: str) -> Tensor:
+    """Sum over the ranks of a group; every rank gets it. The gradient of the sum is each rank's own, unchanged."""
+    total = partial.clone(memory_format=torch.contiguous_format)
+    _comm("all_reduce", "all_reduce")(total, group=_resolve_process_group(group_name))
+    return total
+
+
+@sum_partials.register_fake
+def _(partial: Tensor, group_name: str) -> Tensor:
+    return torch.empty_like(partial, memory_format=torch.contiguous_format)
+
+
+sum_partials.register_autograd(lambda ctx, grad: (grad, None))
+
+
+@torch.library.custom_op("tlgc_mp::copy_to_ranks", mutates_args=())
+def copy_to_ranks(whole: Tensor, group_name: str) -> Tensor:
+    """The conjugate of :func:`sum_partials`: a whole tensor as it is; its gradient is summed over the ranks."""
+    return whole.clone()
+
+
+@copy_to_ranks.register_fake
+def _(whole: Tensor, group_name: str) -> Tensor:
+    return torch.empty_like(whole)
+
+
+def _copy_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    _, ctx.group_name = inputs
+
+
+copy_to_ranks.register_autograd(
+    lambda ctx, grad: (sum_partials(grad, ctx.group_name), None), setup_context=_copy_context
+)
+
+
+class CoarseExchange(Exchange):
+    """The exchange of representatives among the ranks of a process group, in rank order.
+
+    Args:
+        group: the group, used for nothing else, so that the coarse gather never queues behind other traffic.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.ranks = dist.get_world_size(group)
+        self.group_name: str = group.group_name
+
+    def gather(self, share: Tensor) -> Tensor:
+        return coarse_gather(share, self.ranks, self.group_name)
+
+    def reduce_scatter(self, full: Tensor) -> Tensor:
+        return coarse_reduce_scatter(full, self.ranks, self.group_name)
+
+    def wait(self, share: Tensor) -> None:
+        coarse_wait(share)

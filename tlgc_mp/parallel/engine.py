@@ -1,0 +1,224 @@
+"""A DeepSpeed engine whose model is split over tensor-parallel ranks.
+
+The split uses the engine's own hook for tensor parallelism: with ``tensor_parallel.autotp_size`` in its configuration
+the engine makes the groups, checks that the ranks of a replica see the same batch, and sums gradient norms over them. The
+layers here subclass its ``TensorParallel_Layer``, so it takes them for its own and skips its search for Linear layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from tlgc_mp.errors import UsageError
+from tlgc_mp.parallel.config import read_config, tensor_parallel_size, zero_stage
+from tlgc_mp.parallel.topology import Launch, Topology
+
+SLOW_START_SECONDS = 3.0
+
+
+def initialize(
+    args: Any = None,
+    model: Any = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: Any = None,
+    config_params: Any = None,
+    *,
+    seed: int | None = None,
+) -> tuple[Any, Any, Any, Any]:
+    """Splits ``model`` over P tensor-parallel ranks and returns what ``deepspeed.initialize`` returns.
+
+    Takes what ``deepspeed.initialize`` takes, less ``mpu`` and ``mesh_param``: the groups come from
+    ``tensor_parallel.autotp_size`` (P; 1 where it is missing) in the configuration. The world is P x D ranks, P
+    consecutive ones to a replica, and ``train_batch_size`` counts the batch over the D replicas.
+
+    Args:
+        model: a single-device model, the same on every rank; built on the meta device, no rank ever holds more than
+            its share.
+        optimizer: a callable from parameters to a torch optimizer, or a torch optimizer over ``model``'s parameters
+            that has not stepped yet; it then steps the shares.
+        model_parameters: parameters of ``model``, or groups of them, to train; all where not given.
+        config: a DeepSpeed configuration, as a dict or a path.
+        seed: of the initial weights of a model on the meta device; ``torch.initial_seed()`` where not given.
+
+    Returns:
+        (engine, optimizer, dataloader, lr_scheduler).
+
+    Raises:
+        UsageError: the configuration cannot be read or holds values that DeepSpeed refuses, P does not divide the world
+            size, or a layer cannot be split over P ranks.
+    """
+    import deepspeed
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    from tlgc_mp.nn import init_parameters
+    from tlgc_mp.parallel.layers import collect_checkpoint_info
+    from tlgc_mp.parallel.sharding import shard
+
+    given = config if config is not None else config_params
+    if given is None:
+        given = getattr(args, "deepspeed_config", None)
+    if given is None:
+        raise UsageError("config: no DeepSpeed configuration is given; give a dict or the path of a JSON file")
+    if model is None:
+        raise UsageError("model: none is given; give a torch.nn.Module")
+    settings = read_config(given)
+    ranks = tensor_parallel_size(settings) or 1
+    zero_stage(settings)
+    start_distributed(distributed_port)
+    Topology(torch.distributed.get_world_size(), torch.distributed.get_rank(), ranks)
+    device = torch.device(get_accelerator().current_device_name())
+
+    before = dict(model.named_parameters())
+    mpu = None
+    if ranks > 1:
+        mpu = _tensor_parallel_groups(ranks)
+        model = shard(model, mpu.get_tensor_model_parallel_group(), device=device, seed=seed)
+        collect_checkpoint_info(model)
+    elif any(param.is_meta for param in before.values()):
+        model.to_empty(device=device)
+        init_parameters(model, torch.initial_seed() if seed is None else seed)
+    after = dict(model.named_parameters())
+    replaced = {id(param): after[name] for name, param in before.items()}
+    _check_settings(settings, mpu)
+
+    with quiet_start():
+        return deepspeed.initialize(
+            model=model,
+            optimizer=_retarget_optimizer(optimizer, replaced),
+            model_parameters=_retarget(model_parameters, replaced),
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            mpu=mpu,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            config=settings,
+        )
+
+
+def start_distributed(distributed_port: int = 29500) -> None:
+    """Brings up torch.distributed through DeepSpeed, under whichever launcher started this process.
+
+    ``deepspeed`` and ``torchrun`` say who is who in the environment; under ``mpirun`` DeepSpeed asks mpi4py; a plain
+    process becomes a world of one. Says so on rank 0 when it takes long. Does nothing when all is up already.
+    """
+    with quiet_start():
+        import deepspeed
+        import deepspeed.comm
+        from deepspeed.accelerator import get_accelerator
+
+        if deepspeed.comm.is_initialized():
+            return
+        launch = Launch.detect()
+        if launch.world == 1 and "MASTER_ADDR" not in os.environ:
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        if launch.world == 1 or "RANK" in os.environ:
+            for name, value in (("RANK", launch.rank), ("WORLD_SIZE", launch.world), ("LOCAL_RANK", launch.local_rank)):
+                os.environ.setdefault(name, str(value))
+        with _announce_when_slow(launch.rank):
+            deepspeed.init_distributed(
+                dist_backend=get_accelerator().communication_backend_name(), distributed_port=distributed_port
+            )
+
+
+def _tensor_parallel_groups(ranks: int) -> Any:
+    """DeepSpeed's own tensor-parallel groups of ``ranks`` ranks, made if need be."""
+    from deepspeed.utils import groups
+
+    groups._init_tp_mesh_device(tensor_model_parallel_size=ranks)
+    made = groups.get_tensor_model_parallel_world_size()
+    if made != ranks:
+        raise UsageError(
+            f"tensor_parallel.autotp_size={ranks}: this process has tensor-parallel groups of {made} already, and "
+            f"DeepSpeed keeps one size a process; use {made}"
+        )
+    return groups
+
+
+def _retarget(parameters: Any, replaced: dict[int, Any]) -> Any:
+    """``model_parameters`` (parameters, or groups of them) with every whole parameter replaced by its share."""
+    if parameters is None:
+        return None
+    items = list(parameters)
+    return [
+        {**item, "params": _retarget(item["params"], replaced)}
+        if isinstance(item, dict)
+        else replaced.get(id(item), item)
+        for item in items
+    ]
+
+
+def _retarget_optimizer(optimizer: Any, replaced: dict[int, Any]) -> Any:
+    """``optimizer`` over the shares; a callable is passed on, to be called with them."""
+    import torch
+
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    if optimizer.state:
+        raise UsageError("optimizer: it has stepped on the whole model already; give a new one, or a callable")
+    for group in optimizer.param_groups:
+        group["params"] = _retarget(group["params"], replaced)
+    return optimizer
+
+
+def _check_settings(settings: dict[str, Any], mpu: Any) -> None:
+    """Lets DeepSpeed read the configuration once, to turn what it refuses into one line."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    with quiet_start():
+        try:
+            DeepSpeedConfig(dict(settings), mpu)
+        except (AssertionError, TypeError, ValueError, KeyError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"deepspeed_config is refused by DeepSpeed: {reason[:300]}") from None
+
+
+@contextlib.contextmanager
+def quiet_start() -> Iterator[None]:
+    """Keeps DeepSpeed's start-up lines, which every rank would repeat, off the terminal. Errors still show."""
+    previous = logging.root.manager.disable
+    logging.disable(max(previous, logging.WARNING))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(previous)
+
+
+@contextlib.contextmanager
+def _announce_when_slow(rank: int) -> Iterator[None]:
+    def say() -> None:
+        print(
+            "Starting DeepSpeed: the first start on a machine compiles its communication extension (about a minute) ...",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    timer = threading.Timer(SLOW_START_SECONDS, say)
+    timer.daemon = True
+    if rank == 0:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

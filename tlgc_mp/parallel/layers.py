@@ -1,0 +1,231 @@
+"""The parallel layers: single-device layers over one rank's share of their parameters.
+
+Each takes over an existing layer and inherits its forward pass, so parallel code is the same computation on a slice.
+Each is also a ``TensorParallel_Layer`` of DeepSpeed's, which is how the engine's gradient norm, its consolidated 16-bit
+save and its checkpoint metadata treat it as one of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
+from deepspeed.module_inject.layers import (
+    TensorParallel_Layer,
+    collect_autotp_universal_checkpoint_info,
+    set_autotp_mode,
+)
+from torch import Tensor, nn
+
+from tlgc_mp.nn import TwoLevelConv2d
+from tlgc_mp.parallel.collectives import CoarseExchange, coarse_gather, copy_to_ranks, sum_partials
+from tlgc_mp.parallel.plan import Placement
+
+
+class ShardedLayer(TensorParallel_Layer):
+    """A layer that holds one of P equal shares of its parameters along the planned dimensions.
+
+    Args:
+        layer: the single-device layer to take over; on the meta device its share is allocated, not copied.
+        placement: which dimension of which parameter is cut.
+        tp_group: the tensor-parallel process group, whose rank order is the order of the shares.
+        coarse_group: the group for collectives of forward and backward passes; the same ranks.
+        device: where the share is to live; ``None`` keeps the layer's own.
+    """
+
+    coarse_group_name: str
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        placement: Placement,
+        tp_group: dist.ProcessGroup,
+        coarse_group: dist.ProcessGroup,
+        device: torch.device | None = None,
+    ) -> None:
+        # With a group, the base class would ask deepspeed.comm about it, which plain torch.distributed leaves unset.
+        TensorParallel_Layer.__init__(self, None)
+        own = ("_parameters", "_buffers", "_modules")
+        self.__dict__.update({key: value for key, value in vars(layer).items() if key not in own})
+        self.mp_group = tp_group
+        self.tp_world_size = self.world_size = dist.get_world_size(tp_group)
+        self.tp_index = self.rank = dist.get_rank(tp_group)
+        self.is_tp_parallel = self.tp_world_size > 1
+        self.support_training = True
+        self.placement = placement
+        self.coarse_group_name = coarse_group.group_name
+        set_autotp_mode(training=True)
+
+        for key, param in layer._parameters.items():
+            shard = None
+            if param is not None:
+                shard = nn.Parameter(self._share(key, param.data, device), requires_grad=param.requires_grad)
+                if key in placement.dims:
+                    self.config_tp_params(shard)
+            self.register_parameter(key, shard)
+        for key, buffer in layer._buffers.items():
+            persistent = key not in layer._non_persistent_buffers_set
+            share = None if buffer is None else self._share(key, buffer, device)
+            self.register_buffer(key, share, persistent=persistent)
+        self._adjust(self.tp_world_size)
+
+    def _adjust(self, ranks: int) -> None:
+        """Sets the counts that the inherited forward pass reads to those of the share."""
+
+    def _share(self, key: str, tensor: Tensor, device: torch.device | None) -> Tensor:
+        """This rank's share of a whole parameter or buffer, in storage of its own."""
+        if key in self.placement.dims:
+            dim = self.placement.dims[key]
+            length = tensor.shape[dim] // self.tp_world_size
+            tensor = tensor.narrow(dim, self.tp_index * length, length)
+        if tensor.is_meta:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=device or torch.device("cpu"))
+        return tensor.to(device=device or tensor.device, memory_format=torch.contiguous_format, copy=True)
+
+    def gather_whole(self, key: str) -> Tensor:
+        """The whole parameter or buffer ``key``, assembled from the shares of all ranks of the group. Collective."""
+        tensor = getattr(self, key).detach()
+        if key not in self.placement.dims:
+            return tensor.clone()
+        dim = self.placement.dims[key]
+        shares = [torch.empty_like(tensor) for _ in range(self.tp_world_size)]
+        dist.all_gather(shares, tensor.contiguous(), group=self.mp_group)
+        return torch.cat(shares, dim=dim)
+
+    def _key_of(self, param: Tensor) -> str | None:
+        return next((key for key, own in self._parameters.items() if own is param), None)
+
+    @torch.no_grad()
+    def gather_params(self, params_list: list[Tensor]) -> None:
+        """Replaces each given parameter's data by the whole one. DeepSpeed calls it around a consolidated save."""
+        for param in params_list:
+            key = self._key_of(param)
+            if key in self.placement.dims:
+                whole = self.gather_whole(key)
+                param.data_partition = param.data  # type: ignore[attr-defined]
+                param.data = whole
+
+    @torch.no_grad()
+    def _tp_partition(self, params_list: list[Tensor]) -> None:
+        """Undoes :meth:`gather_params`: each given parameter holds this rank's share again."""
+        for param in params_list:
+            if hasattr(param, "data_partition"):
+                param.data = param.data_partition
+                del param.data_partition
+
+    def _mark_uc_metadata(self) -> None:
+        """Describes each parameter's split for DeepSpeed's universal checkpoints."""
+        for key, param in self._parameters.items():
+            if param is None:
+                continue
+            dim = self.placement.dims.get(key)
+            shape = list(self._shape_before_zero3_partition(param))
+            if dim is not None:
+                share = shape[dim]
+                shape[dim] *= self.tp_world_size
+            self._set_param_uc_meta(
+                param,
+                partition_type="row" if dim == 1 else "column",
+                partition_dim=dim,
+                logical_shape=tuple(shape),
+                original_shape=tuple(shape),
+                partition_sizes=None if dim is None else (share,) * self.tp_world_size,
+                is_bias=key == "bias",
+                replicated=dim is None,
+            )
+
+
+class ParallelTwoLevelConv2d(TwoLevelConv2d, ShardedLayer):
+    """G = N / P groups of a two-level group convolution; the gather is a collective."""
+
+    __init__ = ShardedLayer.__init__
+
+    def _adjust(self, ranks: int) -> None:
+        self.local_groups = self.groups // ranks
+        self.exchange = CoarseExchange(dist.distributed_c10d._resolve_process_group(self.coarse_group_name))
+
+
+class ParallelGroupConv2d(nn.Conv2d, ShardedLayer):
+    """N / P groups of a group (or depthwise) convolution. No communication."""
+
+    __init__ = ShardedLayer.__init__
+
+    def _adjust(self, ranks: int) -> None:
+        self.groups //= ranks
+        self.in_channels //= ranks
+        self.out_channels //= ranks
+
+
+class ColumnParallelConv2d(nn.Conv2d, ShardedLayer):
+    """The stem: the whole input on every rank, m / P output channels.
+
+    No communication, unless the gradient of the input is asked for: then it is summed over the ranks.
+    """
+
+    __init__ = ShardedLayer.__init__
+
+    def _adjust(self, ranks: int) -> None:
+        self.out_channels //= ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x = copy_to_ranks(x, self.coarse_group_name)
+        return super().forward(x)
+
+
+class GatheredConv2d(nn.Conv2d, ShardedLayer):
+    """A dense convolution of split channels: n input channels gathered, m / P output channels kept. Exact.
+
+    (B, n / P, H, W) -> (B, m / P, h, w). Sends a whole feature map where a two-level layer sends one channel a group.
+    """
+
+    __init__ = ShardedLayer.__init__
+
+    def _adjust(self, ranks: int) -> None:
+        self.out_channels //= ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = coarse_gather(x.transpose(0, 1), self.tp_world_size, self.coarse_group_name)  # n, B, H, W
+        return super().forward(whole.transpose(0, 1).contiguous(memory_format=torch.channels_last))
+
+
+class ParallelBatchNorm2d(nn.BatchNorm2d, ShardedLayer):
+    """BatchNorm of C / P channels. Statistics are per channel, so nothing crosses ranks."""
+
+    __init__ = ShardedLayer.__init__
+
+    def _adjust(self, ranks: int) -> None:
+        self.num_features //= ranks
+
+
+class RowParallelLinear(nn.Linear, ShardedLayer):
+    """The head: (B, n / P) features of each rank -> (B, C) logits, summed over the ranks; the bias is added once."""
+
+    __init__ = ShardedLayer.__init__
+
+    def _adjust(self, ranks: int) -> None:
+        self.local_features = self.in_features // ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = sum_partials(F.linear(x, self.weight), self.coarse_group_name)
+        return logits if self.bias is None else logits + self.bias
+
+
+LAYERS: dict[str, Any] = {
+    "column": ColumnParallelConv2d,
+    "grouped": ParallelGroupConv2d,
+    "two-level": ParallelTwoLevelConv2d,
+    "gathered": GatheredConv2d,
+    "channels": ParallelBatchNorm2d,
+    "row": RowParallelLinear,
+}
+"""Kind of placement -> the class that carries it out."""
+
+
+def collect_checkpoint_info(model: nn.Module) -> None:
+    """Marks a split model as DeepSpeed marks its own: nothing left to search for, and every split described."""
+    model.ds_autotp_parsed = True  # type: ignore[assignment]
+    setattr(model, UNIVERSAL_CHECKPOINT_INFO, collect_autotp_universal_checkpoint_info(model))

@@ -1,0 +1,80 @@
+"""Splitting a single-device model over the ranks of a process group, and putting it together again."""
+
+from __future__ import annotations
+
+import datetime
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tlgc_mp.nn import init_parameters
+from tlgc_mp.parallel.layers import LAYERS, ShardedLayer
+from tlgc_mp.parallel.plan import plan
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+"""How long a rank waits for the others in one coarse collective before it gives up with an error."""
+
+
+def shard(
+    model: nn.Module,
+    process_group: dist.ProcessGroup | None = None,
+    *,
+    device: torch.device | str | None = None,
+    seed: int | None = None,
+) -> nn.Module:
+    """Splits ``model`` over the ranks of ``process_group``, in place, layer by layer. Collective.
+
+    Works under plain torch.distributed; :func:`tlgc_mp.initialize` does it inside a DeepSpeed engine. Every rank passes
+    the same whole model, and afterwards holds its share: activations are split by channel from the stem to the head,
+    inputs and logits are whole. Parameters are new objects, so build the optimizer afterwards.
+
+    Args:
+        model: with its values, of which each rank keeps its share; or on the meta device, where each rank draws only
+            its share, from ``seed``.
+        process_group: the tensor-parallel ranks, in the order of their shares; the default group where not given.
+        device: where the shares live; the model's own device where not given (the CPU for the meta device).
+        seed: of the initial weights of a model on the meta device; ``torch.initial_seed()`` where not given. Not used
+            otherwise.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        UsageError: a layer that cannot be split over that many ranks.
+    """
+    group = process_group if process_group is not None else dist.group.WORLD
+    assert group is not None, "torch.distributed is not initialized"
+    placements = plan(model, dist.get_world_size(group))
+    coarse_group = dist.new_group(
+        dist.get_process_group_ranks(group), timeout=COLLECTIVE_TIMEOUT, use_local_synchronization=True
+    )
+    meta = any(param.is_meta for param in model.parameters())
+    target = None if device is None else torch.device(device)
+    for name, placement in placements.items():
+        layer = model.get_submodule(name)
+        sharded = LAYERS[placement.kind](layer, placement, group, coarse_group, target)
+        if name == "":
+            model = sharded
+        else:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, sharded)
+    if meta:
+        init_parameters(
+            model, torch.initial_seed() if seed is None else seed, shard_index=dist.get_rank(group)
+        )
+    return model
+
+
+@torch.no_grad()
+def gather_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the whole model, on every rank, whatever ``model``'s split. Collective.
+
+    The result loads into the single-device model. Parameters must not be partitioned by ZeRO-3 when it is called.
+    """
+    state: dict[str, Tensor] = {}
+    owners = {name: module for name, module in model.named_modules() if isinstance(module, ShardedLayer)}
+    for name, value in model.state_dict().items():
+        owner, _, key = name.rpartition(".")
+        state[name] = owners[owner].gather_whole(key) if owner in owners else value.detach().clone()
+    return state

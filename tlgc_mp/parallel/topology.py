@@ -1,0 +1,87 @@
+"""Who is who among P x D ranks.
+
+World = P x D: P tensor-parallel ranks, consecutive so that they share a node, times D data-parallel replicas. Needs
+neither torch nor a process group, so a launch that cannot work is refused before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tlgc_mp.errors import UsageError, divisors, one_of
+
+
+@dataclass(frozen=True)
+class Topology:
+    """One rank's place.
+
+    Attributes:
+        world: P x D.
+        rank: this rank, 0 to world - 1.
+        tensor_parallel: P.
+    """
+
+    world: int
+    rank: int
+    tensor_parallel: int
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel < 1 or self.world % self.tensor_parallel:
+            raise UsageError(
+                f"tensor_parallel={self.tensor_parallel} does not divide the {self.world} ranks started "
+                f"(P x D must be the world size); use {one_of(divisors(self.world))}"
+            )
+
+    @property
+    def data_parallel(self) -> int:
+        """D, the number of replicas."""
+        return self.world // self.tensor_parallel
+
+    @property
+    def tp_rank(self) -> int:
+        """Which share of the model this rank holds."""
+        return self.rank % self.tensor_parallel
+
+    @property
+    def dp_rank(self) -> int:
+        """Which replica, and so which share of a batch, this rank works on."""
+        return self.rank // self.tensor_parallel
+
+
+def default_tensor_parallel(world: int, groups: int) -> int:
+    """P where nothing says: as many ranks as evenly share the groups, the rest being replicas."""
+    return math.gcd(world, groups)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher told this process: ``world`` ranks, this one's ``rank``, and its ``local_rank`` on its node
+    of ``local_world`` ranks."""
+
+    world: int = 1
+    rank: int = 0
+    local_rank: int = 0
+    local_world: int = 1
+
+    @staticmethod
+    def detect(environ: Mapping[str, str] | None = None) -> Launch:
+        """Reads the variables of ``deepspeed`` and ``torchrun``, else those of Open MPI or of an MPI with PMI; one
+        plain process where there are none."""
+        env = os.environ if environ is None else environ
+        for world, rank, local_rank, local_world in (
+            ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+            ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+            ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+        ):
+            if world in env and rank in env:
+                size, index = int(env[world]), int(env[rank])
+                return Launch(
+                    size,
+                    index,
+                    int(env.get(local_rank, index)),
+                    int(env.get(local_world, env.get("LOCAL_SIZE", size))),
+                )
+        return Launch()
