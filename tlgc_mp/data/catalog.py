@@ -7,9 +7,9 @@ from tlgc_mp.errors import UsageError, one_of
 
 DATASETS: tuple[str, ...] = ("digits", "cifar10", "cifar100", "imagenet", "imagefolder", "synthetic")
 
-CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+_CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
-IMAGENET_CLASSES = 1000
+_IMAGENET_CLASSES = 1000
 
 # What torchvision's ImageFolder takes for an image; it passes over every other file.
 _IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -39,7 +39,7 @@ def check_dataset(name: str, data_dir: str | None) -> None:
     if data_dir is None:
         raise UsageError(f"--data-dir is missing; --dataset {name} needs {_NEEDED_FOLDER[name]}")
     try:
-        if name in CIFAR_FOLDERS:
+        if name in _CIFAR_FOLDERS:
             _check_download_folder(name, Path(data_dir))
         else:
             _check_image_folders(name, Path(data_dir))
@@ -67,7 +67,7 @@ def split_folders(name: str, data_dir: Path) -> tuple[Path, Path]:
 
 
 def _check_download_folder(name: str, data_dir: Path) -> None:
-    if (data_dir / CIFAR_FOLDERS[name]).is_dir():
+    if (data_dir / _CIFAR_FOLDERS[name]).is_dir():
         return
     # The first of the folder and its parents that exists is where new files or folders would be made.
     existing = next(path for path in (data_dir.absolute(), *data_dir.absolute().parents) if path.exists())
@@ -75,7 +75,7 @@ def _check_download_folder(name: str, data_dir: Path) -> None:
         raise UsageError(f"--data-dir {data_dir}: {existing} is not a folder; use {_NEEDED_FOLDER[name]}")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(
-            f"--data-dir {data_dir} holds no {CIFAR_FOLDERS[name]}/ and {existing} cannot be written to; "
+            f"--data-dir {data_dir} holds no {_CIFAR_FOLDERS[name]}/ and {existing} cannot be written to; "
             f"use {_NEEDED_FOLDER[name]}"
         )
 
@@ -95,9 +95,9 @@ def _check_image_folders(name: str, data_dir: Path) -> None:
                 f"--data-dir {data_dir}: class {min(only)} is in {here.name}/ but not in {there.name}/; "
                 "give both the same class folders"
             )
-    if name == "imagenet" and len(train_classes) != IMAGENET_CLASSES:
+    if name == "imagenet" and len(train_classes) != _IMAGENET_CLASSES:
         raise UsageError(
-            f"--data-dir {data_dir} holds {len(train_classes)} class folders, ImageNet has {IMAGENET_CLASSES}; "
+            f"--data-dir {data_dir} holds {len(train_classes)} class folders, ImageNet has {_IMAGENET_CLASSES}; "
             "complete it, or use --dataset imagefolder"
         )
 

@@ -9,8 +9,9 @@ import fcntl
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torchvision
@@ -20,14 +21,15 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from torchvision import transforms
 
-from tlgc_mp.data.catalog import CIFAR_FOLDERS, check_dataset, split_folders
+from tlgc_mp.data.catalog import check_dataset, split_folders
 from tlgc_mp.data.streams import stream
 from tlgc_mp.errors import UsageError
 
 Sample: TypeAlias = tuple[Tensor, int]
 Transform: TypeAlias = Callable[[Any], Tensor]
+# Mean and standard deviation of each channel of the training images, pixels scaled to 0..1.
+Statistics: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
-# Per-channel mean and standard deviation of the training images, pixels scaled to 0..1.
 _CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 _CIFAR100_STATISTICS = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 _IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -35,6 +37,14 @@ _DIGITS_STATISTICS = ((0.3053,) * 3, (0.3760,) * 3)
 
 _DIGITS_TEST_LENGTH = 360
 _LARGEST_SMALL_IMAGE = 64
+
+
+class ImageDataset(Protocol):
+    """A torch ``Dataset`` of known length whose items are an image, float32 3 x H x W, and its label."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
 
 
 @dataclass(frozen=True)
@@ -45,8 +55,8 @@ class Datasets:
     int in ``0..num_classes - 1``.
     """
 
-    train: Dataset[Sample]
-    test: Dataset[Sample]
+    train: ImageDataset
+    test: ImageDataset
     num_classes: int
     image_size: int
 
@@ -173,7 +183,7 @@ def _synthetic(seed: int, image_size: int, num_classes: int, length: int) -> Dat
     )
 
 
-def _cifar(name: str, dataset: Any, data_dir: Path, num_classes: int, statistics: tuple) -> Datasets:
+def _cifar(name: str, dataset: Any, data_dir: Path, num_classes: int, statistics: Statistics) -> Datasets:
     train, test = _small_image_transforms(32, statistics)
 
     def load(*, download: bool) -> Datasets:
@@ -194,11 +204,11 @@ def _cifar(name: str, dataset: Any, data_dir: Path, num_classes: int, statistics
         with open(data_dir / f".{name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             return load(download=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, HTTPException, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(
-            f"--data-dir {data_dir}: {name} is not there and could not be downloaded ({reason}); "
-            f"put {dataset.filename}, from {dataset.url}, or the folder {CIFAR_FOLDERS[name]} unpacked from it, there"
+            f"--data-dir {data_dir}: {name} cannot be read or downloaded ({reason}); "
+            f"put {dataset.filename}, from {dataset.url}, or the folder {dataset.base_folder} unpacked from it, there"
         ) from error
 
 
@@ -224,7 +234,7 @@ def _read_image(path: str) -> Image.Image:
         raise UsageError(f"--data-dir: cannot read the image {path} ({reason}); replace or remove it") from error
 
 
-def _small_image_transforms(size: int, statistics: tuple) -> tuple[Transform, Transform]:
+def _small_image_transforms(size: int, statistics: Statistics) -> tuple[Transform, Transform]:
     """The paper's augmentation for CIFAR, and none; images whose shorter side is not ``size`` are resized to it."""
     end = [transforms.ToTensor(), transforms.Normalize(*statistics)]
     train = [
@@ -236,8 +246,8 @@ def _small_image_transforms(size: int, statistics: tuple) -> tuple[Transform, Tr
     return transforms.Compose(train + end), transforms.Compose(test + end)
 
 
-def _large_image_transforms(size: int, statistics: tuple) -> tuple[Transform, Transform]:
-    """The paper's augmentation for ImageNet, and the centre crop: of 224 from a shorter side of 256, or in proportion."""
+def _large_image_transforms(size: int, statistics: Statistics) -> tuple[Transform, Transform]:
+    """The paper's augmentation for ImageNet, and the centre crop: 224 of a shorter side of 256, or in proportion."""
     end = [transforms.ToTensor(), transforms.Normalize(*statistics)]
     train = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
     test = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]

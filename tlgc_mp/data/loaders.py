@@ -5,13 +5,14 @@ number of worker processes nor the rank that draws a sample changes it. All tens
 given the replica's ``rank`` and so draw the same batches.
 """
 
-from collections.abc import Iterator, Sized
-from typing import TypeAlias, cast
+from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from tlgc_mp.data.datasets import ImageDataset
 from tlgc_mp.data.streams import global_stream, stream
 from tlgc_mp.errors import UsageError
 
@@ -28,8 +29,7 @@ class TrainingBatches:
     batches. The samples left over at an epoch's end are dropped. torch's global random state is left as it was.
 
     Args:
-        dataset: with ``len``; items (float32 3 x H x W, int). Its random augmentation, if any, must draw from torch's
-            global CPU generator.
+        dataset: its random augmentation, if any, must draw from torch's global CPU generator.
         batch_size: samples in one replica's batch.
         seed: of the order and of the augmentation.
         rank, replicas: the data-parallel rank and count.
@@ -43,7 +43,7 @@ class TrainingBatches:
 
     def __init__(
         self,
-        dataset: Dataset[tuple[Tensor, int]],
+        dataset: ImageDataset,
         *,
         batch_size: int,
         seed: int,
@@ -52,7 +52,7 @@ class TrainingBatches:
         num_workers: int = 0,
     ) -> None:
         _check(batch_size, rank, replicas, num_workers)
-        samples = len(cast(Sized, dataset))
+        samples = len(dataset)
         if samples < batch_size * replicas:
             raise UsageError(
                 f"batch_size={batch_size} on {replicas} replicas needs {batch_size * replicas} samples, "
@@ -68,7 +68,7 @@ class TrainingBatches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches ``start..len(self) - 1`` of an epoch: images B x 3 x H x W (channels_last), labels B (int64).
 
-        The same sequence each time it is asked for. Beginning an epoch ends any begun before.
+        The same sequence each time it is asked for. One at a time: do not read on in an epoch once another is begun.
         """
         if not 0 <= start <= len(self):
             raise UsageError(f"start={start} is not a batch of the epoch; use 0..{len(self)}")
@@ -92,7 +92,7 @@ class EvaluationBatches:
 
     def __init__(
         self,
-        dataset: Dataset[tuple[Tensor, int]],
+        dataset: ImageDataset,
         *,
         batch_size: int,
         rank: int,
@@ -100,7 +100,7 @@ class EvaluationBatches:
         num_workers: int = 0,
     ) -> None:
         _check(batch_size, rank, replicas, num_workers)
-        samples = len(cast(Sized, dataset))
+        samples = len(dataset)
         positions = torch.arange(-(-samples // (batch_size * replicas)) * batch_size * replicas)
         mine = positions.view(-1, replicas, batch_size)[:, rank]  # batches x B
         self._weights = (mine < samples).float()
@@ -143,7 +143,7 @@ class _Reader(Dataset[tuple[Tensor, Tensor] | UsageError]):
     A UsageError is returned, not raised: DataLoader would put a worker's traceback in place of its message.
     """
 
-    def __init__(self, dataset: Dataset[tuple[Tensor, int]], seed: int) -> None:
+    def __init__(self, dataset: ImageDataset, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
 
     def __getitem__(self, request: Request) -> tuple[Tensor, Tensor] | UsageError:

@@ -1,0 +1,43 @@
+"""Reading ahead in other processes changes nothing but the speed."""
+
+import itertools
+import multiprocessing
+
+import pytest
+import torch
+
+from tlgc_mp.data import EvaluationBatches, TrainingBatches, load_datasets
+from tlgc_mp.errors import UsageError
+
+
+def test_batches_do_not_depend_on_the_workers_and_the_workers_stay() -> None:
+    train = load_datasets("digits", None, seed=0).train
+    here, elsewhere = (
+        TrainingBatches(train, batch_size=64, seed=0, rank=1, replicas=2, num_workers=workers) for workers in (0, 2)
+    )
+    state = torch.get_rng_state()
+    workers = None
+    # The second epoch is left after one batch; the third must not be given what was read ahead for it.
+    for epoch, start, stop in ((0, 0, None), (1, 0, 1), (2, 3, None)):
+        seen = list(itertools.islice(elsewhere.epoch(epoch, start), stop))
+        expected = list(itertools.islice(here.epoch(epoch, start), stop))
+        assert len(seen) == len(expected) > 0
+        for (images, labels), (expected_images, expected_labels) in zip(seen, expected, strict=True):
+            assert torch.equal(images, expected_images) and torch.equal(labels, expected_labels)
+            assert images.is_contiguous(memory_format=torch.channels_last)
+        alive = {process.pid for process in multiprocessing.active_children()}
+        assert len(alive) >= 2 and workers in (None, alive)
+        workers = alive
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image_reaches_the_caller_as_one_line(workers: int, make_folders) -> None:
+    root = make_folders({"train/cat": 1, "test/cat": 2})
+    path = root / "test" / "cat" / "1.png"
+    path.write_bytes(b"not an image")
+    test = load_datasets("imagefolder", str(root), seed=0).test
+    with pytest.raises(UsageError) as caught:
+        list(EvaluationBatches(test, batch_size=2, rank=0, replicas=1, num_workers=workers))
+    message = str(caught.value)
+    assert message.startswith(f"--data-dir: cannot read the image {path}") and "\n" not in message
