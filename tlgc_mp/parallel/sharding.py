@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,13 +70,31 @@ def shard(
 
 @torch.no_grad()
 def gather_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the whole model, on every rank, whatever ``model``'s split. Collective.
+    """The state dict of the whole model, on every rank, whatever its split over tensor-parallel ranks and by ZeRO.
 
-    The result loads into the single-device model. Parameters must not be partitioned by ZeRO-3 when it is called.
+    It loads into the single-device model. Collective; one layer is assembled at a time.
     """
     state: dict[str, Tensor] = {}
-    owners = {name: module for name, module in model.named_modules() if isinstance(module, ShardedLayer)}
-    for name, value in model.state_dict().items():
-        owner, _, key = name.rpartition(".")
-        state[name] = owners[owner].gather_whole(key) if owner in owners else value.detach().clone()
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        with _zero3_gathered(list(module.parameters(recurse=False))):
+            for key, value in _own_state(module).items():
+                whole = module.gather_whole(key) if isinstance(module, ShardedLayer) else value.detach().clone()
+                state[prefix + key] = whole
     return state
+
+
+def _own_state(module: nn.Module) -> dict[str, Tensor]:
+    """What ``module.state_dict()`` holds of the module itself, without its children."""
+    transient = module._non_persistent_buffers_set
+    entries = {**module._parameters, **{k: v for k, v in module._buffers.items() if k not in transient}}
+    return {key: value for key, value in entries.items() if value is not None}
+
+
+def _zero3_gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+    """A context in which parameters that ZeRO-3 has partitioned are whole; nothing where it has not."""
+    if not any(hasattr(param, "ds_id") for param in parameters):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
