@@ -3,9 +3,9 @@
 Importing this package does not import torch: the names that need it are resolved on first use.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from tlgc_mp import lazy
 from tlgc_mp.data.catalog import DATASETS, check_dataset
 
 if TYPE_CHECKING:
@@ -14,15 +14,12 @@ if TYPE_CHECKING:
 
 __all__ = ["DATASETS", "Datasets", "EvaluationBatches", "TrainingBatches", "check_dataset", "load_datasets"]
 
-_HOMES = {
-    "Datasets": "datasets",
-    "load_datasets": "datasets",
-    "EvaluationBatches": "loaders",
-    "TrainingBatches": "loaders",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy.attributes(
+    __name__,
+    {
+        "Datasets": "tlgc_mp.data.datasets",
+        "load_datasets": "tlgc_mp.data.datasets",
+        "EvaluationBatches": "tlgc_mp.data.loaders",
+        "TrainingBatches": "tlgc_mp.data.loaders",
+    },
+)

@@ -2,57 +2,16 @@
 
 from __future__ import annotations
 
-import functools
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+from tlgc_mp import lazy
 
-from tlgc_mp.models.names import check_model, parse_model
-from tlgc_mp.models.wide_resnet import WideResNet
-from tlgc_mp.nn import TwoLevelConv2d, init_parameters
+if TYPE_CHECKING:
+    from tlgc_mp.models.factory import create_model
+    from tlgc_mp.models.wide_resnet import WideResNet
 
 __all__ = ["WideResNet", "create_model"]
 
-_CONVOLUTIONS = {
-    "sc": functools.partial(nn.Conv2d, bias=False),
-    "gc": functools.partial(nn.Conv2d, bias=False),
-    "gc-2l": TwoLevelConv2d,
-}
-
-
-def create_model(
-    name: str,
-    *,
-    conv: str = "gc-2l",
-    groups: int = 1,
-    num_classes: int | None = None,
-    device: torch.device | str | None = None,
-) -> nn.Module:
-    """Builds a model by name.
-
-    The initial weights depend on ``torch.initial_seed()`` and on nothing else: after ``torch.manual_seed(s)`` the same
-    call gives the same weights, on any device, and each rank of a split model gets its part of them. (Two calls after
-    one ``manual_seed`` therefore give equal models; seed again for another draw.)
-
-    Args:
-        name: ``"wrn-<depth>-<width>"``, depth = 6 u + 4.
-        conv: ``"sc"`` (dense), ``"gc"`` (group convolution) or ``"gc-2l"`` (two-level group convolution).
-        groups: N, a divisor of the narrowest layer's channels; 1 for ``"sc"``.
-        num_classes: of the classifier; 10 where not given.
-        device: where the parameters live. On ``"meta"`` nothing is allocated: :func:`tlgc_mp.initialize` and
-            :func:`tlgc_mp.shard` then draw each rank's part only.
-
-    Raises:
-        UsageError: an argument that cannot work.
-    """
-    check_model(name, conv, groups, num_classes)
-    depth, width = parse_model(name)
-    factory = functools.partial(_CONVOLUTIONS[conv], groups=groups)
-    with torch.device("meta"):
-        model = WideResNet(depth, width, 10 if num_classes is None else num_classes, factory)
-    target = torch.get_default_device() if device is None else torch.device(device)
-    if target.type == "meta":
-        return model
-    model.to_empty(device=target)
-    init_parameters(model, torch.initial_seed())
-    return model
+__getattr__ = lazy.attributes(
+    __name__, {"create_model": "tlgc_mp.models.factory", "WideResNet": "tlgc_mp.models.wide_resnet"}
+)

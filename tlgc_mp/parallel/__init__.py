@@ -1,6 +1,22 @@
 """Everything that knows there is more than one rank."""
 
-from tlgc_mp.parallel.engine import initialize
-from tlgc_mp.parallel.sharding import gather_state_dict, shard
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tlgc_mp import lazy
+
+if TYPE_CHECKING:
+    from tlgc_mp.parallel.engine import initialize
+    from tlgc_mp.parallel.sharding import gather_state_dict, shard
 
 __all__ = ["gather_state_dict", "initialize", "shard"]
+
+__getattr__ = lazy.attributes(
+    __name__,
+    {
+        "initialize": "tlgc_mp.parallel.engine",
+        "gather_state_dict": "tlgc_mp.parallel.sharding",
+        "shard": "tlgc_mp.parallel.sharding",
+    },
+)

@@ -1,0 +1,149 @@
+"""The ``tlgc-mp`` command.
+
+What can be checked is checked before torch is loaded. Every rank of a launch checks the same, so only rank 0 tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from tlgc_mp import __version__
+from tlgc_mp.data.catalog import DATASETS
+from tlgc_mp.errors import UsageError
+from tlgc_mp.models.names import CONVOLUTIONS, check_model, check_split
+from tlgc_mp.parallel.topology import Launch
+from tlgc_mp.training.recipes import RECIPES
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that raises what it finds wrong, instead of printing a usage text on every rank."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="tlgc-mp",
+        description="Two-level group convolution across devices, inside a DeepSpeed engine.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"tlgc-mp {__version__}")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    train = commands.add_parser(
+        "train",
+        help="train a model, on one process or under deepspeed, mpirun or torchrun",
+        description="Train a model. The same command runs in one process, and under deepspeed, mpirun and torchrun.",
+        allow_abbrev=False,
+    )
+    _model_arguments(train)
+    train.add_argument("--dataset", default="cifar10", help=f"{', '.join(DATASETS)} (default: %(default)s)")
+    train.add_argument("--data-dir", metavar="DIR", help="where the images are; CIFAR is downloaded there if missing")
+    train.add_argument("--image-size", type=int, metavar="PIXELS", help="for imagefolder and synthetic")
+    train.add_argument(
+        "--recipe", help=f"{', '.join(RECIPES)} (default: the data set's own, or cifar): epochs, batch, rate and decay"
+    )
+    train.add_argument("--epochs", type=int, help="default: the recipe's; its milestones move along")
+    train.add_argument("--batch-size", type=int, help="samples a step over all replicas (default: the recipe's)")
+    train.add_argument("--learning-rate", type=float, metavar="RATE", help="the initial one (default: the recipe's)")
+    train.add_argument(
+        "--tp", type=int, metavar="P", help="tensor-parallel ranks a replica (default: as many as share the groups)"
+    )
+    train.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
+    train.add_argument("--workers", type=int, metavar="W", help="data worker processes a rank (default: by data set)")
+    train.add_argument("--output-dir", metavar="DIR", help="default: runs/MODEL-CONV-GROUPS-DATASET")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="go on from the newest checkpoint of the run in DIR (default: in the output folder)",
+    )
+    train.add_argument(
+        "--keep", type=int, default=2, metavar="K", help="checkpoints to keep, the newest ones (default: %(default)s)"
+    )
+    train.add_argument(
+        "--deepspeed_config", "--deepspeed-config", metavar="JSON", help="a DeepSpeed configuration (default: ZeRO 1)"
+    )
+    train.set_defaults(run=_train)
+
+    params = commands.add_parser(
+        "params",
+        help="count a model's parameters, in all and on each rank, without building it",
+        description='Print {"total": ..., "per_rank": ...} as JSON: the parameters of the whole model, and those one of '
+        "P tensor-parallel ranks holds. Nothing is allocated.",
+        allow_abbrev=False,
+    )
+    _model_arguments(params)
+    params.add_argument("--tp", type=int, default=1, metavar="P", help="tensor-parallel ranks (default: %(default)s)")
+    params.set_defaults(run=_params)
+    return parser
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="wrn-28-10", help="wrn-<depth>-<width> (default: %(default)s)")
+    parser.add_argument("--conv", default="gc-2l", help=f"{', '.join(CONVOLUTIONS)} (default: %(default)s)")
+    parser.add_argument("--groups", type=int, help="N (default: 4; 1 for sc)")
+    parser.add_argument("--num-classes", type=int, metavar="C", help="default: the data set's, or 10")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0 done, 2 a mistake in the arguments, 128 + n ended by signal n."""
+    launch = Launch.detect()
+    try:
+        options = _parser().parse_args(arguments)
+        if options.groups is None:
+            options.groups = 1 if options.conv == "sc" else 4
+        return int(options.run(options, launch))
+    except UsageError as error:
+        if launch.rank == 0:
+            print(f"tlgc-mp: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _params(options: Any, launch: Launch) -> int:
+    check_model(options.model, options.conv, options.groups, options.num_classes)
+    check_split(options.model, options.conv, options.groups, options.tp)
+    from tlgc_mp.models import create_model
+    from tlgc_mp.parallel.plan import parameter_counts
+
+    model = create_model(
+        options.model, conv=options.conv, groups=options.groups, num_classes=options.num_classes, device="meta"
+    )
+    print(json.dumps(parameter_counts(model, options.tp)))
+    return 0
+
+
+def _train(options: Any, launch: Launch) -> int:
+    from tlgc_mp.training.settings import resolve
+
+    settings = resolve(options, launch)
+    # DeepSpeed calls collectives by names that newer releases of torch call deprecated, on every rank.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    from tlgc_mp.parallel.engine import quiet_start
+
+    if launch.rank == 0:
+        print("Loading torch and deepspeed ...", flush=True)
+    with quiet_start():
+        from tlgc_mp.training.interrupt import Interrupted
+        from tlgc_mp.training.loop import train
+    try:
+        train(settings, launch)
+    except Interrupted as stopped:
+        if launch.rank == 0:
+            print(f"tlgc-mp: stopped by {stopped}; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 128 + stopped.signal
+    return 0

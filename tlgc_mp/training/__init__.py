@@ -1,0 +1,1 @@
+"""Recipes, the training loop, metrics and checkpoints."""

@@ -1,0 +1,274 @@
+"""The training loop: the same under every launcher, on one rank or many."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from tlgc_mp.data import EvaluationBatches, TrainingBatches, load_datasets
+from tlgc_mp.errors import UsageError
+from tlgc_mp.models import create_model
+from tlgc_mp.parallel import initialize
+from tlgc_mp.parallel.engine import start_distributed
+from tlgc_mp.parallel.plan import parameter_counts
+from tlgc_mp.parallel.topology import Launch
+from tlgc_mp.training import checkpoint
+from tlgc_mp.training.interrupt import Interrupted, StopRequest
+from tlgc_mp.training.metrics import Metrics, peak_memory_bytes, print_summary
+from tlgc_mp.training.settings import TrainSettings
+
+EVALUATION_BATCH = 250
+
+
+def train(settings: TrainSettings, launch: Launch) -> None:
+    """Trains a model as ``settings`` say, evaluating and saving it every epoch; rank 0 reports.
+
+    Args:
+        settings: equal on every rank but for the rank in their topology.
+        launch: this rank's place on its node.
+
+    Raises:
+        UsageError: something that only shows now is the user's to mend, a damaged image, say.
+        Interrupted: a signal asked the run to stop; a checkpoint was saved.
+    """
+    _use_cores(launch)
+    speaks = settings.topology.rank == 0
+    _say(speaks, f"Reading {settings.dataset} ...")
+    data = load_datasets(
+        settings.dataset,
+        settings.data_dir,
+        seed=settings.seed,
+        image_size=settings.image_size,
+        num_classes=settings.num_classes,
+    )
+    share = {
+        "rank": settings.topology.dp_rank,
+        "replicas": settings.topology.data_parallel,
+        "num_workers": settings.workers,
+    }
+    batches = TrainingBatches(data.train, batch_size=settings.micro_batch, seed=settings.seed, **share)
+    tests = EvaluationBatches(data.test, batch_size=EVALUATION_BATCH, **share)
+    steps = len(batches) // settings.accumulation
+    if steps == 0:
+        raise UsageError(
+            f"the training set of {len(data.train)} images gives {len(batches)} micro-batches, fewer than the "
+            f"{settings.accumulation} of one step; lower the batch size or gradient_accumulation_steps"
+        )
+
+    start_distributed()
+    with torch.device("meta"):
+        model = create_model(
+            settings.model, conv=settings.conv, groups=settings.groups, num_classes=data.num_classes, device="meta"
+        )
+    counts = parameter_counts(model, settings.topology.tensor_parallel)
+    _say(speaks, _headline(settings, counts))
+    engine, _, _, _ = initialize(
+        model=model,
+        optimizer=None if "optimizer" in settings.config else _optimizer(settings),
+        lr_scheduler=None if "scheduler" in settings.config else _scheduler(settings, steps),
+        config=settings.config,
+        seed=settings.seed,
+    )
+    progress = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0}
+    if settings.resume_from is not None:
+        progress = checkpoint.load(engine, settings)
+        _say(speaks, f"Resuming in epoch {progress['epoch'] + 1}, step {progress['step'] + 1}, of {settings.resume_from[1]}")
+    if speaks:
+        os.makedirs(settings.output_dir, exist_ok=True)
+    dist.barrier()
+    run = _Run(settings, engine, batches, tests, steps, progress)
+    with StopRequest() as stop:
+        saved = run.train(stop)
+    peak = torch.tensor(peak_memory_bytes(), dtype=torch.int64)
+    peak = _reduced(peak.to(engine.device), dist.ReduceOp.MAX)
+    if speaks:
+        best, last = run.metrics.best(), run.metrics.lines[-1]
+        error = f"{last['test_error_percent']:.2f} % after epoch {last['epoch']}"
+        print_summary(
+            [
+                ("test error", f"{error} (best {best['test_error_percent']:.2f} %, epoch {best['epoch']})"),
+                ("time", f"{last['seconds']:.1f} s of training and evaluation"),
+                ("parameters", f"{counts['total']:,} in all, {counts['per_rank']:,} a rank"),
+                ("peak memory", f"{int(peak) / 2**20:,.0f} MiB, the largest of {settings.topology.world} rank(s)"),
+                ("checkpoint", saved),
+                ("metrics", f"{run.metrics.path}, and for TensorBoard in {settings.output_dir}"),
+            ]
+        )
+
+
+class _Run:
+    """A run that has been set up: the epochs from ``progress`` on."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        engine: Any,
+        batches: TrainingBatches,
+        tests: EvaluationBatches,
+        steps: int,
+        progress: dict[str, Any],
+    ) -> None:
+        self.settings, self.engine, self.batches, self.tests = settings, engine, batches, tests
+        self.steps = steps
+        self.progress = progress
+        self.metrics = Metrics(engine, settings, first_epoch=progress["epoch"] + 1)
+        self.speaks = settings.topology.rank == 0
+
+    def train(self, stop: StopRequest) -> str:
+        """Trains to the last epoch; returns the path of the last checkpoint."""
+        saved = ""
+        for epoch in range(self.progress["epoch"], self.settings.epochs):
+            began = time.monotonic() - self.progress["seconds"]
+            loss = self._train_epoch(epoch, stop, began)
+            average_running_statistics(self.engine.module, self.settings.topology.data_parallel)
+            saved = self._save(f"epoch-{epoch + 1}", epoch, self.steps, loss, began)
+            if stop.before_step((epoch + 1) * self.steps):
+                raise Interrupted(stop.received or 0)
+            test_loss, test_error = self._evaluate(stop)
+            samples = (epoch + 1) * self.steps * self.settings.config["train_batch_size"]
+            figures = {
+                "train_loss": float(loss) / self.steps,
+                "test_loss": test_loss,
+                "test_error_percent": test_error,
+                "learning_rate": float(self.engine.optimizer.param_groups[0]["lr"]),
+                "seconds": round(time.monotonic() - began, 3),
+            }
+            self.metrics.write(epoch + 1, (epoch + 1) * self.steps, samples, figures)
+            _say(
+                self.speaks,
+                f"epoch {epoch + 1:>{len(str(self.settings.epochs))}}/{self.settings.epochs}  "
+                f"loss {figures['train_loss']:.4f}  test loss {test_loss:.4f}  test error {test_error:.2f} %  "
+                f"{figures['seconds']:.1f} s",
+            )
+            self.progress = {"epoch": epoch + 1, "step": 0, "loss_sum": 0.0, "seconds": figures["seconds"]}
+        return saved
+
+    def _train_epoch(self, epoch: int, stop: StopRequest, began: float) -> Tensor:
+        """Runs what is left of an epoch; returns the sum over its steps of the loss, averaged over the replicas."""
+        engine, first = self.engine, self.progress["step"]
+        engine.train()
+        loss_sum = torch.tensor(self.progress["loss_sum"], dtype=torch.float64, device=engine.device)
+        accumulation = self.settings.accumulation
+        stream = self.batches.epoch(epoch, start=first * accumulation)
+        bar = tqdm(
+            total=self.steps,
+            initial=first,
+            desc=f"epoch {epoch + 1}/{self.settings.epochs}",
+            unit="step",
+            leave=False,
+            dynamic_ncols=True,
+            disable=None if self.speaks else True,
+        )
+        with bar:
+            for step in range(first, self.steps):
+                if stop.before_step(epoch * self.steps + step):
+                    loss = self._averaged(loss_sum)
+                    average_running_statistics(engine.module, self.settings.topology.data_parallel)
+                    self._save(f"epoch-{epoch + 1}-step-{step}", epoch, step, loss, began)
+                    raise Interrupted(stop.received or 0)
+                for images, labels in islice(stream, accumulation):
+                    images, labels = _to_device(images, labels, engine.device)
+                    loss = F.cross_entropy(engine(images).float(), labels)
+                    engine.backward(loss)
+                    engine.step()
+                    loss_sum += loss.detach() / accumulation
+                bar.update()
+        return self._averaged(loss_sum)
+
+    def _averaged(self, loss_sum: Tensor) -> Tensor:
+        """Mean over the replicas; the ranks of one replica hold the same already."""
+        return _reduced(loss_sum) / self.settings.topology.world
+
+    @torch.no_grad()
+    def _evaluate(self, stop: StopRequest) -> tuple[float, float]:
+        """(mean loss, error in percent) over the test set, each image counted once."""
+        engine = self.engine
+        engine.eval()
+        totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
+        for images, labels, weights in self.tests:
+            stop.raise_if_received()
+            images, labels = _to_device(images, labels, engine.device)
+            weights = weights.to(engine.device)
+            logits = engine(images).float()
+            wrong = (logits.argmax(1) != labels).float()
+            losses = F.cross_entropy(logits, labels, reduction="none")
+            totals += torch.stack([(losses * weights).sum(), (wrong * weights).sum(), weights.sum()])
+        loss, errors, count = _reduced(totals).tolist()
+        return loss / count, 100.0 * errors / count
+
+    def _save(self, tag: str, epoch: int, step: int, loss_sum: Tensor, began: float) -> str:
+        progress = {"epoch": epoch, "step": step, "loss_sum": float(loss_sum), "seconds": time.monotonic() - began}
+        return checkpoint.save(self.engine, self.settings, progress, tag)
+
+
+@torch.no_grad()
+def average_running_statistics(model: torch.nn.Module, replicas: int) -> None:
+    """Replaces BatchNorm's running statistics by their mean over the data-parallel replicas, in one collective.
+
+    Every replica keeps statistics of its own part of each batch, and the engine does not join them. Being moving
+    averages, they may be averaged at any step without changing what the later average will be.
+    """
+    if replicas == 1:
+        return
+    from deepspeed.utils import groups
+
+    buffers = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.all_reduce(flat, group=groups._get_data_parallel_group())
+    flat /= replicas
+    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+def _reduced(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """``tensor`` reduced over all ranks of the world, as a new one."""
+    tensor = tensor.clone()
+    dist.all_reduce(tensor, op)
+    return tensor
+
+
+def _optimizer(settings: TrainSettings) -> Any:
+    recipe = settings.recipe
+    return lambda parameters: torch.optim.SGD(
+        parameters, lr=settings.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+
+
+def _scheduler(settings: TrainSettings, steps: int) -> Any:
+    milestones = settings.recipe.milestone_steps(settings.epochs, steps)
+    return lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, settings.recipe.decay)
+
+
+def _to_device(images: Tensor, labels: Tensor, device: Any) -> tuple[Tensor, Tensor]:
+    images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+    return images, labels.to(device, non_blocking=True)
+
+
+def _use_cores(launch: Launch) -> None:
+    """Shares a node's cores among its ranks, unless the launcher has set OMP_NUM_THREADS."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world))
+
+
+def _headline(settings: TrainSettings, counts: dict[str, int]) -> str:
+    topology = settings.topology
+    groups = "" if settings.conv == "sc" else f", {settings.groups} groups"
+    return (
+        f"{settings.model}, {settings.conv}{groups}, {counts['total']:,} parameters on {topology.world} rank(s): "
+        f"{topology.tensor_parallel} tensor-parallel x {topology.data_parallel} data-parallel"
+    )
+
+
+def _say(speaks: bool, text: str) -> None:
+    if speaks:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()

@@ -1,0 +1,91 @@
+"""What a run reports: a JSON line an epoch, the same figures through DeepSpeed's monitors, and the final summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from typing import Any
+
+from tlgc_mp.training.runs import replace_file
+from tlgc_mp.training.settings import TrainSettings
+
+
+class Metrics:
+    """Writes an epoch's figures to every place they go to. Only rank 0 writes; on other ranks it does nothing.
+
+    The monitors are those that the DeepSpeed configuration enables; where it enables none, TensorBoard and CSV in the
+    run's own folder.
+
+    Args:
+        engine: the DeepSpeed engine.
+        settings: of the run.
+        first_epoch: lines of this epoch and later ones, left by a run that is being resumed, are dropped.
+    """
+
+    def __init__(self, engine: Any, settings: TrainSettings, first_epoch: int) -> None:
+        from deepspeed.monitor.config import DeepSpeedMonitorConfig
+        from deepspeed.monitor.monitor import MonitorMaster
+
+        self.path = os.path.join(settings.output_dir, "metrics.jsonl")
+        self.lines: list[dict[str, Any]] = []
+        self._speaks = settings.topology.rank == 0
+        self._engine = engine
+        if engine.monitor.enabled:
+            self._monitor = engine.monitor
+        else:
+            places = {
+                key: {"enabled": True, "output_path": settings.output_dir, "job_name": job}
+                for key, job in (("tensorboard", "tensorboard"), ("csv_monitor", "csv"))
+            }
+            self._monitor = MonitorMaster(DeepSpeedMonitorConfig(**places))
+        if self._speaks:
+            self.lines = [line for line in _read_lines(self.path) if line["epoch"] < first_epoch]
+            replace_file(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def write(self, epoch: int, step: int, samples: int, figures: dict[str, float]) -> None:
+        """Reports ``figures`` of 1-based ``epoch``, after ``step`` optimizer steps and ``samples`` samples."""
+        if not self._speaks:
+            return
+        line = {"epoch": epoch, "step": step, "samples": samples, **figures}
+        self.lines.append(line)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._monitor.write_events([(f"Epoch/{key}", value, step) for key, value in figures.items()])
+
+    def best(self) -> dict[str, Any]:
+        """The epoch with the smallest test error, the earliest of equals."""
+        return min(self.lines, key=lambda line: line["test_error_percent"])
+
+
+def _read_lines(path: str) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a line cut off by a crash is none."""
+    lines = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for text in file:
+                try:
+                    lines.append(json.loads(text))
+                except ValueError:
+                    break
+    except FileNotFoundError:
+        pass
+    return lines
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this rank has held: of its accelerator where it has one, else of the whole process."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        return int(accelerator.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def print_summary(rows: list[tuple[str, str]]) -> None:
+    """A two-column table on standard output."""
+    width = max(len(label) for label, _ in rows) + 2
+    print("\n".join(f"{label:<{width}}{value}" for label, value in rows), flush=True)

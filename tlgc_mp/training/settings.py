@@ -1,0 +1,257 @@
+"""What a training run is to do, checked as far as it can be before torch is loaded.
+
+The command line, the recipe and the DeepSpeed configuration each say a part. What they say twice must agree; where they
+do not, the run is refused before it starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from tlgc_mp.data import check_dataset
+from tlgc_mp.errors import UsageError
+from tlgc_mp.models.names import check_model, check_split
+from tlgc_mp.parallel.config import read_config, tensor_parallel_size, zero_stage
+from tlgc_mp.parallel.topology import Launch, Topology, default_tensor_parallel
+from tlgc_mp.training.recipes import Recipe, default_recipe, find_recipe
+from tlgc_mp.training.runs import find_checkpoint, read_description
+
+DEFAULT_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 1}}
+"""The DeepSpeed configuration where none is given."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """A training run, every choice made.
+
+    Attributes:
+        topology: this rank's place among P x D.
+        config: the DeepSpeed configuration, complete.
+        micro_batch: samples a replica works on at once.
+        accumulation: micro-batches an optimizer step.
+        resume_from: the checkpoint to go on from, as (folder of checkpoints, tag); ``None`` starts afresh.
+    """
+
+    model: str
+    conv: str
+    groups: int
+    num_classes: int | None
+    dataset: str
+    data_dir: str | None
+    image_size: int | None
+    recipe_name: str
+    recipe: Recipe
+    epochs: int
+    learning_rate: float
+    micro_batch: int
+    accumulation: int
+    seed: int
+    workers: int
+    output_dir: str
+    keep: int
+    topology: Topology
+    config: dict[str, Any]
+    resume_from: tuple[str, str] | None
+
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint of this run fits: the model, how it is split, and what it trains on."""
+        return {
+            "model": self.model,
+            "conv": self.conv,
+            "groups": self.groups,
+            "dataset": self.dataset,
+            "tensor_parallel": self.topology.tensor_parallel,
+            "data_parallel": self.topology.data_parallel,
+            "zero_stage": zero_stage(self.config),
+            "recipe": self.recipe_name,
+            "epochs": self.epochs,
+            "learning_rate": self.learning_rate,
+            "batch_size": self.micro_batch * self.accumulation * self.topology.data_parallel,
+            "accumulation": self.accumulation,
+            "seed": self.seed,
+        }
+
+
+def resolve(options: Any, launch: Launch) -> TrainSettings:
+    """Turns parsed command-line ``options`` into a complete run.
+
+    Raises:
+        UsageError: an option that cannot work, two that contradict each other, a data set, configuration or checkpoint
+            that is not as it should be.
+    """
+    check_model(options.model, options.conv, options.groups, options.num_classes)
+    check_dataset(options.dataset, options.data_dir)
+    if options.num_classes is not None and options.dataset != "synthetic":
+        raise UsageError(f"--num-classes={options.num_classes}: {options.dataset} says itself how many; leave it out")
+    recipe_name = options.recipe or default_recipe(options.dataset)
+    recipe = find_recipe(recipe_name)
+    epochs = recipe.epochs if options.epochs is None else options.epochs
+    for flag, value, least in (
+        ("--epochs", epochs, 1),
+        ("--batch-size", options.batch_size, 1),
+        ("--workers", options.workers, 0),
+        ("--keep", options.keep, 1),
+        ("--seed", options.seed, 0),
+        ("--image-size", options.image_size, 8),
+    ):
+        if value is not None and value < least:
+            raise UsageError(f"{flag}={value} is too small; use {least} or more")
+    if options.learning_rate is not None and not 0 < options.learning_rate < float("inf"):
+        raise UsageError(f"--learning-rate={options.learning_rate} is not a positive number; use one, 0.1 say")
+
+    config = dict(DEFAULT_CONFIG) if options.deepspeed_config is None else read_config(options.deepspeed_config)
+    zero_stage(config)
+    topology = _topology(options, config, launch)
+    micro_batch, accumulation = _batches(options, config, recipe, topology)
+    learning_rate = _learning_rate(options, config, recipe)
+    output_dir = options.output_dir or os.path.join(
+        "runs", f"{options.model}-{options.conv}-{options.groups}-{options.dataset}"
+    )
+
+    settings = TrainSettings(
+        model=options.model,
+        conv=options.conv,
+        groups=options.groups,
+        num_classes=options.num_classes,
+        dataset=options.dataset,
+        data_dir=options.data_dir,
+        image_size=options.image_size,
+        recipe_name=recipe_name,
+        recipe=recipe,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        seed=options.seed,
+        workers=_workers(options, launch),
+        output_dir=output_dir,
+        keep=options.keep,
+        topology=topology,
+        config=config,
+        resume_from=None if options.resume is None else find_checkpoint(options.resume or output_dir),
+    )
+    _check_output(settings)
+    return settings
+
+
+def _topology(options: Any, config: dict[str, Any], launch: Launch) -> Topology:
+    """P from --tp or the configuration, which must agree; put into the configuration."""
+    configured = tensor_parallel_size(config)
+    if options.tp is not None and configured is not None and options.tp != configured:
+        raise UsageError(
+            f"--tp={options.tp} contradicts tensor_parallel.autotp_size={configured} in the DeepSpeed configuration; "
+            "give one of them, or the same in both"
+        )
+    ranks = options.tp if options.tp is not None else configured
+    if ranks is None:
+        ranks = default_tensor_parallel(launch.world, options.groups)
+    check_split(options.model, options.conv, options.groups, ranks)
+    topology = Topology(launch.world, launch.rank, ranks)
+    if ranks > 1:
+        config["tensor_parallel"] = {**config.get("tensor_parallel", {}), "autotp_size": ranks}
+    else:
+        config.pop("tensor_parallel", None)
+    return topology
+
+
+def _batches(options: Any, config: dict[str, Any], recipe: Recipe, topology: Topology) -> tuple[int, int]:
+    """(micro-batch a replica, micro-batches a step), from --batch-size and the configuration, which must agree."""
+    replicas = topology.data_parallel
+    given = {}
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        value = config.get(key)
+        if value in (None, "auto"):
+            config.pop(key, None)
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UsageError(f"{key}={json.dumps(value)} in the DeepSpeed configuration is not 1 or more; give an int")
+        given[key] = value
+    accumulation = given.get("gradient_accumulation_steps", 1)
+    micro = given.get("train_micro_batch_size_per_gpu")
+    configured = given.get("train_batch_size")
+    if configured is not None and micro is not None:
+        if "gradient_accumulation_steps" not in given:
+            accumulation = max(1, configured // (micro * replicas))
+        if configured != micro * accumulation * replicas:
+            raise UsageError(
+                f"train_batch_size={configured} in the DeepSpeed configuration is not "
+                f"train_micro_batch_size_per_gpu={micro} x gradient_accumulation_steps={accumulation} x {replicas} "
+                f"replicas; use {micro * accumulation * replicas}"
+            )
+    elif micro is not None:
+        configured = micro * accumulation * replicas
+    if options.batch_size is not None and configured is not None and options.batch_size != configured:
+        raise UsageError(
+            f"--batch-size={options.batch_size} contradicts the batch of {configured} that the DeepSpeed configuration "
+            "sets; give one of them, or the same in both"
+        )
+    batch = options.batch_size or configured or recipe.batch_size
+    if batch % (replicas * accumulation):
+        raise UsageError(
+            f"a batch of {batch} does not divide among {replicas} replicas x {accumulation} accumulation steps; "
+            f"use a multiple of {replicas * accumulation}"
+        )
+    micro = batch // (replicas * accumulation)
+    config["train_batch_size"] = batch
+    config["train_micro_batch_size_per_gpu"] = micro
+    config["gradient_accumulation_steps"] = accumulation
+    return micro, accumulation
+
+
+def _learning_rate(options: Any, config: dict[str, Any], recipe: Recipe) -> float:
+    """The initial rate, from --learning-rate, the configuration's optimizer or the recipe."""
+    optimizer = config.get("optimizer")
+    if optimizer is None:
+        if zero_stage(config) > 0:
+            config.setdefault("zero_allow_untested_optimizer", True)
+        return recipe.learning_rate if options.learning_rate is None else options.learning_rate
+    try:
+        configured = float(optimizer["params"]["lr"])
+    except (KeyError, TypeError, ValueError):
+        raise UsageError(
+            f"optimizer={json.dumps(optimizer)} in the DeepSpeed configuration names no learning rate; "
+            'use {"type": ..., "params": {"lr": ...}}'
+        ) from None
+    if options.learning_rate is not None and options.learning_rate != configured:
+        raise UsageError(
+            f"--learning-rate={options.learning_rate} contradicts optimizer.params.lr={configured} in the DeepSpeed "
+            "configuration; give one of them, or the same in both"
+        )
+    return configured
+
+
+def _workers(options: Any, launch: Launch) -> int:
+    """Data worker processes a rank: as asked for; else none where drawing a sample costs next to nothing, and as many
+    as the node's cores allow, four at most, where images are decoded."""
+    if options.workers is not None:
+        return int(options.workers)
+    if options.dataset in ("digits", "synthetic"):
+        return 0
+    return max(1, min(4, (os.cpu_count() or 1) // launch.local_world))
+
+
+def _check_output(settings: TrainSettings) -> None:
+    if settings.resume_from is not None:
+        folder, tag = settings.resume_from
+        saved, wanted = read_description(folder, tag), settings.description()
+        for key, value in wanted.items():
+            if saved.get(key) != value:
+                raise UsageError(
+                    f"--resume: the checkpoint in {os.path.join(folder, tag)!r} is of a run with "
+                    f"{key}={saved.get(key)!r}, not {value!r}; give the same, or another --output-dir"
+                )
+        return
+    path = settings.output_dir
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise UsageError(f"--output-dir={path!r} is a file; give a folder")
+    if os.path.exists(os.path.join(path, "metrics.jsonl")):
+        raise UsageError(f"--output-dir={path!r} holds a run already; give --resume to continue it, or another folder")
+    existing = path
+    while not os.path.exists(existing):
+        existing = os.path.dirname(os.path.abspath(existing))
+    if not os.access(existing, os.W_OK):
+        raise UsageError(f"--output-dir={path!r} cannot be written; give a folder in which you may write")
+
