@@ -71,7 +71,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 def _image(rows: Tensor, like: Tensor, memory_format: torch.memory_format) -> Tensor:
     """(L, C) -> (B, C, h, w) with the batch and positions of ``like``; a view where the format is channels_last."""
     batch, _, height, width = like.shape
-    return rows.view(batch, height, width, -1).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+    return rows.view(batch, height, width, rows.shape[1]).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
 
 
 class _CoarseCorrection(torch.autograd.Function):
@@ -129,10 +129,10 @@ class _CoarseCorrection(torch.autograd.Function):
             grad_coarse = _image(share.t().contiguous(), grad, memory_format)
             return grad.contiguous(memory_format=memory_format), grad_coarse, grad_prolongation, grad_bias, None, None
         fused = grad_rows.new_empty(grad_rows.shape[0], groups, grad_rows.shape[1] // groups + 1)
-        fused[:, :, :-1].copy_(grad_rows.view(fused.shape[0], groups, -1))
+        fused[:, :, :-1].copy_(grad_rows.unflatten(1, (groups, -1)))
         exchange.wait(share)
         fused[:, :, -1].copy_(share.t())
-        grad_fused = _image(fused.view(fused.shape[0], -1), grad, memory_format)
+        grad_fused = _image(fused.flatten(1), grad, memory_format)
         return grad_fused, None, grad_prolongation, grad_bias, None, None
 
 
@@ -230,6 +230,8 @@ class TwoLevelConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, H, W) -> (B, m, h, w), in the memory format of ``x``."""
+        if x.dim() != 4:
+            raise UsageError(f"input of shape {tuple(x.shape)} is no batch of images; give (B, {self.in_channels}, H, W)")
         groups = self.local_groups
         fine = F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, groups)
         coarse = None
@@ -255,10 +257,10 @@ class TwoLevelConv2d(nn.Module):
 def check_groups(groups: int, **channels: int) -> None:
     """Raises :class:`UsageError` unless ``groups`` divides every one of the named channel counts."""
     for name, count in channels.items():
-        if count < 1:
+        if not isinstance(count, int) or count < 1:
             raise UsageError(f"{name}={count} is not a number of channels; use 1 or more")
     for name, count in channels.items():
-        if groups < 1 or count % groups:
+        if not isinstance(groups, int) or groups < 1 or count % groups:
             common = [d for d in divisors(count) if all(other % d == 0 for other in channels.values())]
             raise UsageError(f"groups={groups} does not divide {name}={count}; use {one_of(common)}")
 

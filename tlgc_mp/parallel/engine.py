@@ -123,6 +123,7 @@ def start_distributed(distributed_port: int = 29500) -> None:
 
         if deepspeed.comm.is_initialized():
             return
+        _skip_shared_memory_extension()
         launch = Launch.detect()
         if launch.world == 1 and "MASTER_ADDR" not in os.environ:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
@@ -133,6 +134,17 @@ def start_distributed(distributed_port: int = 29500) -> None:
             deepspeed.init_distributed(
                 dist_backend=get_accelerator().communication_backend_name(), distributed_port=distributed_port
             )
+
+
+def _skip_shared_memory_extension() -> None:
+    """Keeps DeepSpeed from loading its shared-memory all-reduce, which only inference on CPUs calls.
+
+    Loading it compiles it on first use (half a minute, a C++ compiler); a process killed meanwhile leaves a lock on which
+    every later start waits without end; and a process killed later leaves its buffers in shared memory for good.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _tensor_parallel_groups(ranks: int) -> Any:
@@ -203,7 +215,7 @@ def quiet_start() -> Iterator[None]:
 def _announce_when_slow(rank: int) -> Iterator[None]:
     def say() -> None:
         print(
-            "Starting DeepSpeed: the first start on a machine compiles its communication extension (about a minute) ...",
+            "Starting DeepSpeed: waiting for all ranks, or for an extension to compile, once a machine ...",
             file=sys.stderr,
             flush=True,
         )

@@ -36,7 +36,7 @@ class Recipe:
 RECIPES = {
     "cifar": Recipe(epochs=200, batch_size=128, learning_rate=0.1, milestones=(60, 120, 160)),
     "imagenet": Recipe(epochs=90, batch_size=128, learning_rate=0.1, milestones=(30, 60), weight_decay=1e-4),
-    "digits": Recipe(epochs=15, batch_size=32, learning_rate=0.05, milestones=(9, 13)),
+    "digits": Recipe(epochs=12, batch_size=32, learning_rate=0.05, milestones=(8, 11)),
 }
 
 

@@ -1,0 +1,74 @@
+"""The parameter counts that the paper prints for WRN-28-w, to the digit, and what one of N processors holds.
+
+``tables.csv`` holds the figures of Tables 1 to 4 of https://arxiv.org/abs/2110.05060. Its column "parameters per
+processor" of Table 1 holds the totals, as Table 3 calls them.
+"""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tlgc_mp.models import create_model
+from tlgc_mp.parallel.plan import parameter_counts
+
+with open(Path(__file__).with_name("tables.csv"), newline="") as table:
+    ROWS = [
+        row
+        for row in csv.DictReader(table)
+        if row["model"].startswith("wrn-28-") and row["conv"] in ("sc", "gc", "gc-2l")
+    ]
+
+
+def test_every_row_of_the_two_tables_is_here() -> None:
+    assert [sum(row["table"] == number for row in ROWS) for number in ("1", "2")] == [9, 9]
+
+
+def row_id(row: dict[str, str]) -> str:
+    return f"table{row['table']}-{row['model']}-{row['conv']}-{row['groups']}"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=row_id)
+def test_printed_total(row: dict[str, str]) -> None:
+    model = create_model(
+        row["model"],
+        conv=row["conv"],
+        groups=int(row["groups"]),
+        num_classes=int(row["dataset_classes"]),
+        device="meta",
+    )
+    printed = row["params_millions_printed"]
+    decimals = len(printed.partition(".")[2])
+    assert f"{parameter_counts(model, 1)['total'] / 1e6:.{decimals}f}" == printed
+
+
+def convolutions(width: int) -> Iterator[tuple[int, int, int]]:
+    """(d, n, m) of every convolution of WRN-28-``width`` but the stem: four units a stage, Section 4.1."""
+    n = 16
+    for m in (16 * width, 32 * width, 64 * width):
+        yield from [(3, n, m), *[(3, m, m)] * 7]
+        if n != m:
+            yield 1, n, m
+        n = m
+
+
+def batch_norm_channels(width: int) -> int:
+    """Of all BatchNorm layers together: one before each 3x3 convolution, one before the head."""
+    return sum(n for d, n, _ in convolutions(width) if d == 3) + 64 * width
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("conv", ["gc", "gc-2l"])
+@pytest.mark.parametrize("width", [1, 10, 40])
+def test_share_of_one_of_n_processors(width: int, conv: str, groups: int) -> None:
+    layers = 0
+    for d, n, m in convolutions(width):
+        layers += d * d * m * n // groups**2
+        if conv == "gc-2l":
+            layers += d * d * n // groups + m  # d0 = d
+    stem = 9 * 3 * 16 // groups
+    batch_norm = 2 * batch_norm_channels(width) // groups
+    head = 64 * width // groups * 10 + 10
+    model = create_model(f"wrn-28-{width}", conv=conv, groups=groups, device="meta")
+    assert parameter_counts(model, groups)["per_rank"] == layers + stem + batch_norm + head

@@ -1,0 +1,107 @@
+"""TwoLevelConv2d takes torch.nn.Conv2d's arguments, refuses those that cannot work, and prints itself."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tlgc_mp.errors import UsageError
+from tlgc_mp.nn import TwoLevelConv2d
+
+SEED = 7
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"in_channels": 0}, "in_channels=0 is not a number of channels; use 1 or more"),
+    ({"out_channels": -8}, "out_channels=-8 is not a number of channels; use 1 or more"),
+    ({"groups": 3}, "groups=3 does not divide in_channels=8; use one of 1, 2, 4"),
+    ({"in_channels": 6, "out_channels": 16, "groups": 3}, "groups=3 does not divide out_channels=16; use one of 1, 2"),
+    ({"groups": 8}, "groups=8 does not divide out_channels=12; use one of 1, 2, 4"),
+    ({"groups": 0}, "groups=0 does not divide in_channels=8; use one of 1, 2, 4"),
+    ({"groups": -2}, "groups=-2 does not divide in_channels=8; use one of 1, 2, 4"),
+    ({"kernel_size": 0}, "kernel_size=0 is not a positive int or a pair of them"),
+    ({"kernel_size": (3, 3, 3)}, "kernel_size=(3, 3, 3) is not a positive int or a pair of them"),
+    ({"kernel_size": 3.0}, "kernel_size=3.0 is not a positive int or a pair of them"),
+    ({"stride": (1, 0)}, "stride=(1, 0) is not a positive int or a pair of them"),
+    ({"dilation": 0}, "dilation=0 is not a positive int or a pair of them"),
+    ({"coarse_kernel_size": 0}, "coarse_kernel_size=0 is not a positive int or a pair of them"),
+    ({"padding": -1}, "padding=-1 is not a non-negative int, a pair of them, 'same' or 'valid'"),
+    ({"padding": "full"}, "padding='full' is not a non-negative int, a pair of them, 'same' or 'valid'"),
+    (
+        {"padding": "same", "stride": 2},
+        "padding='same' needs stride 1 and an even dilation * (kernel_size - 1), got stride=(2, 2), "
+        "kernel_size=(3, 3), dilation=(1, 1); give the padding in numbers",
+    ),
+    (
+        {"padding": "same", "kernel_size": (3, 2)},
+        "padding='same' needs stride 1 and an even dilation * (kernel_size - 1), got stride=(1, 1), "
+        "kernel_size=(3, 2), dilation=(1, 1); give the padding in numbers",
+    ),
+    (
+        {"coarse_kernel_size": (3, 2), "dilation": 1},
+        "coarse_kernel_size=2 cannot be centred on kernel_size=3 with dilation=1; use one of the same parity as 3",
+    ),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_refusal(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        TwoLevelConv2d(**{"in_channels": 8, "out_channels": 12, "kernel_size": 3, **wrong})
+    assert str(caught.value) == message
+
+
+def test_arguments_are_those_of_conv2d() -> None:
+    ours = inspect.signature(TwoLevelConv2d).parameters
+    theirs = inspect.signature(nn.Conv2d).parameters
+    shared = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias"]
+    assert list(ours)[:8] == list(theirs)[:8] == shared
+    for name in (*shared[:-1], "device", "dtype"):
+        assert ours[name].default == theirs[name].default, name
+    assert ours["bias"].default is False
+
+
+def test_dtype_and_device() -> None:
+    layer = TwoLevelConv2d(8, 12, 3, groups=2, bias=True, coarse_kernel_size=1, device="meta", dtype=torch.float64)
+    assert {name: tuple(param.shape) for name, param in layer.named_parameters()} == {
+        "weight": (12, 4, 3, 3),
+        "restriction": (2, 4, 1, 1),
+        "prolongation": (12, 2),
+        "bias": (12,),
+    }
+    assert all(param.is_meta and param.dtype == torch.float64 for param in layer.parameters())
+
+
+def test_a_coarse_kernel_of_the_same_size_is_fused() -> None:
+    layer = TwoLevelConv2d(8, 12, (3, 1), groups=4, coarse_kernel_size=(3, 1))
+    assert layer.restriction is None
+    assert layer.weight.shape == (12 + 4, 2, 3, 1)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize(("kernel_size", "dilation"), [(3, 1), ((5, 1), 1), (3, 2), (2, 2), (1, 1)])
+def test_padding_by_name_is_torchs(padding: str, kernel_size: int | tuple[int, int], dilation: int) -> None:
+    torch.manual_seed(SEED)
+    layer = TwoLevelConv2d(8, 12, kernel_size, padding=padding, dilation=dilation, groups=4, dtype=torch.float64)
+    x = torch.randn(2, 8, 7, 6, dtype=torch.float64)
+    weight = layer.weight.unflatten(0, (4, 4))
+    fine = F.conv2d(x, weight[:, :3].flatten(0, 1), padding=padding, dilation=dilation, groups=4)
+    coarse = F.conv2d(x, weight[:, 3], padding=padding, dilation=dilation, groups=4)
+    expected = fine + F.conv2d(coarse, layer.prolongation[:, :, None, None])
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12, msg=lambda m: f"seed {SEED}: {m}")
+
+
+def test_repr() -> None:
+    assert repr(TwoLevelConv2d(8, 12, 3, groups=4)) == (
+        "TwoLevelConv2d(8, 12, kernel_size=(3, 3), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=4, "
+        "bias=False)"
+    )
+    layer = TwoLevelConv2d(8, 12, (3, 5), 2, "valid", (1, 2), 2, True, 1)
+    assert repr(layer) == (
+        "TwoLevelConv2d(8, 12, kernel_size=(3, 5), stride=(2, 2), padding=(0, 0), dilation=(1, 2), groups=2, "
+        "coarse_kernel_size=(1, 1), bias=True)"
+    )
+    layer.local_groups = 1
+    assert "groups=2, coarse_kernel_size=(1, 1), local_groups=1, bias=True" in repr(layer)

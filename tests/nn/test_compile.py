@@ -1,0 +1,47 @@
+"""torch.compile and FakeTensor take the layer whole, without a graph break."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tlgc_mp.nn import TwoLevelConv2d
+
+SEED = 23
+
+
+def make(coarse_kernel_size: int) -> TwoLevelConv2d:
+    return TwoLevelConv2d(
+        8, 12, 3, stride=2, padding=1, groups=4, bias=True, coarse_kernel_size=coarse_kernel_size, dtype=torch.float64
+    )
+
+
+@pytest.mark.parametrize("coarse_kernel_size", [1, 3])
+def test_fake_tensors(coarse_kernel_size: int) -> None:
+    with FakeTensorMode():
+        layer = make(coarse_kernel_size)
+        x = torch.empty(2, 8, 9, 6, dtype=torch.float64, requires_grad=True)
+        x_last = x.contiguous(memory_format=torch.channels_last)
+        y = layer(x_last)
+        (grad,) = torch.autograd.grad(y, x_last, torch.empty_like(y))
+    assert (y.shape, y.dtype) == ((2, 12, 5, 3), torch.float64)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert (grad.shape, grad.dtype) == (x.shape, torch.float64)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("coarse_kernel_size", [1, 3])
+def test_compiled_layer_is_the_eager_one(coarse_kernel_size: int, memory_format: torch.memory_format) -> None:
+    torch.manual_seed(SEED)
+    layer = make(coarse_kernel_size)
+    x = torch.randn(2, 8, 9, 6, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    names = ["input", *(name for name, _ in layer.named_parameters())]
+    inputs = [x, *layer.parameters()]
+    expected = layer(x)
+    cotangent = torch.randn(expected.shape, dtype=torch.float64)
+    expected_grads = torch.autograd.grad(expected, inputs, cotangent)
+
+    actual = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    actual_grads = torch.autograd.grad(actual, inputs, cotangent)
+    assert actual.is_contiguous(memory_format=memory_format)
+    for name, got, want in zip(["output", *names], (actual, *actual_grads), (expected, *expected_grads), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12, msg=lambda m, name=name: f"{name}, seed {SEED}: {m}")

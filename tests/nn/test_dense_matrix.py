@@ -1,0 +1,192 @@
+"""TwoLevelConv2d is the operator A_2L of Equations (3.3) to (3.5), in values and in every gradient.
+
+The reference writes A_2L as one dense matrix from (n H W) to (m h w), block by block, in float64, and lets autograd
+differentiate the product. It uses no convolution.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from tlgc_mp.nn import TwoLevelConv2d
+
+Pair = tuple[int, int]
+
+SEEDS = range(80)
+
+
+@dataclass(frozen=True)
+class Case:
+    seed: int
+    batch: int
+    in_channels: int
+    out_channels: int
+    size: Pair
+    kernel: Pair
+    coarse_kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    bias: bool
+    memory_format: torch.memory_format
+
+    def layer(self) -> TwoLevelConv2d:
+        return TwoLevelConv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.bias,
+            self.coarse_kernel,
+            dtype=torch.float64,
+        )
+
+
+def random_case(seed: int) -> Case:
+    draw = random.Random(seed)
+
+    def pair(*values: int) -> Pair:
+        first = draw.choice(values)
+        return (first, first) if draw.random() < 0.5 else (first, draw.choice(values))
+
+    groups = draw.choice((1, 2, 3, 4))
+    kernel, dilation, padding = pair(1, 2, 3), pair(1, 2), pair(0, 1, 2)
+    reach = [step * (d - 1) + 1 - 2 * p for step, d, p in zip(dilation, kernel, padding, strict=True)]
+    coarse = [
+        draw.choice([d0 for d0 in range(1, 6) if step * (d0 - d) % 2 == 0])
+        for step, d in zip(dilation, kernel, strict=True)
+    ]
+    return Case(
+        seed=seed,
+        batch=draw.choice((1, 2, 3)),
+        in_channels=groups * draw.choice((1, 2, 3)),
+        out_channels=groups * draw.choice((1, 2, 3)),
+        size=(max(reach[0], 1) + draw.randrange(5), max(reach[1], 1) + draw.randrange(5)),
+        kernel=kernel,
+        coarse_kernel=kernel if draw.random() < 0.5 else (coarse[0], coarse[1]),
+        stride=pair(1, 2),
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=draw.random() < 0.5,
+        memory_format=draw.choice((torch.channels_last, torch.contiguous_format)),
+    )
+
+
+def taps(size: int, out_size: int, kernel: int, stride: int, start: int, dilation: int) -> Tensor:
+    """(out_size, kernel, size): 1 where tap ``a`` of output position ``i`` reads input position ``p``, 0 elsewhere."""
+    table = torch.zeros(out_size, kernel, size, dtype=torch.float64)
+    for i in range(out_size):
+        for a in range(kernel):
+            position = start + i * stride + a * dilation
+            if 0 <= position < size:
+                table[i, a, position] = 1.0
+    return table
+
+
+def block(filters: Tensor, case: Case, out_size: Pair) -> Tensor:
+    """[C_d] as a matrix (rows: channel, i, j; columns: channel, p, q), its kernel centred where the fine one is."""
+    tables = []
+    for axis in (0, 1):
+        kernel = filters.shape[2 + axis]
+        twice_start = case.dilation[axis] * (case.kernel[axis] - kernel) - 2 * case.padding[axis]
+        assert twice_start % 2 == 0
+        start = twice_start // 2
+        tables.append(
+            taps(case.size[axis], out_size[axis], kernel, case.stride[axis], start, case.dilation[axis]),
+        )
+    matrix = torch.einsum("ocab,iap,jbq->oijcpq", filters, *tables)
+    return matrix.reshape(filters.shape[0] * out_size[0] * out_size[1], -1)
+
+
+def dense_matrix(layer: TwoLevelConv2d, case: Case, out_size: Pair) -> Tensor:
+    """A_2L = sum_k R~_k^T A_k R_k + R0bar^T R_0, Equation (3.5)."""
+    weight = layer.weight.unflatten(0, (case.groups, -1))  # N, m/N (+ 1), n/N, d, d
+    if layer.restriction is None:
+        fine, coarse = weight[:, :-1], weight[:, -1:]
+    else:
+        fine, coarse = weight, layer.restriction.unsqueeze(1)
+    group_convolution = torch.block_diag(*[block(filters, case, out_size) for filters in fine])
+    restriction = torch.block_diag(*[block(filters, case, out_size) for filters in coarse])
+    positions = torch.eye(out_size[0] * out_size[1], dtype=torch.float64)
+    return group_convolution + torch.kron(layer.prolongation, positions) @ restriction
+
+
+def reference(layer: TwoLevelConv2d, x: Tensor, case: Case) -> Tensor:
+    reach = [step * (d - 1) + 1 for step, d in zip(case.dilation, case.kernel, strict=True)]
+    height = (case.size[0] + 2 * case.padding[0] - reach[0]) // case.stride[0] + 1
+    width = (case.size[1] + 2 * case.padding[1] - reach[1]) // case.stride[1] + 1
+    y = x.flatten(1) @ dense_matrix(layer, case, (height, width)).t()
+    y = y.view(case.batch, case.out_channels, height, width)
+    return y if layer.bias is None else y + layer.bias.view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_output_and_gradients(seed: int) -> None:
+    case = random_case(seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    layer = case.layer()
+    with torch.no_grad():
+        for param in layer.parameters():
+            param.copy_(normal(*param.shape))
+    x = normal(case.batch, case.in_channels, *case.size).to(memory_format=case.memory_format).requires_grad_()
+
+    actual, expected = layer(x), reference(layer, x, case)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, msg=lambda m: f"output: {m}\n{case}")
+
+    names = ["input", *(name for name, _ in layer.named_parameters())]
+    inputs = [x, *layer.parameters()]
+    cotangent = normal(*expected.shape)
+    actual_grads = torch.autograd.grad(actual, inputs, cotangent)
+    expected_grads = torch.autograd.grad(expected, inputs, cotangent)
+    for name, got, want in zip(names, actual_grads, expected_grads, strict=True):
+        torch.testing.assert_close(
+            got, want, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"gradient of {name}: {m}\n{case}"
+        )
+
+
+KINDS: dict[str, Callable[[Case], bool]] = {
+    "one group": lambda c: c.groups == 1,
+    "more than two groups": lambda c: c.groups > 2,
+    "n != m": lambda c: c.in_channels != c.out_channels,
+    "d0 = d": lambda c: c.coarse_kernel == c.kernel,
+    "d0 > d": lambda c: c.coarse_kernel[0] > c.kernel[0] and c.coarse_kernel[1] > c.kernel[1],
+    "d0 < d, coarse kernel reads less than the padding": lambda c: (
+        c.coarse_kernel[0] < c.kernel[0] and c.padding[0] >= c.dilation[0]
+    ),
+    "d0 < d, no padding": lambda c: c.coarse_kernel[0] < c.kernel[0] and c.padding[0] == 0,
+    "d0 > d along one axis and d0 < d along the other": lambda c: (
+        (c.coarse_kernel[0] - c.kernel[0]) * (c.coarse_kernel[1] - c.kernel[1]) < 0
+    ),
+    "even kernel": lambda c: c.kernel[0] == 2,
+    "1x1": lambda c: c.kernel == c.coarse_kernel == (1, 1),
+    "rectangular kernel": lambda c: c.kernel[0] != c.kernel[1],
+    "rectangular image": lambda c: c.size[0] != c.size[1],
+    "stride 2": lambda c: c.stride == (2, 2),
+    "stride by axis": lambda c: c.stride[0] != c.stride[1],
+    "dilation 2": lambda c: c.dilation == (2, 2) and c.kernel[0] > 1,
+    "no padding": lambda c: c.padding == (0, 0) and c.kernel[0] > 1,
+    "bias": lambda c: c.bias,
+    "no bias": lambda c: not c.bias,
+    "channels_last": lambda c: c.memory_format == torch.channels_last and c.in_channels > 1,
+    "contiguous": lambda c: c.memory_format == torch.contiguous_format and c.in_channels > 1,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cases_include(kind: str) -> None:
+    assert any(KINDS[kind](random_case(seed)) for seed in SEEDS)
