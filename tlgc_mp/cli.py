@@ -48,9 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dataset", default="cifar10", help=f"{', '.join(DATASETS)} (default: %(default)s)")
     train.add_argument("--data-dir", metavar="DIR", help="where the images are; CIFAR is downloaded there if missing")
     train.add_argument("--image-size", type=int, metavar="PIXELS", help="for imagefolder and synthetic")
-    train.add_argument(
-        "--recipe", help=f"{', '.join(RECIPES)} (default: the data set's own, or cifar): epochs, batch, rate and decay"
-    )
+    train.add_argument("--recipe", help=f"{', '.join(RECIPES)} (default: by data set): epochs, batch, rate and decay")
     train.add_argument("--epochs", type=int, help="default: the recipe's; its milestones move along")
     train.add_argument("--batch-size", type=int, help="samples a step over all replicas (default: the recipe's)")
     train.add_argument("--learning-rate", type=float, metavar="RATE", help="the initial one (default: the recipe's)")

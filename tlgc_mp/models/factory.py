@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from tlgc_mp.models.names import check_model, parse_model
-from tlgc_mp.models.wide_resnet import WideResNet
+from tlgc_mp.models.wide_resnet import ConvFactory, WideResNet
 from tlgc_mp.nn import TwoLevelConv2d, init_parameters
 
-_CONVOLUTIONS = {
+_CONVOLUTIONS: dict[str, ConvFactory] = {
     "sc": functools.partial(nn.Conv2d, bias=False),
     "gc": functools.partial(nn.Conv2d, bias=False),
     "gc-2l": TwoLevelConv2d,

@@ -31,7 +31,7 @@ def parse_model(name: str) -> tuple[int, int]:
 
 def check_model(name: str, conv: str, groups: int, num_classes: int | None = None) -> None:
     """Raises :class:`UsageError` for any argument with which the model cannot be built."""
-    _, width = parse_model(name)
+    parse_model(name)
     if conv not in CONVOLUTIONS:
         raise UsageError(f"conv={conv!r} is unknown; use {one_of(CONVOLUTIONS)}")
     if conv == "sc" and groups != 1:

@@ -231,7 +231,9 @@ class TwoLevelConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, H, W) -> (B, m, h, w), in the memory format of ``x``."""
         if x.dim() != 4:
-            raise UsageError(f"input of shape {tuple(x.shape)} is no batch of images; give (B, {self.in_channels}, H, W)")
+            raise UsageError(
+                f"input of shape {tuple(x.shape)} is no batch of images; give (B, {self.in_channels}, H, W)"
+            )
         groups = self.local_groups
         fine = F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, groups)
         coarse = None

@@ -13,7 +13,7 @@ collectives do. Where DeepSpeed's communication layer is up, they go through it 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,11 @@ from tlgc_mp.nn.two_level import Exchange
 
 _in_flight: dict[int, tuple[Any, Tensor]] = {}
 """Address of a result still being received -> the work to wait for, and the input that must live until then."""
+
+
+def resolve_group(name: str) -> dist.ProcessGroup:
+    """The process group of that name."""
+    return _resolve_process_group(cast(Any, name))
 
 
 def _comm(name: str, torch_name: str) -> Any:
@@ -38,7 +43,7 @@ def _comm(name: str, torch_name: str) -> Any:
 def coarse_gather(share: Tensor, ranks: int, group_name: str) -> Tensor:
     """All-gather along the first dimension: (G, ...) on each of P ranks -> (P G, ...) on all, in rank order."""
     full = share.new_empty(ranks * share.shape[0], *share.shape[1:])
-    _comm("all_gather_into_tensor", "all_gather_single")(full, share.contiguous(), group=_resolve_process_group(group_name))
+    _comm("all_gather_into_tensor", "all_gather_single")(full, share.contiguous(), group=resolve_group(group_name))
     return full
 
 
@@ -55,7 +60,7 @@ def coarse_reduce_scatter(full: Tensor, ranks: int, group_name: str) -> Tensor:
     """
     full = full.contiguous()
     share = full.new_empty(full.shape[0] // ranks, *full.shape[1:])
-    group = _resolve_process_group(group_name)
+    group = resolve_group(group_name)
     work = _comm("reduce_scatter_tensor", "reduce_scatter_single")(share, full, group=group, async_op=True)
     _in_flight[share.data_ptr()] = (work, full)
     return share
@@ -95,7 +100,7 @@ coarse_gather.register_autograd(_gather_backward, setup_context=_gather_context)
 def sum_partials(partial: Tensor, group_name: str) -> Tensor:
     """Sum over the ranks of a group; every rank gets it. The gradient of the sum is each rank's own, unchanged."""
     total = partial.clone(memory_format=torch.contiguous_format)
-    _comm("all_reduce", "all_reduce")(total, group=_resolve_process_group(group_name))
+    _comm("all_reduce", "all_reduce")(total, group=resolve_group(group_name))
     return total
 
 

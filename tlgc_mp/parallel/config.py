@@ -53,7 +53,7 @@ def tensor_parallel_size(settings: Mapping[str, Any]) -> int | None:
     if section is None:
         return None
     if not isinstance(section, Mapping):
-        raise UsageError(f"tensor_parallel={json.dumps(section)} is not an object; use {{\"autotp_size\": P}}")
+        raise UsageError(f'tensor_parallel={json.dumps(section)} is not an object; use {{"autotp_size": P}}')
     size = section.get("autotp_size", 0)
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
         raise UsageError(f"tensor_parallel.autotp_size={json.dumps(size)} is not a number of ranks; use 1 or more")

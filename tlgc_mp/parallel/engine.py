@@ -1,8 +1,8 @@
 """A DeepSpeed engine whose model is split over tensor-parallel ranks.
 
 The split uses the engine's own hook for tensor parallelism: with ``tensor_parallel.autotp_size`` in its configuration
-the engine makes the groups, checks that the ranks of a replica see the same batch, and sums gradient norms over them. The
-layers here subclass its ``TensorParallel_Layer``, so it takes them for its own and skips its search for Linear layers.
+the engine makes the groups, checks that the ranks of a replica see the same batch, and sums gradient norms over them.
+The layers here subclass its ``TensorParallel_Layer``: it takes them for its own, and skips its search for Linear layers.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def start_distributed(distributed_port: int = 29500) -> None:
 def _skip_shared_memory_extension() -> None:
     """Keeps DeepSpeed from loading its shared-memory all-reduce, which only inference on CPUs calls.
 
-    Loading it compiles it on first use (half a minute, a C++ compiler); a process killed meanwhile leaves a lock on which
-    every later start waits without end; and a process killed later leaves its buffers in shared memory for good.
+    Loading it compiles it on first use (half a minute, a C++ compiler); a process killed meanwhile leaves a lock on
+    which every later start waits without end; and one killed later leaves its buffers in shared memory for good.
     """
     import deepspeed.ops
 

@@ -21,7 +21,7 @@ from deepspeed.module_inject.layers import (
 from torch import Tensor, nn
 
 from tlgc_mp.nn import TwoLevelConv2d
-from tlgc_mp.parallel.collectives import CoarseExchange, coarse_gather, copy_to_ranks, sum_partials
+from tlgc_mp.parallel.collectives import CoarseExchange, coarse_gather, copy_to_ranks, resolve_group, sum_partials
 from tlgc_mp.parallel.plan import Placement
 
 
@@ -145,7 +145,7 @@ class ParallelTwoLevelConv2d(TwoLevelConv2d, ShardedLayer):
 
     def _adjust(self, ranks: int) -> None:
         self.local_groups = self.groups // ranks
-        self.exchange = CoarseExchange(dist.distributed_c10d._resolve_process_group(self.coarse_group_name))
+        self.exchange = CoarseExchange(resolve_group(self.coarse_group_name))
 
 
 class ParallelGroupConv2d(nn.Conv2d, ShardedLayer):

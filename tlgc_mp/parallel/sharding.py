@@ -62,9 +62,7 @@ def shard(
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, sharded)
     if meta:
-        init_parameters(
-            model, torch.initial_seed() if seed is None else seed, shard_index=dist.get_rank(group)
-        )
+        init_parameters(model, torch.initial_seed() if seed is None else seed, shard_index=dist.get_rank(group))
     return model
 
 

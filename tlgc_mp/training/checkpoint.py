@@ -41,14 +41,15 @@ def load(engine: Any, settings: TrainSettings) -> dict[str, Any]:
     """
     assert settings.resume_from is not None
     folder, tag = settings.resume_from
+    where = os.path.join(folder, tag)
     try:
         with quiet_start():
             path, state = engine.load_checkpoint(folder, tag=tag)
     except (OSError, RuntimeError, EOFError, AssertionError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"--resume: the checkpoint in {os.path.join(folder, tag)!r} cannot be read: {reason}") from None
+        raise UsageError(f"--resume: the checkpoint in {where!r} cannot be read: {reason}") from None
     if path is None:
-        raise UsageError(f"--resume: the checkpoint in {os.path.join(folder, tag)!r} holds no state")
+        raise UsageError(f"--resume: the checkpoint in {where!r} holds no state")
     return dict(state["progress"])
 
 

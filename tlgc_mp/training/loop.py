@@ -81,7 +81,10 @@ def train(settings: TrainSettings, launch: Launch) -> None:
     progress = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0}
     if settings.resume_from is not None:
         progress = checkpoint.load(engine, settings)
-        _say(speaks, f"Resuming in epoch {progress['epoch'] + 1}, step {progress['step'] + 1}, of {settings.resume_from[1]}")
+        _say(
+            speaks,
+            f"Resuming in epoch {progress['epoch'] + 1}, step {progress['step'] + 1}, of {settings.resume_from[1]}",
+        )
     if speaks:
         os.makedirs(settings.output_dir, exist_ok=True)
     dist.barrier()

@@ -1,9 +1,9 @@
 """The folder of a run: what lies where, and which checkpoint to go on from. Loads no torch.
 
-    OUTPUT/metrics.jsonl                one JSON object an epoch
-    OUTPUT/tensorboard/, OUTPUT/csv/    the same figures through DeepSpeed's monitors
-    OUTPUT/checkpoints/latest           the tag of the newest checkpoint
-    OUTPUT/checkpoints/TAG/             DeepSpeed's files of one checkpoint, and run.json: what it is a checkpoint of
+OUTPUT/metrics.jsonl                one JSON object an epoch
+OUTPUT/tensorboard/, OUTPUT/csv/    the same figures through DeepSpeed's monitors
+OUTPUT/checkpoints/latest           the tag of the newest checkpoint
+OUTPUT/checkpoints/TAG/             DeepSpeed's files of one checkpoint, and run.json: what it is a checkpoint of
 """
 
 from __future__ import annotations

@@ -254,4 +254,3 @@ def _check_output(settings: TrainSettings) -> None:
         existing = os.path.dirname(os.path.abspath(existing))
     if not os.access(existing, os.W_OK):
         raise UsageError(f"--output-dir={path!r} cannot be written; give a folder in which you may write")
-

@@ -1,0 +1,33 @@
+# Sourced by the other scripts: makes .venv in the repository's root and installs the package into it.
+#
+#   prepare_environment [EXTRA]     EXTRA is an optional set of dependencies, "test" for example
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+prepare_environment() {
+    local extra=${1:-} python stamp
+    python=${PYTHON:-python3}
+    command -v "$python" >/dev/null || fail "python3 is missing; on Debian or Ubuntu: apt-get install python3 python3-venv"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "$("$python" --version) is too old; Python 3.10 or newer is needed (PYTHON=/path/to/python chooses one)"
+    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        fail "Python's venv module is missing; on Debian or Ubuntu: apt-get install python3-venv"
+
+    # Installed already for this pyproject.toml, this folder and these extras: nothing to do.
+    stamp="$(cksum <pyproject.toml) $PWD"
+    if [ -f ".venv/installed-$extra" ] && [ "$(cat ".venv/installed-$extra")" = "$stamp" ]; then
+        export PATH="$PWD/.venv/bin:$PATH"
+        return
+    fi
+    echo "Installing into .venv (torch alone is several gigabytes; this takes minutes, once) ..."
+    [ -x .venv/bin/python ] || "$python" -m venv .venv || fail "no virtual environment could be made in $PWD/.venv"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}" ||
+        fail "the installation failed; the lines above say why"
+    echo "$stamp" >".venv/installed-$extra"
+    export PATH="$PWD/.venv/bin:$PATH"
+}
