@@ -1,8 +1,6 @@
 """``python -m tlgc_mp`` is the ``tlgc-mp`` command."""
 
-import sys
-
-from tlgc_mp.cli import main
+from tlgc_mp.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -76,8 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     params = commands.add_parser(
         "params",
         help="count a model's parameters, in all and on each rank, without building it",
-        description='Print {"total": ..., "per_rank": ...} as JSON: the parameters of the whole model, and those one of '
-        "P tensor-parallel ranks holds. Nothing is allocated.",
+        description='Print {"total": ..., "per_rank": ...} as JSON: the parameters of the whole model, and those that '
+        "one of P tensor-parallel ranks holds. Nothing is allocated.",
         allow_abbrev=False,
     )
     _model_arguments(params)
@@ -112,6 +113,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
+def entry() -> NoReturn:
+    """The process's entry point: :func:`main`, and an end that no other rank can hold up.
+
+    A rank that fails leaves without the usual farewell: waiting at exit for ranks that wait for this one (MPI's does)
+    would hang the job, where a launcher that sees a non-zero status ends it.
+    """
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status == 0 or Launch.detect().world == 1:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def _params(options: Any, launch: Launch) -> int:
     check_model(options.model, options.conv, options.groups, options.num_classes)
     check_split(options.model, options.conv, options.groups, options.tp)
@@ -141,7 +160,5 @@ def _train(options: Any, launch: Launch) -> int:
     try:
         train(settings, launch)
     except Interrupted as stopped:
-        if launch.rank == 0:
-            print(f"tlgc-mp: stopped by {stopped}; --resume goes on from the last checkpoint", file=sys.stderr)
         return 128 + stopped.signal
     return 0

@@ -2,7 +2,7 @@
 
 The split uses the engine's own hook for tensor parallelism: with ``tensor_parallel.autotp_size`` in its configuration
 the engine makes the groups, checks that the ranks of a replica see the same batch, and sums gradient norms over them.
-The layers here subclass its ``TensorParallel_Layer``: it takes them for its own, and skips its search for Linear layers.
+The layers here subclass its ``TensorParallel_Layer``: it takes them for its own and looks for no others to split.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def initialize(
     if model is None:
         raise UsageError("model: none is given; give a torch.nn.Module")
     settings = read_config(given)
+    settings.setdefault("gradient_clipping", 0.0)  # DeepSpeed clips to 1 where nothing is said
     ranks = tensor_parallel_size(settings) or 1
     zero_stage(settings)
     start_distributed(distributed_port)
@@ -130,6 +131,8 @@ def start_distributed(distributed_port: int = 29500) -> None:
         if launch.world == 1 or "RANK" in os.environ:
             for name, value in (("RANK", launch.rank), ("WORLD_SIZE", launch.world), ("LOCAL_RANK", launch.local_rank)):
                 os.environ.setdefault(name, str(value))
+        else:
+            distributed_port = _port_over_mpi(distributed_port)
         with _announce_when_slow(launch.rank):
             deepspeed.init_distributed(
                 dist_backend=get_accelerator().communication_backend_name(), distributed_port=distributed_port
@@ -230,7 +233,17 @@ def _announce_when_slow(rank: int) -> Iterator[None]:
         timer.cancel()
 
 
+def _port_over_mpi(default: int) -> int:
+    """The port on which the ranks of an MPI job meet: MASTER_PORT where it is set, else one that is free on rank 0."""
+    if "MASTER_PORT" in os.environ:
+        return int(os.environ["MASTER_PORT"])
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    return int(world.bcast(_free_port() if world.Get_rank() == 0 else default, root=0))
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         return int(probe.getsockname()[1])

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -24,12 +24,12 @@ class Interrupted(Exception):
     """The run was asked to stop, and did. ``signal`` is the signal's number."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
+        super().__init__(number)
         self.signal = number
 
 
 class StopRequest:
-    """Listens for SIGINT and SIGTERM while it is entered.
+    """Listens for SIGINT, SIGTERM and SIGUSR1 (which mpirun passes on to its ranks) while it is entered.
 
     A second Ctrl-C after two seconds ends the process at once, without a checkpoint.
     """
@@ -44,7 +44,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if dist.get_world_size() > 1:
             self._store = dist.distributed_c10d._get_default_store()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -74,7 +74,20 @@ class StopRequest:
         self.received = int(number)
         return step >= int(stop_before)
 
-    def raise_if_received(self) -> None:
-        """Raises :class:`Interrupted` on a rank that was asked to stop. For where the state is on disk already."""
+    def leave(self, saved: str) -> NoReturn:
+        """Says on rank 0 where the state ``saved`` lies, and raises :class:`Interrupted` on every rank. Collective."""
+        self._say(saved)
+        dist.barrier()  # a launcher ends the other ranks as soon as one has left
+        raise Interrupted(self.received or signal.SIGTERM)
+
+    def leave_if_received(self, saved: str) -> None:
+        """Raises :class:`Interrupted` on a rank that was asked to stop. For where the state is ``saved`` already, and
+        the others need not be waited for."""
         if self.received is not None:
+            self._say(saved)
             raise Interrupted(self.received)
+
+    def _say(self, saved: str) -> None:
+        if dist.get_rank() == 0:
+            name = signal.Signals(self.received or signal.SIGTERM).name
+            print(f"tlgc-mp: stopped by {name}; --resume goes on from {saved}", file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ from tlgc_mp.parallel.engine import start_distributed
 from tlgc_mp.parallel.plan import parameter_counts
 from tlgc_mp.parallel.topology import Launch
 from tlgc_mp.training import checkpoint
-from tlgc_mp.training.interrupt import Interrupted, StopRequest
+from tlgc_mp.training.interrupt import StopRequest
 from tlgc_mp.training.metrics import Metrics, peak_memory_bytes, print_summary
 from tlgc_mp.training.settings import TrainSettings
 
@@ -135,8 +135,8 @@ class _Run:
             average_running_statistics(self.engine.module, self.settings.topology.data_parallel)
             saved = self._save(f"epoch-{epoch + 1}", epoch, self.steps, loss, began)
             if stop.before_step((epoch + 1) * self.steps):
-                raise Interrupted(stop.received or 0)
-            test_loss, test_error = self._evaluate(stop)
+                stop.leave(saved)
+            test_loss, test_error = self._evaluate(stop, saved)
             samples = (epoch + 1) * self.steps * self.settings.config["train_batch_size"]
             figures = {
                 "train_loss": float(loss) / self.steps,
@@ -176,8 +176,7 @@ class _Run:
                 if stop.before_step(epoch * self.steps + step):
                     loss = self._averaged(loss_sum)
                     average_running_statistics(engine.module, self.settings.topology.data_parallel)
-                    self._save(f"epoch-{epoch + 1}-step-{step}", epoch, step, loss, began)
-                    raise Interrupted(stop.received or 0)
+                    stop.leave(self._save(f"epoch-{epoch + 1}-step-{step}", epoch, step, loss, began))
                 for images, labels in islice(stream, accumulation):
                     images, labels = _to_device(images, labels, engine.device)
                     loss = F.cross_entropy(engine(images).float(), labels)
@@ -192,13 +191,13 @@ class _Run:
         return _reduced(loss_sum) / self.settings.topology.world
 
     @torch.no_grad()
-    def _evaluate(self, stop: StopRequest) -> tuple[float, float]:
+    def _evaluate(self, stop: StopRequest, saved: str) -> tuple[float, float]:
         """(mean loss, error in percent) over the test set, each image counted once."""
         engine = self.engine
         engine.eval()
         totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
         for images, labels, weights in self.tests:
-            stop.raise_if_received()
+            stop.leave_if_received(saved)
             images, labels = _to_device(images, labels, engine.device)
             weights = weights.to(engine.device)
             logits = engine(images).float()

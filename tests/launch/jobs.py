@@ -1,0 +1,166 @@
+"""Starts ``tlgc-mp`` under the real launchers, and sees to it that nothing of a job outlives its test.
+
+The processes of a job are known by its output folder, which no other job has and every rank has on its command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parents[2]
+
+
+def command(launcher: str) -> list[str]:
+    """What starts two ranks of the module under ``launcher``, or one process where it is ``"plain"``."""
+    port = free_port()
+    return {
+        "plain": [sys.executable, "-m", "tlgc_mp"],
+        "deepspeed": [
+            *(str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", port),
+            *("--log_level", "error", "--module", "tlgc_mp"),
+        ],
+        # As scripts/train_mpi.sh starts it.
+        "mpirun": [
+            *(str(BIN / "mpirun"), "-n", "2", "--oversubscribe", "--bind-to", "none", "--allow-run-as-root"),
+            *(sys.executable, "-m", "tlgc_mp"),
+        ],
+        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", port, "-m", "tlgc_mp"],
+    }[launcher]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+class Job:
+    """A running launch of ``tlgc-mp train``; see :func:`started`."""
+
+    def __init__(self, launcher: str, options: list[str], output_dir: Path, stdout: TextIO, stderr: TextIO) -> None:
+        self.output_dir = output_dir
+        self._stdout, self._stderr = stdout, stderr
+        self._launcher = launcher
+        launched = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "PMI")
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(launched)}
+        environment.update(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+        self.process = subprocess.Popen(
+            [*command(launcher), "train", *options, "--output-dir", str(output_dir)],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._stdout,
+            stderr=self._stderr,
+            start_new_session=True,
+        )
+
+    def wait(self, seconds: float) -> int:
+        """The launcher's exit status."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the job still runs after {seconds} s; it said\n{self.said()}") from None
+
+    @property
+    def stdout(self) -> str:
+        self._stdout.seek(0)
+        return self._stdout.read()
+
+    @property
+    def stderr(self) -> str:
+        self._stderr.seek(0)
+        return self._stderr.read()
+
+    def said(self) -> str:
+        return f"{self.stdout}\n{self.stderr}"
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of its metrics file."""
+        try:
+            text = (self.output_dir / "metrics.jsonl").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def wait_for_epoch(self, seconds: float = 100.0) -> None:
+        """Returns when the first epoch's figures are there and the second epoch is under way."""
+        deadline = time.monotonic() + seconds
+        while not self.lines():
+            assert self.process.poll() is None, f"the job ended before it had trained an epoch; it said\n{self.said()}"
+            assert time.monotonic() < deadline, f"no epoch within {seconds} s; the job said\n{self.said()}"
+            time.sleep(0.02)
+        time.sleep(0.2)
+
+    def ctrl_c(self) -> None:
+        """What Ctrl-C sends: SIGINT to the whole foreground group, which scripts/train_mpi.sh turns into a SIGUSR1 to
+        mpirun."""
+        if self._launcher == "mpirun":
+            self.process.send_signal(signal.SIGUSR1)
+        else:
+            os.killpg(self.process.pid, signal.SIGINT)
+
+    def processes(self) -> dict[int, list[str]]:
+        """Everything that runs with this job's output folder on its command line: pid -> the command line."""
+        found = {}
+        for entry in os.scandir("/proc"):
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    words = Path(entry.path, "cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+                    if str(self.output_dir) in words:
+                        found[int(entry.name)] = words
+        return found
+
+    def ranks(self) -> list[int]:
+        """The pids of its ranks: the processes that no other process of the job comes from."""
+        pids = self.processes()
+        parents = {_parent(pid) for pid in pids}
+        return sorted(pid for pid in pids if pid not in parents)
+
+    def left(self, seconds: float = 5.0) -> dict[int, list[str]]:
+        """What of it still runs ``seconds`` after the launcher has ended."""
+        deadline = time.monotonic() + seconds
+        while (found := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return found
+
+    def end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def started(launcher: str, options: list[str], output_dir: Path) -> Iterator[Job]:
+    """A job in a session of its own, all of which is killed on leaving."""
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as stdout,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as stderr,
+    ):
+        job = Job(launcher, options, output_dir, stdout, stderr)
+        try:
+            yield job
+        finally:
+            job.end()
+
+
+def _parent(pid: int) -> int:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    return int(text.rpartition(")")[2].split()[1])

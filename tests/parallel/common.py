@@ -1,0 +1,141 @@
+"""What the parallel tests share: the same data on every rank, the one-device oracle, and the whole of what is split."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.ranks import run_ranks
+from tlgc_mp.parallel.layers import ShardedLayer
+
+SEED = 20260
+"""Of every random input and initial weight here; assertions print it."""
+
+Batch = tuple[Tensor, Tensor]
+OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+
+
+def run_ranks_once(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """:func:`run_ranks`, once for each set of arguments: later tests get what it returned, or raised, again."""
+    outcome = _outcome(world, function, arguments)
+    if isinstance(outcome, AssertionError):
+        raise outcome
+    return outcome
+
+
+@functools.cache
+def _outcome(world: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any] | AssertionError:
+    try:
+        return run_ranks(world, function, *arguments, timeout=200.0)
+    except AssertionError as error:
+        return error
+
+
+def batches(count: int, size: int, dtype: torch.dtype) -> list[Batch]:
+    """``count`` batches of ``size`` 8 x 8 images in 10 classes; the same wherever it is called."""
+    generator = torch.Generator().manual_seed(SEED)
+    return [
+        (
+            torch.randn(size, 3, 8, 8, generator=generator, dtype=torch.float64).to(dtype),
+            torch.randint(0, 10, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def seeded_model(conv: str, groups: int, dtype: torch.dtype, device: str) -> nn.Module:
+    """WRN-10-2 with the initial weights of :data:`SEED`, or on the meta device about to get them."""
+    from tlgc_mp import create_model
+
+    torch.manual_seed(SEED)
+    return create_model("wrn-10-2", conv=conv, groups=groups, device=device).to(dtype)
+
+
+def gather_shares(share: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """The shares of all ranks of ``group``, joined along ``dim`` in rank order."""
+    shares = [torch.empty_like(share, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shares, share.contiguous(), group=group)
+    return torch.cat(shares, dim=dim)
+
+
+def gather_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Parameter name -> its whole gradient, on every rank."""
+    gradients: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        for key, param in module.named_parameters(recurse=False):
+            assert param.grad is not None, f"{name}.{key} has no gradient"
+            grad = param.grad
+            if isinstance(module, ShardedLayer) and key in module.placement.dims:
+                grad = gather_shares(grad, module.placement.dims[key], module.mp_group)
+            gradients[f"{name}.{key}"] = grad
+    return gradients
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, in units of the largest expected value."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    difference = (actual.double() - expected.double()).abs().max()
+    return (difference / expected.double().abs().max().clamp_min(1e-30)).item()
+
+
+def assert_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float) -> None:
+    """Fails unless the names are the same and each tensor is within ``tolerance`` of the expected one, relatively."""
+    assert set(actual) == set(expected)
+    errors = {name: relative_error(actual[name], expected[name]) for name in expected}
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] <= tolerance, f"{worst} is off by {errors[worst]:.2e}, more than {tolerance:.0e} (seed {SEED})"
+
+
+@dataclass
+class TrainingRun:
+    """What a training run left behind, of one device or of one rank.
+
+    Attributes:
+        losses: by replica (a rank has one, its own), of every micro-batch in the order of training.
+        norms: the gradient norm of every step, where it was measured.
+        states: by replica, the whole model's state: the same parameters, its own BatchNorm statistics.
+    """
+
+    losses: list[list[float]] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    states: list[dict[str, Tensor]] = field(default_factory=list)
+
+
+def train_one_device(
+    model: nn.Module,
+    data: list[Batch],
+    optimizer_factory: OptimizerFactory,
+    *,
+    replicas: int = 1,
+    accumulation: int = 1,
+    clip: float = float("inf"),
+) -> TrainingRun:
+    """Trains the whole ``model`` as ``replicas`` x ``accumulation`` micro-batches of each batch would be trained.
+
+    Under data parallelism BatchNorm normalizes over each micro-batch of a replica alone. So the micro-batches go
+    through the model one after the other, each replica with running statistics of its own, and their losses are
+    averaged.
+    """
+    run = TrainingRun(losses=[[] for _ in range(replicas)])
+    statistics = [{name: buffer.clone() for name, buffer in model.named_buffers()} for _ in range(replicas)]
+    optimizer = optimizer_factory(model.parameters())
+    for images, labels in data:
+        optimizer.zero_grad()
+        parts = zip(images.chunk(replicas * accumulation), labels.chunk(replicas * accumulation), strict=True)
+        for index, (part, part_labels) in enumerate(parts):
+            replica = index % replicas
+            logits = torch.func.functional_call(model, statistics[replica], (part,))
+            loss = F.cross_entropy(logits, part_labels)
+            (loss / (replicas * accumulation)).backward()
+            run.losses[replica].append(loss.item())
+        run.norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip).item())
+        optimizer.step()
+    run.states = [{**model.state_dict(), **statistics[replica]} for replica in range(replicas)]
+    return run

@@ -1,0 +1,108 @@
+"""One two-level layer split over P ranks, and the BatchNorm after it, against the same layer on one device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.parallel.common import SEED, assert_close, gather_gradients, gather_shares, run_ranks_once
+from tlgc_mp.nn import TwoLevelConv2d
+from tlgc_mp.parallel import gather_state_dict, shard
+
+SPLITS = [(2, 2), (2, 4), (2, 6), (3, 3), (4, 4), (4, 8)]
+"""(P, N)"""
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "fused": dict(kernel_size=3, padding=1),
+    "fused, bias": dict(kernel_size=3, padding=1, bias=True),
+    "fused, stride 2": dict(kernel_size=3, padding=1, stride=2),
+    "1x1, stride 2": dict(kernel_size=1, stride=2),
+    "d0 < d, bias, stride 2": dict(kernel_size=3, padding=1, stride=2, bias=True, coarse_kernel_size=1),
+    "d0 > d": dict(kernel_size=1, coarse_kernel_size=3),
+}
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5}
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def _case(groups: int, layer: str, dtype: torch.dtype, layout: str) -> tuple[nn.Module, Tensor]:
+    """The whole layer with a BatchNorm after it, and its whole input; the same wherever it is called."""
+    torch.manual_seed(SEED)
+    model = nn.Sequential(
+        TwoLevelConv2d(2 * groups, 3 * groups, groups=groups, **LAYERS[layer]), nn.BatchNorm2d(3 * groups)
+    )
+    for param in model.parameters():
+        nn.init.normal_(param)
+    images = torch.randn(3, 2 * groups, 7, 6)
+    return model.to(dtype), images.to(dtype).contiguous(memory_format=FORMATS[layout])
+
+
+def _forward_and_backward(model: nn.Module, x: Tensor, rank: int, ranks: int) -> dict[str, Tensor]:
+    """Outputs of both layers and the input's gradient, of channel share ``rank`` of ``ranks``.
+
+    The loss weighs every output of the convolution and of the BatchNorm at random, so that no gradient cancels.
+    """
+    conv, norm = model
+    x = x.requires_grad_()
+    y = conv(x)
+    z = norm(y)
+    generator = torch.Generator().manual_seed(SEED)
+    shape = (2, y.shape[0], y.shape[1] * ranks, *y.shape[2:])
+    weights = torch.randn(shape, generator=generator).to(x.dtype).chunk(ranks, dim=2)[rank]
+    (weights[0] * y + weights[1] * z).sum().backward()
+    assert x.grad is not None
+    return {"output": y.detach(), "normalized": z.detach(), "input gradient": x.grad}
+
+
+def _on_ranks(groups_of_cases: tuple[int, ...]) -> dict[Any, tuple[dict[str, Tensor], bool]]:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    group = dist.group.WORLD
+    assert group is not None
+    answers = {}
+    for groups in groups_of_cases:
+        for layer in LAYERS:
+            for dtype in TOLERANCES:
+                for layout, memory_format in FORMATS.items():
+                    model, x = _case(groups, layer, dtype, layout)
+                    model = shard(model)
+                    share = x.chunk(ranks, dim=1)[rank].contiguous(memory_format=memory_format)
+                    found = _forward_and_backward(model, share, rank, ranks)
+                    kept = all(value.is_contiguous(memory_format=memory_format) for value in found.values())
+                    whole = {key: gather_shares(value, 1, group) for key, value in found.items()}
+                    answers[groups, layer, dtype, layout] = (
+                        {**whole, **gather_gradients(model), **_statistics(gather_state_dict(model))},
+                        kept,
+                    )
+    return answers
+
+
+def _statistics(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if "running" in key}
+
+
+def _by_rank(ranks: int) -> list[Any]:
+    return run_ranks_once(ranks, _on_ranks, tuple(groups for p, groups in SPLITS if p == ranks))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(("ranks", "groups"), SPLITS)
+def test_split_layer_computes_what_the_whole_one_does(ranks: int, groups: int, layer: str, dtype: torch.dtype) -> None:
+    for layout in FORMATS:
+        model, x = _case(groups, layer, dtype, layout)
+        expected = _forward_and_backward(model, x, 0, 1)
+        expected |= {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+        expected |= _statistics(model.state_dict())
+        for answers in _by_rank(ranks):
+            assert_close(answers[groups, layer, dtype, layout][0], expected, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize(("ranks", "groups"), SPLITS)
+def test_memory_format_of_the_input_is_kept(ranks: int, groups: int, layout: str) -> None:
+    for answers in _by_rank(ranks):
+        lost = [key for key, (_, kept) in answers.items() if key[0] == groups and key[3] == layout and not kept]
+        assert not lost

@@ -1,0 +1,285 @@
+"""A mistake of the user's is answered at once, in one line that names it and says what would work, on rank 0 alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tlgc_mp.cli import main
+
+SYNTHETIC = ["--dataset", "synthetic", "--model", "wrn-10-1", "--image-size", "8"]
+
+# name: (ranks started, arguments of train, what the line holds). In arguments, {tmp} is the test's folder.
+MISTAKES: dict[str, tuple[int, list[str], list[str]]] = {
+    "groups do not divide the channels": (
+        1,
+        [*SYNTHETIC, "--groups", "3"],
+        ["groups=3", "16 channels", "1, 2, 4, 8, 16"],
+    ),
+    "groups zero": (1, [*SYNTHETIC, "--groups", "0"], ["groups=0", "1, 2, 4, 8, 16"]),
+    "groups negative": (1, [*SYNTHETIC, "--groups", "-4"], ["groups=-4", "1, 2, 4, 8, 16"]),
+    "groups not a number": (1, [*SYNTHETIC, "--groups", "four"], ["--groups", "'four'", "int"]),
+    "groups of a dense convolution": (1, [*SYNTHETIC, "--conv", "sc", "--groups", "4"], ["groups=4", "sc", "use 1"]),
+    "ranks do not divide the groups": (8, [*SYNTHETIC, "--tp", "8"], ["=8", "groups=4", "1, 2, 4"]),
+    "ranks do not divide the world": (3, [*SYNTHETIC, "--tp", "2"], ["=2", "3 ranks", "1, 3"]),
+    "more ranks than the stem has channels": (
+        32,
+        [*SYNTHETIC, "--conv", "sc", "--tp", "32"],
+        ["=32", "16 channels", "1, 2, 4, 8, 16"],
+    ),
+    "ranks zero": (1, [*SYNTHETIC, "--tp", "0"], ["=0", "1 or more"]),
+    "ranks negative": (2, [*SYNTHETIC, "--tp", "-2"], ["=-2", "1 or more"]),
+    "model": (1, ["--dataset", "synthetic", "--model", "resnet50"], ["model='resnet50'", "wrn-28-10"]),
+    "depth": (1, ["--dataset", "synthetic", "--model", "wrn-11-1"], ["wrn-11-1", "depth 11", "10, 16, 22"]),
+    "width": (1, ["--dataset", "synthetic", "--model", "wrn-10-0"], ["wrn-10-0", "width 0", "1 or more"]),
+    "convolution": (1, [*SYNTHETIC, "--conv", "gc2l"], ["conv='gc2l'", "sc, gc, gc-2l"]),
+    "data set": (1, ["--dataset", "mnist"], ["--dataset", "mnist", "digits, cifar10"]),
+    "recipe": (1, [*SYNTHETIC, "--recipe", "slow"], ["--recipe", "'slow'", "cifar, imagenet, digits"]),
+    "flag": (1, [*SYNTHETIC, "--grups", "4"], ["--grups", "--help"]),
+    "flag cut short": (1, [*SYNTHETIC, "--epoch", "4"], ["--epoch", "--help"]),
+    "flag without its value": (1, [*SYNTHETIC, "--epochs"], ["--epochs", "--help"]),
+    "epochs": (1, [*SYNTHETIC, "--epochs", "-1"], ["--epochs=-1", "1 or more"]),
+    "no epochs": (1, [*SYNTHETIC, "--epochs", "0"], ["--epochs=0", "1 or more"]),
+    "batch size": (1, [*SYNTHETIC, "--batch-size", "-8"], ["--batch-size=-8", "1 or more"]),
+    "batch size does not divide": (2, [*SYNTHETIC, "--tp", "1", "--batch-size", "7"], ["7", "2 replicas", "of 2"]),
+    "learning rate": (1, [*SYNTHETIC, "--learning-rate", "-0.1"], ["--learning-rate=-0.1", "positive", "0.1"]),
+    "learning rate nan": (1, [*SYNTHETIC, "--learning-rate", "nan"], ["--learning-rate=nan", "positive"]),
+    "seed": (1, [*SYNTHETIC, "--seed", "-1"], ["--seed=-1", "0 or more"]),
+    "workers": (1, [*SYNTHETIC, "--workers", "-1"], ["--workers=-1", "0 or more"]),
+    "keep": (1, [*SYNTHETIC, "--keep", "0"], ["--keep=0", "1 or more"]),
+    "image size": (1, [*SYNTHETIC, "--image-size", "-8"], ["--image-size=-8", "8 or more"]),
+    "classes": (1, [*SYNTHETIC, "--num-classes", "0"], ["num_classes=0", "1 or more"]),
+    "classes of a data set that knows": (
+        1,
+        ["--dataset", "digits", "--num-classes", "7"],
+        ["--num-classes=7", "leave"],
+    ),
+    "data folder not given": (1, ["--dataset", "cifar10"], ["--data-dir", "cifar10", "cifar-10-batches-py"]),
+    "data folder missing": (
+        1,
+        ["--dataset", "imagefolder", "--data-dir", "{tmp}/none"],
+        ["--data-dir", "{tmp}/none", "does not exist", "train/<class>"],
+    ),
+    "data folder is a file": (
+        1,
+        ["--dataset", "cifar10", "--data-dir", "{tmp}/file"],
+        ["--data-dir", "{tmp}/file", "cifar-10-batches-py"],
+    ),
+    "data folder laid out wrong": (
+        1,
+        ["--dataset", "imagefolder", "--data-dir", "{tmp}/flat"],
+        ["--data-dir", "{tmp}/flat", "train/"],
+    ),
+    "data folder with a class missing": (
+        1,
+        ["--dataset", "imagefolder", "--data-dir", "{tmp}/uneven"],
+        ["--data-dir", "{tmp}/uneven", "class dog", "test/"],
+    ),
+    "imagenet with two classes": (
+        1,
+        ["--dataset", "imagenet", "--data-dir", "{tmp}/even"],
+        ["--data-dir", "{tmp}/even", "1000", "imagefolder"],
+    ),
+    "output folder holds a run": (
+        1,
+        [*SYNTHETIC, "--output-dir", "{tmp}/old"],
+        ["--output-dir", "{tmp}/old", "--resume"],
+    ),
+    "output folder is a file": (
+        1,
+        [*SYNTHETIC, "--output-dir", "{tmp}/file"],
+        ["--output-dir", "{tmp}/file", "folder"],
+    ),
+    "output folder in a file": (
+        1,
+        [*SYNTHETIC, "--output-dir", "{tmp}/file/run"],
+        ["--output-dir", "{tmp}/file/run", "folder"],
+    ),
+    "nothing to resume": (1, [*SYNTHETIC, "--resume"], ["--resume", "{tmp}/run", "--output-dir"]),
+    "resume from elsewhere": (1, [*SYNTHETIC, "--resume", "{tmp}/flat"], ["--resume", "{tmp}/flat", "no checkpoint"]),
+    "resume a checkpoint that is gone": (1, [*SYNTHETIC, "--resume", "{tmp}/gone"], ["--resume", "'epoch-3'"]),
+    "resume another run": (1, [*SYNTHETIC, "--resume", "{tmp}/other"], ["--resume", "model='wrn-16-1'", "'wrn-10-1'"]),
+    "resume what describes no run": (1, [*SYNTHETIC, "--resume", "{tmp}/torn"], ["--resume", "{tmp}/torn", "run.json"]),
+    "configuration missing": (
+        1,
+        [*SYNTHETIC, "--deepspeed_config", "{tmp}/none.json"],
+        ["deepspeed_config", "{tmp}/none.json", "give a JSON file"],
+    ),
+    "configuration is a folder": (1, [*SYNTHETIC, "--deepspeed_config", "{tmp}"], ["deepspeed_config", "{tmp}"]),
+}
+
+# name: (ranks started, the configuration's text, more arguments, what the line holds)
+CONFIGURATIONS: dict[str, tuple[int, str, list[str], list[str]]] = {
+    "malformed": (1, '{"zero_optimization": {"stage": 1}', [], ["deepspeed_config", "{config}", "is not JSON"]),
+    "array": (1, "[1, 2]", [], ["deepspeed_config", "{config}", "no JSON object"]),
+    "not text": (1, "\udcff\udcfe", [], ["deepspeed_config", "{config}", "is not JSON"]),
+    "key twice": (1, '{"steps_per_print": 1, "steps_per_print": 2}', [], ["'steps_per_print'", "twice"]),
+    "stage": (1, '{"zero_optimization": {"stage": 7}}', [], ["zero_optimization.stage=7", "0, 1, 2, 3"]),
+    "stage as text": (1, '{"zero_optimization": {"stage": "two"}}', [], ["zero_optimization.stage=", "two", "0, 1"]),
+    "stage outside its section": (1, '{"zero_optimization": true}', [], ["zero_optimization", "0, 1, 2, 3"]),
+    "ranks as text": (
+        2,
+        '{"tensor_parallel": {"autotp_size": "two"}}',
+        [],
+        ["tensor_parallel.autotp_size=", "two", "1 or more"],
+    ),
+    "ranks negative": (2, '{"tensor_parallel": {"autotp_size": -2}}', [], ["autotp_size=-2", "1 or more"]),
+    "ranks outside their section": (2, '{"tensor_parallel": 2}', [], ["tensor_parallel=2", "autotp_size"]),
+    "ranks do not divide the world": (3, '{"tensor_parallel": {"autotp_size": 2}}', [], ["=2", "3 ranks", "1, 3"]),
+    "ranks contradict": (
+        2,
+        '{"tensor_parallel": {"autotp_size": 2}}',
+        ["--tp", "1"],
+        ["--tp=1", "tensor_parallel.autotp_size=2"],
+    ),
+    "batch contradicts": (1, '{"train_batch_size": 32}', ["--batch-size", "64"], ["--batch-size=64", "32"]),
+    "batch as text": (1, '{"train_batch_size": "many"}', [], ["train_batch_size=", "many", "int"]),
+    "batch negative": (1, '{"train_batch_size": -32}', [], ["train_batch_size=-32", "1 or more"]),
+    "rate contradicts": (
+        1,
+        '{"optimizer": {"type": "SGD", "params": {"lr": 0.2}}}',
+        ["--learning-rate", "0.1"],
+        ["--learning-rate=0.1", "optimizer.params.lr=0.2"],
+    ),
+    "rate missing": (1, '{"optimizer": {"type": "SGD"}}', [], ["optimizer=", "lr"]),
+    "optimizer is a name": (1, '{"optimizer": "SGD"}', [], ["optimizer=", "SGD", "params"]),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with what the mistakes need."""
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "0.png").touch()
+    for image in ("train/cat/0.png", "test/cat/0.png"):
+        for kind in ("uneven", "even"):
+            path = tmp_path / kind / image
+            path.parent.mkdir(parents=True)
+            path.touch()
+    (tmp_path / "uneven/train/dog").mkdir()
+    (tmp_path / "uneven/train/dog/0.png").touch()
+    (tmp_path / "even/val").mkdir()
+    (tmp_path / "even/val/cat").mkdir()
+    (tmp_path / "even/val/cat/0.png").touch()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/metrics.jsonl").write_text('{"epoch": 1}\n')
+    for run, described in (("gone", None), ("other", json.dumps({"model": "wrn-16-1"})), ("torn", '{"model": ')):
+        checkpoint = tmp_path / run / "checkpoints" / "epoch-3"
+        checkpoint.mkdir(parents=True)
+        (checkpoint.parent / "latest").write_text("epoch-3\n")
+        if described is not None:
+            (checkpoint / "run.json").write_text(described)
+    return tmp_path
+
+
+def _not_refused() -> None:
+    raise AssertionError("the mistake went past the checks: torch and deepspeed were about to be loaded")
+
+
+def _refused(folder: Path, monkeypatch: pytest.MonkeyPatch, world: int, rank: int, arguments: list[str]) -> None:
+    """Runs ``train`` as one rank of a launch; asserts that it ends with 2, and leaves no file."""
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("tlgc_mp.parallel.engine.quiet_start", _not_refused)
+    before = sorted(folder.rglob("*"))
+    if "--output-dir" not in arguments:
+        arguments = [*arguments, "--output-dir", str(folder / "run")]
+    assert main(["train", "--epochs", "1", *arguments]) == 2
+    assert sorted(folder.rglob("*")) == before
+
+
+def _one_line(captured: tuple[str, str], parts: list[str]) -> None:
+    out, err = captured
+    assert out == ""
+    assert err.endswith("\n") and len(err.splitlines()) == 1, err
+    assert err.startswith("tlgc-mp: error: "), err
+    assert [part for part in parts if part not in err] == [], err
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_in_the_arguments(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mistake: str
+) -> None:
+    world, arguments, parts = MISTAKES[mistake]
+    arguments, parts = ([text.replace("{tmp}", str(folder)) for text in texts] for texts in (arguments, parts))
+
+    _refused(folder, monkeypatch, world, 0, arguments)
+    _one_line(capsys.readouterr(), parts)
+
+    _refused(folder, monkeypatch, max(2, world), 1, arguments if world > 1 else [*arguments, "--tp", "1"])
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("mistake", CONFIGURATIONS)
+def test_mistake_in_the_configuration(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mistake: str
+) -> None:
+    world, text, more, parts = CONFIGURATIONS[mistake]
+    config = folder / "config.json"
+    config.write_bytes(text.encode(errors="surrogateescape"))
+
+    _refused(folder, monkeypatch, world, 0, [*SYNTHETIC, "--deepspeed_config", str(config), *more])
+    _one_line(capsys.readouterr(), [part.replace("{config}", str(config)) for part in parts])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["COMMAND", "--help"]),
+        (["trian"], ["'trian'", "train", "params"]),
+        (["params", "--groups", "5"], ["groups=5", "1, 2, 4, 8, 16"]),
+        (["params", "--tp", "3"], ["=3", "1, 2, 4, 8, 16"]),
+        (["params", "--groups", "2", "--tp", "4"], ["=4", "groups=2", "1, 2"]),
+    ],
+)
+def test_mistake_in_the_command(capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]) -> None:
+    assert main(arguments) == 2
+    _one_line(capsys.readouterr(), parts)
+
+
+_REPORT_IMPORTS = """
+import sys
+from tlgc_mp.cli import main
+status = main(sys.argv[1:])
+print(sorted(sys.modules.keys() & {"torch", "deepspeed", "numpy", "torchvision"}))
+sys.exit(status)
+"""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("arguments", [["--groups", "3"], ["--resume"], ["--epochs", "0"], ["--tp", "5"]])
+def test_answered_before_torch_is_loaded(tmp_path: Path, arguments: list[str]) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-c", _REPORT_IMPORTS, "train", *SYNTHETIC, "--output-dir", str(tmp_path / "run"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert (finished.returncode, finished.stdout) == (2, "[]\n"), finished.stderr
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+def test_help_comes_within_a_second(arguments: list[str]) -> None:
+    """The best of three: other processes share the machine."""
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        finished = subprocess.run(
+            [os.path.join(os.path.dirname(sys.executable), "tlgc-mp"), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+        seconds.append(time.perf_counter() - began)
+        assert finished.returncode == 0 and "tlgc-mp" in finished.stdout
+    assert min(seconds) < 1.0

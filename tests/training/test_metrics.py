@@ -1,0 +1,142 @@
+"""The figures of a run: the same in every place, written by rank 0, each test image counted once."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.ranks import run_ranks
+from tests.training.runs import EPOCHS, STEPS, metrics, train
+
+FIGURES = ("train_loss", "test_loss", "test_error_percent", "learning_rate", "seconds")
+SEED = 7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run of two ranks, each of which was given an output folder of its own, 0 and 1."""
+    folder = tmp_path_factory.mktemp("metrics")
+    outcomes = run_ranks(2, train, f"{folder}/{{rank}}")
+    assert [outcome.status for outcome in outcomes] == [0, 0]
+    assert outcomes[1].stdout == outcomes[1].stderr == ""
+    return folder
+
+
+@pytest.mark.timeout(120)
+def test_a_json_line_an_epoch(folder: Path) -> None:
+    lines = metrics(folder / "0")
+    assert [line["epoch"] for line in lines] == list(range(1, EPOCHS + 1))
+    assert [line["step"] for line in lines] == [STEPS * epoch for epoch in range(1, EPOCHS + 1)]
+    assert [line["samples"] for line in lines] == [128 * line["step"] for line in lines]
+    for line in lines:
+        assert set(line) == {"epoch", "step", "samples", *FIGURES}
+        assert all(math.isfinite(line[figure]) for figure in FIGURES)
+        assert line["test_error_percent"] * 256 / 100 == round(line["test_error_percent"] * 256 / 100)
+    assert lines[-1]["seconds"] > lines[0]["seconds"] > 0
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("figure", FIGURES)
+def test_tensorboard_and_csv_hold_the_same(folder: Path, figure: str) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    expected = [(line["step"], line[figure]) for line in metrics(folder / "0")]
+
+    events = EventAccumulator(str(folder / "0" / "tensorboard"))
+    events.Reload()
+    read = [(event.step, event.value) for event in events.Scalars(f"Epoch/{figure}")]
+    assert [step for step, _ in read] == [step for step, _ in expected]
+    assert [value for _, value in read] == pytest.approx([value for _, value in expected], rel=1e-6)  # float32
+
+    with open(folder / "0" / "csv" / f"Epoch_{figure}.csv", newline="") as file:
+        _, *rows = csv.reader(file)
+    assert [(int(step), float(value)) for step, value in rows] == expected
+
+
+@pytest.mark.timeout(120)
+def test_only_rank_0_writes(folder: Path) -> None:
+    names = {path.name for path in (folder / "1").iterdir()}
+    assert names <= {"checkpoints"}, "rank 1 wrote more than its part of the checkpoints"
+    assert list((folder / "1").rglob("run.json")) == []
+
+
+def _averaged_statistics(tensor_parallel: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A rank's running statistics before, drawn by rank, and after averaging."""
+    from tlgc_mp.models import create_model
+    from tlgc_mp.parallel import initialize
+    from tlgc_mp.training.loop import average_running_statistics
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    config = {"train_batch_size": 8, "tensor_parallel": {"autotp_size": tensor_parallel}}
+    model = create_model("wrn-10-1", conv="gc-2l", groups=4, num_classes=10)
+    engine, _, _, _ = initialize(
+        model=model, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), config=config, seed=SEED
+    )
+    generator = torch.Generator().manual_seed(SEED + rank)
+    statistics = {
+        name: buffer for name, buffer in engine.module.named_buffers() if name.rpartition(".")[2].startswith("running_")
+    }
+    for buffer in statistics.values():
+        buffer.copy_(torch.rand(buffer.shape, generator=generator))
+    before = {name: buffer.clone() for name, buffer in statistics.items()}
+    average_running_statistics(engine.module, world // tensor_parallel)
+    return before, {name: buffer.clone() for name, buffer in statistics.items()}
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize(("world", "tensor_parallel"), [(2, 1), (4, 2)])
+def test_running_statistics_are_averaged_over_the_replicas(world: int, tensor_parallel: int) -> None:
+    ranks = run_ranks(world, _averaged_statistics, tensor_parallel)
+    assert len(ranks[0][0]) > 0
+    for rank, (_, after) in enumerate(ranks):
+        replicas = [ranks[other][0] for other in range(rank % tensor_parallel, world, tensor_parallel)]
+        for name, value in after.items():
+            expected = torch.stack([before[name].double() for before in replicas]).mean(0)
+            torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0, msg=f"{name}, seed {SEED}")
+
+
+def _evaluate() -> tuple[float, float]:
+    """The (loss, error) of a model of random weights on the 360 test images of digits, as one of so many replicas."""
+    from tlgc_mp.data import EvaluationBatches, load_datasets
+    from tlgc_mp.training.interrupt import StopRequest
+    from tlgc_mp.training.loop import EVALUATION_BATCH, _Run
+
+    run = object.__new__(_Run)
+    run.engine = _model()
+    run.engine.device = torch.device("cpu")
+    run.tests = EvaluationBatches(
+        load_datasets("digits", None, seed=0).test,
+        batch_size=EVALUATION_BATCH,
+        rank=int(os.environ["RANK"]),
+        replicas=int(os.environ["WORLD_SIZE"]),
+    )
+    return run._evaluate(StopRequest(), "")
+
+
+def _model() -> torch.nn.Module:
+    from tlgc_mp.models import create_model
+
+    torch.manual_seed(SEED)
+    return create_model("wrn-10-1", conv="gc-2l", groups=4, num_classes=10)
+
+
+@pytest.mark.timeout(120)
+def test_each_image_counts_once_however_many_replicas() -> None:
+    from tlgc_mp.data import load_datasets
+
+    test = load_datasets("digits", None, seed=0).test
+    images, labels = zip(*(test[index] for index in range(len(test))), strict=True)
+    with torch.no_grad():
+        logits = _model().eval()(torch.stack(images))
+    expected_loss = float(F.cross_entropy(logits.double(), torch.tensor(labels)))
+    expected_error = 100 * float((logits.argmax(1) != torch.tensor(labels)).double().mean())
+
+    for loss, error in run_ranks(3, _evaluate):
+        assert error == pytest.approx(expected_error, rel=1e-12), f"seed {SEED}"
+        assert loss == pytest.approx(expected_loss, rel=1e-5), f"seed {SEED}"

@@ -1,0 +1,141 @@
+"""A run that was stopped and resumed gives the figures of one that was not; what cannot be resumed is refused."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.training.runs import EPOCHS, OPTIONS, STEPS, metrics, train, train_until
+from tlgc_mp.cli import main
+
+WholeRun = Callable[[int], Path]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
+    """The folder of a run that nothing stopped, of two ranks, P of them tensor-parallel; it is run once for each P."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @functools.cache
+    def run(tensor_parallel: int) -> Path:
+        output_dir = folder / str(tensor_parallel)
+        outcomes = run_ranks(2, train, str(output_dir), "--tp", str(tensor_parallel))
+        assert [outcome.status for outcome in outcomes] == [0, 0], outcomes[0].stderr
+        return output_dir
+
+    return run
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("tensor_parallel", "asked", "step", "tag"),
+    [
+        (2, 1, STEPS - 1, "epoch-1"),  # between training and evaluation
+        (2, 0, STEPS + 3, "epoch-2-step-4"),
+        (1, 1, STEPS + 3, "epoch-2-step-4"),
+    ],
+)
+def test_stopped_and_resumed_as_if_never_stopped(
+    tmp_path: Path, whole_run: WholeRun, tensor_parallel: int, asked: int, step: int, tag: str
+) -> None:
+    output_dir, split = str(tmp_path / "run"), ("--tp", str(tensor_parallel))
+
+    stopped = run_ranks(2, train_until, (asked, step), output_dir, *split)
+    assert [outcome.status for outcome in stopped] == [128 + signal.SIGTERM] * 2, stopped[0].stderr
+    checkpoint = tmp_path / "run" / "checkpoints" / tag
+    assert checkpoint.is_dir()
+    assert (checkpoint.parent / "latest").read_text() == f"{tag}\n"
+    assert [outcome.stderr.splitlines() for outcome in stopped] == [
+        [f"tlgc-mp: stopped by SIGTERM; --resume goes on from {checkpoint}"],
+        [],
+    ]
+    assert len(metrics(tmp_path / "run")) == (0 if tag == "epoch-1" else 1)
+
+    resumed = run_ranks(2, train, output_dir, *split, "--resume")
+    assert [outcome.status for outcome in resumed] == [0, 0], resumed[0].stderr
+    lines, expected = metrics(tmp_path / "run"), metrics(whole_run(tensor_parallel))
+    assert len(lines) == len(expected) == EPOCHS
+    # One replica computes the very same. Two average their running statistics once more, where they stop, which may
+    # round otherwise; and the sum of the losses is kept as a mean over the ranks.
+    tolerance = 1e-12 if tensor_parallel == 2 else 1e-6
+    for line, other in zip(lines, expected, strict=True):
+        for key in ("epoch", "step", "samples", "learning_rate"):
+            assert line[key] == other[key], key
+        assert line["train_loss"] == pytest.approx(other["train_loss"], rel=1e-12)
+        assert line["test_loss"] == pytest.approx(other["test_loss"], rel=tolerance)
+        assert line["test_error_percent"] == other["test_error_percent"]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--model", "wrn-10-2"], ["model='wrn-10-1'", "'wrn-10-2'"]),
+        (["--conv", "gc"], ["conv='gc-2l'", "'gc'"]),
+        (["--groups", "8"], ["groups=4", "8"]),
+        (["--seed", "1"], ["seed=0", "1"]),
+        (["--epochs", "5"], [f"epochs={EPOCHS}", "5"]),
+        (["--batch-size", "64"], ["batch_size=128", "64"]),
+        (["--tp", "1"], ["tensor_parallel=2", "1"]),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(
+    whole_run: WholeRun,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    parts: list[str],
+) -> None:
+    output_dir = whole_run(2)
+    before = (output_dir / "metrics.jsonl").read_bytes()
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+
+    assert main([*OPTIONS, "--output-dir", str(output_dir), *options, "--resume"]) == 2
+
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1
+    assert err.startswith("tlgc-mp: error: --resume:")
+    assert [part for part in parts if part not in err] == [], err
+    assert (output_dir / "metrics.jsonl").read_bytes() == before
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _overwrite(path: Path) -> None:
+    path.write_bytes(b"something else")
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("damage", [_cut, _overwrite, os.unlink], ids=["cut", "overwritten", "missing"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mp_rank_00_model_states.pt",  # of rank 0
+        "mp_rank_01_model_states.pt",  # of rank 1, which does not speak
+        "zero_pp_rank_0_mp_rank_01_optim_states.pt",
+    ],
+)
+def test_damaged_checkpoint_is_refused(
+    tmp_path: Path, whole_run: WholeRun, name: str, damage: Callable[[Path], None]
+) -> None:
+    output_dir = tmp_path / "run"
+    shutil.copytree(whole_run(2), output_dir)
+    damage(output_dir / "checkpoints" / f"epoch-{EPOCHS}" / name)
+
+    outcomes = run_ranks(2, train, str(output_dir), "--tp", "2", "--resume", timeout=50)
+
+    assert [outcome.status for outcome in outcomes] == [2, 2], outcomes[0].stderr + outcomes[1].stderr
+    errors = [line for line in outcomes[0].stderr.splitlines() if line.startswith("tlgc-mp: error:")]
+    assert len(errors) == 1, outcomes[0].stderr
+    assert str(output_dir / "checkpoints" / f"epoch-{EPOCHS}") in errors[0]
+    assert outcomes[1].stderr == ""

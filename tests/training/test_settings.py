@@ -1,0 +1,152 @@
+"""What a run is to do, from flags, recipe and DeepSpeed configuration: they complete each other and must agree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tlgc_mp.cli import _parser
+from tlgc_mp.errors import UsageError
+from tlgc_mp.parallel.topology import Launch
+from tlgc_mp.training.settings import TrainSettings, resolve
+
+
+class Setup:
+    """Resolves the synthetic run of a small model, with a configuration and more flags, as one of ``world`` ranks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(
+        self, *flags: str, config: dict[str, Any] | None = None, world: int = 1, rank: int = 0
+    ) -> TrainSettings:
+        arguments = ["train", "--model", "wrn-10-1", "--dataset", "synthetic", "--groups", "4"]
+        arguments += ["--output-dir", str(self.folder / "run"), *flags]
+        if config is not None:
+            path = self.folder / "config.json"
+            path.write_text(json.dumps(config))
+            arguments += ["--deepspeed_config", str(path)]
+        return resolve(_parser().parse_args(arguments), Launch(world, rank, rank, world))
+
+
+@pytest.fixture
+def settle(tmp_path: Path) -> Setup:
+    return Setup(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("world", "groups", "tensor_parallel"),
+    [(1, 4, 1), (2, 4, 2), (4, 4, 4), (8, 4, 4), (6, 4, 2), (3, 4, 1), (16, 16, 16), (4, 1, 1)],
+)
+def test_as_many_tensor_parallel_ranks_as_share_the_groups(
+    settle: Setup, world: int, groups: int, tensor_parallel: int
+) -> None:
+    settings = settle("--groups", str(groups), "--batch-size", "48", world=world)
+    assert settings.topology.tensor_parallel == tensor_parallel
+    assert settings.topology.data_parallel == world // tensor_parallel
+    section = settings.config.get("tensor_parallel")
+    assert section == (None if tensor_parallel == 1 else {"autotp_size": tensor_parallel})
+
+
+def test_ranks_of_a_replica_are_consecutive(settle: Setup) -> None:
+    places = [settle("--tp", "2", world=6, rank=rank, config={"train_batch_size": 6}).topology for rank in range(6)]
+    assert [(place.dp_rank, place.tp_rank) for place in places] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "world", "micro", "accumulation", "total"),
+    [
+        ([], {}, 1, 128, 1, 128),  # the recipe's
+        ([], {}, 8, 64, 1, 128),  # P = 4, D = 2
+        (["--batch-size", "32"], {}, 8, 16, 1, 32),
+        ([], {"train_batch_size": 32}, 8, 16, 1, 32),
+        (["--batch-size", "32"], {"train_batch_size": 32}, 8, 16, 1, 32),
+        ([], {"train_batch_size": "auto"}, 8, 64, 1, 128),
+        ([], {"gradient_accumulation_steps": 4}, 8, 16, 4, 128),
+        (["--batch-size", "32"], {"gradient_accumulation_steps": 4}, 8, 4, 4, 32),
+        ([], {"train_micro_batch_size_per_gpu": 8}, 8, 8, 1, 16),
+        ([], {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 3}, 8, 8, 3, 48),
+        ([], {"train_micro_batch_size_per_gpu": 8, "train_batch_size": 64}, 8, 8, 4, 64),
+    ],
+)
+def test_batch_arithmetic(
+    settle: Setup, flags: list[str], config: dict[str, Any], world: int, micro: int, accumulation: int, total: int
+) -> None:
+    settings = settle(*flags, config=config, world=world)
+    assert (settings.micro_batch, settings.accumulation) == (micro, accumulation)
+    assert settings.config["train_micro_batch_size_per_gpu"] == micro
+    assert settings.config["gradient_accumulation_steps"] == accumulation
+    assert settings.config["train_batch_size"] == total == micro * accumulation * settings.topology.data_parallel
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "parts"),
+    [
+        (["--tp", "1"], {"tensor_parallel": {"autotp_size": 2}}, ("--tp=1", "tensor_parallel.autotp_size=2")),
+        (["--batch-size", "64"], {"train_batch_size": 32}, ("--batch-size=64", "32")),
+        (["--batch-size", "64"], {"train_micro_batch_size_per_gpu": 16}, ("--batch-size=64", "16")),
+        (
+            ["--learning-rate", "0.1"],
+            {"optimizer": {"type": "SGD", "params": {"lr": 0.2}}},
+            ("--learning-rate=0.1", "optimizer.params.lr=0.2"),
+        ),
+        (
+            [],
+            {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 2},
+            ("train_batch_size=32", "use 16"),
+        ),
+        ([], {"train_batch_size": 20, "train_micro_batch_size_per_gpu": 8}, ("train_batch_size=20", "use 16")),
+    ],
+)
+def test_what_is_said_twice_must_agree(
+    settle: Setup, flags: list[str], config: dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        settle(*flags, config=config, world=2)
+    assert all(part in str(refused.value) for part in parts), refused.value
+
+
+def test_what_is_said_twice_and_agrees_is_taken(settle: Setup) -> None:
+    config = {
+        "tensor_parallel": {"autotp_size": 2},
+        "train_batch_size": 32,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.2}},
+    }
+    settings = settle("--tp", "2", "--batch-size", "32", "--learning-rate", "0.2", config=config, world=4)
+    assert (settings.topology.tensor_parallel, settings.topology.data_parallel) == (2, 2)
+    assert (settings.micro_batch, settings.learning_rate) == (16, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "rate"),
+    [
+        ([], {}, 0.1),
+        (["--recipe", "digits"], {}, 0.05),
+        (["--learning-rate", "0.3"], {}, 0.3),
+        ([], {"optimizer": {"type": "SGD", "params": {"lr": 0.2}}}, 0.2),
+    ],
+)
+def test_learning_rate_from_flag_configuration_or_recipe(
+    settle: Setup, flags: list[str], config: dict[str, Any], rate: float
+) -> None:
+    assert settle(*flags, config=config).learning_rate == rate
+
+
+def test_epochs_from_flag_or_recipe(settle: Setup) -> None:
+    assert settle().epochs == 200
+    assert settle("--recipe", "digits").epochs == 12
+    assert settle("--epochs", "3").epochs == 3
+
+
+def test_batch_that_does_not_divide_among_the_replicas(settle: Setup) -> None:
+    with pytest.raises(UsageError, match=r"batch of 30 .* 2 replicas x 2 accumulation steps; use a multiple of 4"):
+        settle("--batch-size", "30", config={"gradient_accumulation_steps": 2}, world=8)
+
+
+def test_resolving_writes_nothing(settle: Setup) -> None:
+    settings = settle()
+    assert not Path(settings.output_dir).exists()
+    assert settings.output_dir == str(settle.folder / "run")
