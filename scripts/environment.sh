@@ -10,7 +10,7 @@ fail() {
 }
 
 prepare_environment() {
-    local extra=${1:-} python stamp
+    local extra=${1:-} python stamp installed
     python=${PYTHON:-python3}
     command -v "$python" >/dev/null || fail "python3 is missing; on Debian or Ubuntu: apt-get install python3 python3-venv"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
@@ -20,10 +20,12 @@ prepare_environment() {
 
     # Installed already for this pyproject.toml, this folder and these extras: nothing to do.
     stamp="$(cksum <pyproject.toml) $PWD"
-    if [ -f ".venv/installed-$extra" ] && [ "$(cat ".venv/installed-$extra")" = "$stamp" ]; then
-        export PATH="$PWD/.venv/bin:$PATH"
-        return
-    fi
+    for installed in ".venv/installed-$extra" $([ -n "$extra" ] || echo .venv/installed-test); do
+        if [ -f "$installed" ] && [ "$(cat "$installed")" = "$stamp" ]; then
+            export PATH="$PWD/.venv/bin:$PATH"
+            return
+        fi
+    done
     echo "Installing into .venv (torch alone is several gigabytes; this takes minutes, once) ..."
     [ -x .venv/bin/python ] || "$python" -m venv .venv || fail "no virtual environment could be made in $PWD/.venv"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}" ||
