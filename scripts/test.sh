@@ -9,4 +9,5 @@ ruff check .
 ruff format --check .
 mypy
 echo "Running the tests ..."
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the tensors are small, and many ranks share the cores
 exec python -m pytest "$@"
