@@ -33,7 +33,7 @@ MISTAKES: dict[str, tuple[int, list[str], list[str]]] = {
         [*SYNTHETIC, "--conv", "sc", "--tp", "32"],
         ["=32", "16 channels", "1, 2, 4, 8, 16"],
     ),
-    "ranks zero": (1, [*SYNTHETIC, "--tp", "0"], ["=0", "1 or more"]),
+    "ranks zero": (2, [*SYNTHETIC, "--tp", "0"], ["=0", "1 or more"]),
     "ranks negative": (2, [*SYNTHETIC, "--tp", "-2"], ["=-2", "1 or more"]),
     "model": (1, ["--dataset", "synthetic", "--model", "resnet50"], ["model='resnet50'", "wrn-28-10"]),
     "depth": (1, ["--dataset", "synthetic", "--model", "wrn-11-1"], ["wrn-11-1", "depth 11", "10, 16, 22"]),

@@ -252,5 +252,7 @@ def _check_output(settings: TrainSettings) -> None:
     existing = path
     while not os.path.exists(existing):
         existing = os.path.dirname(os.path.abspath(existing))
+    if not os.path.isdir(existing):
+        raise UsageError(f"--output-dir={path!r}: {existing!r} is a file; give a folder")
     if not os.access(existing, os.W_OK):
         raise UsageError(f"--output-dir={path!r} cannot be written; give a folder in which you may write")
