@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -124,8 +125,15 @@ def entry() -> NoReturn:
     except Exception:
         traceback.print_exc()
         status = 1
+    if status == 0 and "torch.distributed" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()  # its threads must not outlive the interpreter
     if status == 0 or Launch.detect().world == 1:
         sys.exit(status)
+    if status == 2 and Launch.detect().rank != 0:
+        time.sleep(1.0)  # a launcher that sees this rank leave ends rank 0, which has something to say
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from typing import Any
 
@@ -42,14 +43,19 @@ def load(engine: Any, settings: TrainSettings) -> dict[str, Any]:
     assert settings.resume_from is not None
     folder, tag = settings.resume_from
     where = os.path.join(folder, tag)
+    problem = None
     try:
         with quiet_start():
             path, state = engine.load_checkpoint(folder, tag=tag)
-    except (OSError, RuntimeError, EOFError, AssertionError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"--resume: the checkpoint in {where!r} cannot be read: {reason}") from None
-    if path is None:
-        raise UsageError(f"--resume: the checkpoint in {where!r} holds no state")
+        if path is None:
+            problem = "holds no state"
+    except (OSError, RuntimeError, EOFError, AssertionError, KeyError, pickle.UnpicklingError) as error:
+        problem = f"cannot be read: {' '.join(str(error).split())[:200]}"
+    # A file that only some ranks read stops them all, and is told by the one that speaks.
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in filter(None, problems):
+        raise UsageError(f"--resume: the checkpoint in {where!r} {found}")
     return dict(state["progress"])
 
 
