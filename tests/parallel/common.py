@@ -38,9 +38,9 @@ def _outcome(world: int, function: Callable[..., Any], arguments: tuple[Any, ...
         return error
 
 
-def batches(count: int, size: int, dtype: torch.dtype) -> list[Batch]:
+def batches(count: int, size: int, dtype: torch.dtype, seed: int = SEED) -> list[Batch]:
     """``count`` batches of ``size`` 8 x 8 images in 10 classes; the same wherever it is called."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     return [
         (
             torch.randn(size, 3, 8, 8, generator=generator, dtype=torch.float64).to(dtype),
@@ -50,11 +50,11 @@ def batches(count: int, size: int, dtype: torch.dtype) -> list[Batch]:
     ]
 
 
-def seeded_model(conv: str, groups: int, dtype: torch.dtype, device: str) -> nn.Module:
-    """WRN-10-2 with the initial weights of :data:`SEED`, or on the meta device about to get them."""
+def seeded_model(conv: str, groups: int, dtype: torch.dtype, device: str, seed: int = SEED) -> nn.Module:
+    """WRN-10-2 with the initial weights of ``seed``, or on the meta device about to get them."""
     from tlgc_mp import create_model
 
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     return create_model("wrn-10-2", conv=conv, groups=groups, device=device).to(dtype)
 
 

@@ -19,7 +19,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.parallel.common import SEED, gather_shares, run_ranks_once
 from tlgc_mp.nn import TwoLevelConv2d
-from tlgc_mp.parallel.collectives import CoarseExchange, coarse_gather, copy_to_ranks, sum_partials
+from tlgc_mp.parallel.collectives import (
+    CoarseExchange,
+    coarse_gather,
+    coarse_reduce_scatter,
+    copy_to_ranks,
+    sum_partials,
+)
 
 RANKS = [2, 3]
 
@@ -111,23 +117,16 @@ def _values() -> dict[str, Tensor]:
     exchange = CoarseExchange(group)
     everyones = _random(ranks, ranks * 2, 3)
     first, second = exchange.reduce_scatter(everyones[rank]), exchange.reduce_scatter(2 * everyones[rank])
-    exchange.wait(second)
-    exchange.wait(first)
+    doubled, single = second(), first()
     return {
         "gathered": exchange.gather(everyones[rank]),
         "gathered, not contiguous": exchange.gather(everyones[rank].t()),
-        "scattered": first,
-        "scattered, second in flight": second,
-        "scattered, bf16": _scattered(exchange, everyones[rank].bfloat16()),
+        "scattered": single,
+        "scattered, second in flight": doubled,
+        "scattered, bf16": exchange.reduce_scatter(everyones[rank].bfloat16())(),
         "summed": sum_partials(everyones[rank], group.group_name),
         "copied": copy_to_ranks(everyones[rank], group.group_name),
     }
-
-
-def _scattered(exchange: CoarseExchange, full: Tensor) -> Tensor:
-    share = exchange.reduce_scatter(full)
-    exchange.wait(share)
-    return share
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -153,24 +152,13 @@ def _operator_checks() -> dict[str, dict[str, str]]:
 
     return {
         "coarse_gather": check(coarse_gather, x, ranks, name),
+        "coarse_reduce_scatter": check(coarse_reduce_scatter, x.detach(), ranks, name),
         "sum_partials": check(sum_partials, x, name),
         "copy_to_ranks": check(copy_to_ranks, x, name),
     }
 
 
-@pytest.mark.parametrize(
-    "operator",
-    [
-        pytest.param(
-            "coarse_gather",
-            marks=pytest.mark.xfail(
-                reason="coarse_wait knows a result by its address, and AOT autograd hands it a copy", strict=True
-            ),
-        ),
-        "sum_partials",
-        "copy_to_ranks",
-    ],
-)
+@pytest.mark.parametrize("operator", ["coarse_gather", "coarse_reduce_scatter", "sum_partials", "copy_to_ranks"])
 def test_operators_satisfy_torch(operator: str) -> None:
     for checks in run_ranks_once(2, _operator_checks):
         failed = {check: str(result) for check, result in checks[operator].items() if result != "SUCCESS"}
@@ -183,7 +171,6 @@ def test_shapes_without_a_process_group(ranks: int) -> None:
         share = torch.empty(3, 5, dtype=torch.bfloat16)
         full = coarse_gather(share, ranks, "a group that does not exist")
         scattered = torch.ops.tlgc_mp.coarse_reduce_scatter(full, ranks, "a group that does not exist")
-        torch.ops.tlgc_mp.coarse_wait(scattered)
         summed = sum_partials(share.t(), "a group that does not exist")
     assert (full.shape, full.dtype) == ((3 * ranks, 5), torch.bfloat16)
     assert (scattered.shape, scattered.dtype) == ((3, 5), torch.bfloat16)
@@ -196,8 +183,7 @@ def test_traced_graph_names_the_operators() -> None:
 
     graph = make_fx(passes, tracing_mode="fake")(torch.ones(2, 3, requires_grad=True)).graph
     called = [str(node.target) for node in graph.nodes if str(node.target).startswith("tlgc_mp")]
-    names = ["coarse_gather", "coarse_reduce_scatter", "coarse_wait"]
-    assert called == [f"tlgc_mp.{name}.default" for name in names]
+    assert called == ["tlgc_mp.coarse_gather.default", "tlgc_mp.coarse_reduce_scatter.default"]
 
 
 def _profiled_names() -> list[str]:

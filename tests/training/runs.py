@@ -31,21 +31,29 @@ class Outcome:
 def train(output_dir: str, *options: str, signal_at: tuple[int, int] | None = None) -> Outcome:
     """Trains as this rank of a launch; ``{rank}`` in ``output_dir`` becomes this rank.
 
-    ``signal_at`` = (rank, step): that rank alone gets a SIGTERM at the top of that step, counted over the epochs.
+    ``signal_at`` = (rank, step): that rank alone gets a SIGTERM at the top of that step, counted over the epochs; with
+    step = -1, in the middle of the first evaluation.
     """
     from tlgc_mp.cli import main
     from tlgc_mp.training.interrupt import StopRequest
 
     rank = int(os.environ["RANK"])
     if signal_at is not None and signal_at[0] == rank:
-        before_step = StopRequest.before_step
+        before_step, asked, at = StopRequest.before_step, StopRequest.asked, signal_at[1]
 
         def interrupted(self: StopRequest, step: int) -> bool:
-            if step == signal_at[1]:
+            if step == at:
                 os.kill(os.getpid(), signal.SIGTERM)
             return before_step(self, step)
 
+        def interrupted_evaluation(self: StopRequest, device: Any) -> bool:
+            agreed = asked(self, device)
+            if at < 0:
+                os.kill(os.getpid(), signal.SIGTERM)  # after the ranks have agreed to go on
+            return agreed
+
         StopRequest.before_step = interrupted  # type: ignore[method-assign]
+        StopRequest.asked = interrupted_evaluation  # type: ignore[method-assign]
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = main([*OPTIONS, "--output-dir", output_dir.format(rank=rank), *options])
     return Outcome(status, out.getvalue(), err.getvalue())

@@ -118,6 +118,8 @@ MISTAKES: dict[str, tuple[int, list[str], list[str]]] = {
 CONFIGURATIONS: dict[str, tuple[int, str, list[str], list[str]]] = {
     "malformed": (1, '{"zero_optimization": {"stage": 1}', [], ["deepspeed_config", "{config}", "is not JSON"]),
     "array": (1, "[1, 2]", [], ["deepspeed_config", "{config}", "no JSON object"]),
+    "empty": (1, "", [], ["deepspeed_config", "{config}", "no JSON object"]),
+    "only a comment": (1, "# nothing\n", [], ["deepspeed_config", "{config}", "no JSON object"]),
     "not text": (1, "\udcff\udcfe", [], ["deepspeed_config", "{config}", "is not JSON"]),
     "key twice": (1, '{"steps_per_print": 1, "steps_per_print": 2}', [], ["'steps_per_print'", "twice"]),
     "stage": (1, '{"zero_optimization": {"stage": 7}}', [], ["zero_optimization.stage=7", "0, 1, 2, 3"]),

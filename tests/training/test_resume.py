@@ -38,6 +38,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
     ("tensor_parallel", "asked", "step", "tag"),
     [
         (2, 1, STEPS - 1, "epoch-1"),  # between training and evaluation
+        (2, 1, -1, "epoch-1"),  # in the middle of the first evaluation
         (2, 0, STEPS + 3, "epoch-2-step-4"),
         (1, 1, STEPS + 3, "epoch-2-step-4"),
     ],

@@ -15,6 +15,7 @@ device), h x w output positions, L = B * h * w.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -37,12 +38,9 @@ class Exchange(Protocol):
         """(G, L) of the groups held here -> (N, L) of all groups."""
         ...
 
-    def reduce_scatter(self, full: Tensor) -> Tensor:
-        """(N, L) summed over all holders -> (G, L) of the groups held here; not to be read before :meth:`wait`."""
-        ...
-
-    def wait(self, share: Tensor) -> None:
-        """Returns when ``share``, a result of :meth:`reduce_scatter`, may be read."""
+    def reduce_scatter(self, full: Tensor) -> Callable[[], Tensor]:
+        """Starts (N, L) summed over all holders -> (G, L) of the groups held here, which the function returned gives
+        when it has arrived."""
         ...
 
 
@@ -52,11 +50,8 @@ class WholeExchange:
     def gather(self, share: Tensor) -> Tensor:
         return share
 
-    def reduce_scatter(self, full: Tensor) -> Tensor:
-        return full
-
-    def wait(self, share: Tensor) -> None:
-        return None
+    def reduce_scatter(self, full: Tensor) -> Callable[[], Tensor]:
+        return lambda: full
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -121,17 +116,15 @@ class _CoarseCorrection(torch.autograd.Function):
         gathered, prolongation = ctx.saved_tensors
         groups, exchange, memory_format = ctx.groups, ctx.exchange, ctx.memory_format
         grad_rows = _rows(grad)  # L, m
-        share = exchange.reduce_scatter(prolongation.t() @ grad_rows.t())  # G, L, in flight
+        arrival = exchange.reduce_scatter(prolongation.t() @ grad_rows.t())  # G, L, in flight
         grad_prolongation = grad_rows.t() @ gathered.t() if ctx.needs_input_grad[2] else None
         grad_bias = grad_rows.sum(0) if ctx.needs_input_grad[3] else None
         if not ctx.fused:
-            exchange.wait(share)
-            grad_coarse = _image(share.t().contiguous(), grad, memory_format)
+            grad_coarse = _image(arrival().t().contiguous(), grad, memory_format)
             return grad.contiguous(memory_format=memory_format), grad_coarse, grad_prolongation, grad_bias, None, None
         fused = grad_rows.new_empty(grad_rows.shape[0], groups, grad_rows.shape[1] // groups + 1)
         fused[:, :, :-1].copy_(grad_rows.unflatten(1, (groups, -1)))
-        exchange.wait(share)
-        fused[:, :, -1].copy_(share.t())
+        fused[:, :, -1].copy_(arrival().t())
         grad_fused = _image(fused.flatten(1), grad, memory_format)
         return grad_fused, None, grad_prolongation, grad_bias, None, None
 

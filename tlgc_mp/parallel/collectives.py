@@ -13,6 +13,7 @@ collectives do. Where DeepSpeed's communication layer is up, they go through it 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -21,9 +22,6 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from tlgc_mp.nn.two_level import Exchange
-
-_in_flight: dict[int, tuple[Any, Tensor]] = {}
-"""Address of a result still being received -> the work to wait for, and the input that must live until then."""
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:
@@ -54,16 +52,8 @@ def _(share: Tensor, ranks: int, group_name: str) -> Tensor:
 
 @torch.library.custom_op("tlgc_mp::coarse_reduce_scatter", mutates_args=())
 def coarse_reduce_scatter(full: Tensor, ranks: int, group_name: str) -> Tensor:
-    """Starts the sum over P ranks of (P G, ...), of which each rank keeps its own (G, ...).
-
-    The result may be read after :func:`coarse_wait`.
-    """
-    full = full.contiguous()
-    share = full.new_empty(full.shape[0] // ranks, *full.shape[1:])
-    group = resolve_group(group_name)
-    work = _comm("reduce_scatter_tensor", "reduce_scatter_single")(share, full, group=group, async_op=True)
-    _in_flight[share.data_ptr()] = (work, full)
-    return share
+    """The sum over P ranks of (P G, ...), of which each rank keeps its own (G, ...)."""
+    return _start_reduce_scatter(full, ranks, group_name)()
 
 
 @coarse_reduce_scatter.register_fake
@@ -71,16 +61,18 @@ def _(full: Tensor, ranks: int, group_name: str) -> Tensor:
     return full.new_empty(full.shape[0] // ranks, *full.shape[1:])
 
 
-@torch.library.custom_op("tlgc_mp::coarse_wait", mutates_args=("share",))
-def coarse_wait(share: Tensor) -> None:
-    """Waits for the collective that fills ``share``, a result of :func:`coarse_reduce_scatter`."""
-    work, _ = _in_flight.pop(share.data_ptr())
-    work.wait()
+def _start_reduce_scatter(full: Tensor, ranks: int, group_name: str) -> Callable[[], Tensor]:
+    """Starts :func:`coarse_reduce_scatter`; the function returned waits for its result."""
+    full = full.contiguous()
+    share = full.new_empty(full.shape[0] // ranks, *full.shape[1:])
+    group = resolve_group(group_name)
+    work = _comm("reduce_scatter_tensor", "reduce_scatter_single")(share, full, group=group, async_op=True)
 
+    def wait(full: Tensor = full) -> Tensor:  # holds the input, which must live until then
+        work.wait()
+        return share
 
-@coarse_wait.register_fake
-def _(share: Tensor) -> None:
-    return None
+    return wait
 
 
 def _gather_context(ctx: Any, inputs: tuple[Tensor, int, str], output: Tensor) -> None:
@@ -88,9 +80,7 @@ def _gather_context(ctx: Any, inputs: tuple[Tensor, int, str], output: Tensor) -
 
 
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    share = coarse_reduce_scatter(grad, ctx.ranks, ctx.group_name)
-    coarse_wait(share)
-    return share, None, None
+    return coarse_reduce_scatter(grad, ctx.ranks, ctx.group_name), None, None
 
 
 coarse_gather.register_autograd(_gather_backward, setup_context=_gather_context)
@@ -146,8 +136,10 @@ class CoarseExchange(Exchange):
     def gather(self, share: Tensor) -> Tensor:
         return coarse_gather(share, self.ranks, self.group_name)
 
-    def reduce_scatter(self, full: Tensor) -> Tensor:
-        return coarse_reduce_scatter(full, self.ranks, self.group_name)
-
-    def wait(self, share: Tensor) -> None:
-        coarse_wait(share)
+    def reduce_scatter(self, full: Tensor) -> Callable[[], Tensor]:
+        if torch.compiler.is_compiling() or type(full) is not Tensor:
+            # What is traced is a graph of whole operators; a compiler finds its own overlap.
+            share = coarse_reduce_scatter(full, self.ranks, self.group_name)
+            return lambda: share
+        with torch.profiler.record_function("tlgc_mp::coarse_reduce_scatter"):
+            return _start_reduce_scatter(full, self.ranks, self.group_name)

@@ -15,7 +15,7 @@ def read_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str,
     """A copy of a configuration given as a mapping, or as the path of a JSON file (HJSON, as DeepSpeed reads it).
 
     Raises:
-        UsageError: the file is missing, is not JSON, repeats a key, or does not hold an object.
+        UsageError: the file is missing, is not JSON, repeats a key, or is empty, or does not hold an object.
     """
     if isinstance(config, Mapping):
         return copy.deepcopy(dict(config))
@@ -24,13 +24,14 @@ def read_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str,
     path = os.fspath(config)
     try:
         with open(path, encoding="utf-8") as file:
-            settings = hjson.load(file, object_pairs_hook=_unique)
+            text = file.read()
+            settings = hjson.loads(text, object_pairs_hook=_unique)
     except OSError as error:
         raise UsageError(f"deepspeed_config={path!r} cannot be read: {error.strerror}; give a JSON file") from None
     except (hjson.HjsonDecodeError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"deepspeed_config={path!r} is not JSON: {reason}") from None
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict) or (not settings and "{" not in text):  # HJSON takes an empty file for {}
         raise UsageError(f"deepspeed_config={path!r} holds no JSON object; give {{...}}")
     return settings
 

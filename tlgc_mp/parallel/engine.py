@@ -8,6 +8,7 @@ The layers here subclass its ``TensorParallel_Layer``: it takes them for its own
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -98,7 +99,7 @@ def initialize(
     _check_settings(settings, mpu)
 
     with quiet_start():
-        return deepspeed.initialize(
+        made = deepspeed.initialize(
             model=model,
             optimizer=_retarget_optimizer(optimizer, replaced),
             model_parameters=_retarget(model_parameters, replaced),
@@ -109,6 +110,37 @@ def initialize(
             collate_fn=collate_fn,
             config=settings,
         )
+    if mpu is not None:
+        made[0].save_16bit_model = functools.partial(_save_16bit_model, made[0])
+    return made
+
+
+def _save_16bit_model(
+    engine: Any,
+    save_dir: str,
+    save_filename: str = "pytorch_model.bin",
+    exclude_frozen_parameters: bool = False,
+) -> bool:
+    """The engine's ``save_16bit_model``, of the whole model: it loads into the single-device one. Collective.
+
+    DeepSpeed's own writes rank 0's share below ZeRO 3, and rank 0's share of BatchNorm's statistics at ZeRO 3. This
+    one is as whole at every stage, and needs no ``stage3_gather_16bit_weights_on_model_save``.
+    """
+    import torch
+
+    from tlgc_mp.parallel.sharding import gather_state_dict
+
+    writes = torch.distributed.get_rank() == 0
+    state = gather_state_dict(engine.module, keep=writes)
+    if writes:
+        frozen = {name for name, param in engine.module.named_parameters() if not param.requires_grad}
+        kept = {name: value for name, value in state.items() if not (exclude_frozen_parameters and name in frozen)}
+        os.makedirs(save_dir, exist_ok=True)
+        path = os.path.join(save_dir, save_filename)
+        torch.save(kept, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    torch.distributed.barrier()
+    return True
 
 
 def start_distributed(distributed_port: int = 29500) -> None:

@@ -67,10 +67,13 @@ def shard(
 
 
 @torch.no_grad()
-def gather_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the whole model, on every rank, whatever its split over tensor-parallel ranks and by ZeRO.
+def gather_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """The state dict of the whole model, whatever its split over tensor-parallel ranks and by ZeRO. Collective.
 
-    It loads into the single-device model. Collective; one layer is assembled at a time.
+    It loads into the single-device model. One layer is assembled at a time.
+
+    Args:
+        keep: whether this rank wants it; one that only helps the others gets an empty dict, and holds one tensor.
     """
     state: dict[str, Tensor] = {}
     for name, module in model.named_modules():
@@ -78,7 +81,8 @@ def gather_state_dict(model: nn.Module) -> dict[str, Tensor]:
         with _zero3_gathered(list(module.parameters(recurse=False))):
             for key, value in _own_state(module).items():
                 whole = module.gather_whole(key) if isinstance(module, ShardedLayer) else value.detach().clone()
-                state[prefix + key] = whole
+                if keep:
+                    state[prefix + key] = whole
     return state
 
 

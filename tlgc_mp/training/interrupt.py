@@ -4,6 +4,7 @@ Ctrl-C and SIGTERM may reach some ranks and not others, and never all of them be
 checkpoint needs them all. The rank that is asked posts, in the job's key-value store, the step before which everyone
 stops. Every step joins every rank with every other through its collectives, so nobody can be past the top of the next
 step before the post is there: one look at the store at the top of each step is enough, and no collective is added.
+Between the batches of an evaluation, which replicas go through each at its own pace, the ranks ask each other instead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from types import FrameType
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 
 _KEY = "tlgc_mp/stop_before_step"
@@ -80,12 +82,14 @@ class StopRequest:
         dist.barrier()  # a launcher ends the other ranks as soon as one has left
         raise Interrupted(self.received or signal.SIGTERM)
 
-    def leave_if_received(self, saved: str) -> None:
-        """Raises :class:`Interrupted` on a rank that was asked to stop. For where the state is ``saved`` already, and
-        the others need not be waited for."""
-        if self.received is not None:
-            self._say(saved)
-            raise Interrupted(self.received)
+    def asked(self, device: torch.device | str) -> bool:
+        """Whether any rank was asked to stop; the same answer on all. Collective, so not for the training step."""
+        if self._store is None:
+            return self.received is not None
+        number = torch.tensor(self.received or 0, device=device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        self.received = int(number) or None
+        return self.received is not None
 
     def _say(self, saved: str) -> None:
         if dist.get_rank() == 0:

@@ -134,8 +134,6 @@ class _Run:
             loss = self._train_epoch(epoch, stop, began)
             average_running_statistics(self.engine.module, self.settings.topology.data_parallel)
             saved = self._save(f"epoch-{epoch + 1}", epoch, self.steps, loss, began)
-            if stop.before_step((epoch + 1) * self.steps):
-                stop.leave(saved)
             test_loss, test_error = self._evaluate(stop, saved)
             samples = (epoch + 1) * self.steps * self.settings.config["train_batch_size"]
             figures = {
@@ -197,7 +195,8 @@ class _Run:
         engine.eval()
         totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
         for images, labels, weights in self.tests:
-            stop.leave_if_received(saved)
+            if stop.asked(engine.device):
+                stop.leave(saved)
             images, labels = _to_device(images, labels, engine.device)
             weights = weights.to(engine.device)
             logits = engine(images).float()
