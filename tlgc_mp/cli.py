@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from tlgc_mp import __version__
+from tlgc_mp.bench.settings import DTYPES, STRATEGIES
+from tlgc_mp.bench.settings import resolve as resolve_benchmark
 from tlgc_mp.data.catalog import DATASETS
 from tlgc_mp.errors import UsageError
 from tlgc_mp.models.names import CONVOLUTIONS, check_model, check_split
@@ -85,7 +87,47 @@ def _parser() -> argparse.ArgumentParser:
     _model_arguments(params)
     params.add_argument("--tp", type=int, default=1, metavar="P", help="tensor-parallel ranks (default: %(default)s)")
     params.set_defaults(run=_params)
+    _bench_parser(commands)
     return parser
+
+
+def _bench_parser(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="measure, and make the tables and plots", allow_abbrev=False)
+    benchmarks = bench.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK", parser_class=_Parser)
+    scaling = benchmarks.add_parser(
+        "scaling",
+        help="GC-2L beside naive model parallelism and other ways to train a network too large for one device",
+        description="Time training steps of WideResNet under several strategies, each on processes of its own that "
+        "this command starts, one thread and one core a rank. Writes scaling.json, run.json, scaling.md, scaling.png "
+        "and scaling.svg.",
+        allow_abbrev=False,
+    )
+    scaling.add_argument("--widths", nargs="+", type=int, metavar="W", help="of the WideResNet (default: 40 60 80)")
+    scaling.add_argument("--depth", type=int, help="of the WideResNet, 6 u + 4 (default: 28)")
+    scaling.add_argument("--tp", nargs="+", type=int, metavar="P", help="numbers of ranks (default: 2)")
+    scaling.add_argument(
+        "--strategies",
+        nargs="+",
+        metavar="NAME[@P]",
+        help=f"{', '.join(STRATEGIES)}; with @P at P ranks only (default: gc-2l naive-mp)",
+    )
+    scaling.add_argument("--groups", type=int, metavar="N", help="of gc-2l and gc (default: as many as ranks)")
+    scaling.add_argument(
+        "--batch-sizes", nargs="+", type=int, metavar="B", help="one for all widths, or one for each (default: 8 4 2)"
+    )
+    scaling.add_argument(
+        "--micro-batches", nargs="+", type=int, metavar="M", help="to choose from in pipeline (default: 2 4 8)"
+    )
+    scaling.add_argument("--rounds", type=int, metavar="R", help="times through all strategies (default: 2)")
+    scaling.add_argument("--steps", type=int, metavar="K", help="timed steps of a measurement (default: 2)")
+    scaling.add_argument("--dtype", default="fp32", help=f"{', '.join(DTYPES)} (default: %(default)s)")
+    scaling.add_argument("--no-momentum", action="store_true", help="SGD without momentum, which saves memory")
+    scaling.add_argument("--quick", action="store_true", help="w = 10, every strategy, one round of one step")
+    scaling.add_argument(
+        "--time-limit", type=float, default=1800.0, metavar="SECONDS", help="of one measurement (default: %(default)g)"
+    )
+    scaling.add_argument("--output", metavar="DIR", help="default: runs/scaling-DATE")
+    scaling.set_defaults(run=_scaling)
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,11 +138,12 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0 done, 2 a mistake in the arguments, 128 + n ended by signal n."""
+    """Runs the command; returns its exit status: 0 done, 1 a measurement failed, 2 a mistake in the arguments,
+    128 + n ended by signal n."""
     launch = Launch.detect()
     try:
         options = _parser().parse_args(arguments)
-        if options.groups is None:
+        if options.command != "bench" and options.groups is None:
             options.groups = 1 if options.conv == "sc" else 4
         return int(options.run(options, launch))
     except UsageError as error:
@@ -152,14 +195,24 @@ def _params(options: Any, launch: Launch) -> int:
     return 0
 
 
+def _scaling(options: Any, launch: Launch) -> int:
+    if launch.world > 1:
+        raise UsageError(f"bench scaling starts its own ranks, and this is one of {launch.world}; start it plainly")
+    settings = resolve_benchmark(options)
+    from tlgc_mp.bench import scaling
+
+    return scaling.run(settings)
+
+
 def _train(options: Any, launch: Launch) -> int:
     from tlgc_mp.training.settings import resolve
 
     settings = resolve(options, launch)
     # DeepSpeed calls collectives by names that newer releases of torch call deprecated, on every rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    from tlgc_mp.parallel.engine import quiet_start
+    from tlgc_mp.parallel.engine import quiet_start, use_huge_pages
 
+    use_huge_pages()
     if launch.rank == 0:
         print("Loading torch and deepspeed ...", flush=True)
     with quiet_start():

@@ -10,6 +10,7 @@ from torch import nn
 
 from tlgc_mp.errors import UsageError
 from tlgc_mp.nn import TwoLevelConv2d
+from tlgc_mp.nn.two_level import WIDE_GROUP
 
 SEED = 7
 
@@ -74,10 +75,13 @@ def test_dtype_and_device() -> None:
     assert all(param.is_meta and param.dtype == torch.float64 for param in layer.parameters())
 
 
-def test_a_coarse_kernel_of_the_same_size_is_fused() -> None:
-    layer = TwoLevelConv2d(8, 12, (3, 1), groups=4, coarse_kernel_size=(3, 1))
-    assert layer.restriction is None
-    assert layer.weight.shape == (12 + 4, 2, 3, 1)
+@pytest.mark.parametrize(
+    ("group_width", "coarse_kernel_size", "mode"),
+    [(WIDE_GROUP - 1, None, "fused"), (WIDE_GROUP, None, "overlapped"), (3, 1, "overlapped"), (3, (3, 1), "fused")],
+)
+def test_narrow_groups_are_fused(group_width: int, coarse_kernel_size: int | None, mode: str) -> None:
+    layer = TwoLevelConv2d(8, 4 * group_width, (3, 1), groups=4, coarse_kernel_size=coarse_kernel_size, device="meta")
+    assert layer.coarse_mode == mode
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
@@ -86,9 +90,8 @@ def test_padding_by_name_is_torchs(padding: str, kernel_size: int | tuple[int, i
     torch.manual_seed(SEED)
     layer = TwoLevelConv2d(8, 12, kernel_size, padding=padding, dilation=dilation, groups=4, dtype=torch.float64)
     x = torch.randn(2, 8, 7, 6, dtype=torch.float64)
-    weight = layer.weight.unflatten(0, (4, 4))
-    fine = F.conv2d(x, weight[:, :3].flatten(0, 1), padding=padding, dilation=dilation, groups=4)
-    coarse = F.conv2d(x, weight[:, 3], padding=padding, dilation=dilation, groups=4)
+    fine = F.conv2d(x, layer.weight, padding=padding, dilation=dilation, groups=4)
+    coarse = F.conv2d(x, layer.restriction, padding=padding, dilation=dilation, groups=4)
     expected = fine + F.conv2d(coarse, layer.prolongation[:, :, None, None])
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12, msg=lambda m: f"seed {SEED}: {m}")
 

@@ -10,10 +10,11 @@ TOLERANCE = 0.01
 """Of the difference's norm, relative: bfloat16 rounds by up to 2^-8 = 0.004, here two or three times in a row."""
 
 
-@pytest.mark.parametrize("coarse_kernel_size", [1, 3])
-def test_bfloat16_autocast(coarse_kernel_size: int) -> None:
+@pytest.mark.parametrize("coarse_mode", ["overlapped", "fused"])
+def test_bfloat16_autocast(coarse_mode: str) -> None:
     torch.manual_seed(SEED)
-    layer = TwoLevelConv2d(16, 24, 3, padding=1, groups=4, bias=True, coarse_kernel_size=coarse_kernel_size)
+    layer = TwoLevelConv2d(16, 24, 3, padding=1, groups=4, bias=True)
+    layer.coarse_mode = coarse_mode
     assert layer.bias is not None
     torch.nn.init.normal_(layer.bias)
     names = ["input", *(name for name, _ in layer.named_parameters())]

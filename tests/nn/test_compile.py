@@ -7,18 +7,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tlgc_mp.nn import TwoLevelConv2d
 
 SEED = 23
+MODES = ["overlapped", "fused"]
 
 
-def make(coarse_kernel_size: int) -> TwoLevelConv2d:
-    return TwoLevelConv2d(
-        8, 12, 3, stride=2, padding=1, groups=4, bias=True, coarse_kernel_size=coarse_kernel_size, dtype=torch.float64
-    )
+def make(coarse_mode: str) -> TwoLevelConv2d:
+    layer = TwoLevelConv2d(8, 12, 3, stride=2, padding=1, groups=4, bias=True, dtype=torch.float64)
+    layer.coarse_mode = coarse_mode
+    return layer
 
 
-@pytest.mark.parametrize("coarse_kernel_size", [1, 3])
-def test_fake_tensors(coarse_kernel_size: int) -> None:
+@pytest.mark.parametrize("coarse_mode", MODES)
+def test_fake_tensors(coarse_mode: str) -> None:
     with FakeTensorMode():
-        layer = make(coarse_kernel_size)
+        layer = make(coarse_mode)
         x = torch.empty(2, 8, 9, 6, dtype=torch.float64, requires_grad=True)
         x_last = x.contiguous(memory_format=torch.channels_last)
         y = layer(x_last)
@@ -29,10 +30,10 @@ def test_fake_tensors(coarse_kernel_size: int) -> None:
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
-@pytest.mark.parametrize("coarse_kernel_size", [1, 3])
-def test_compiled_layer_is_the_eager_one(coarse_kernel_size: int, memory_format: torch.memory_format) -> None:
+@pytest.mark.parametrize("coarse_mode", MODES)
+def test_compiled_layer_is_the_eager_one(coarse_mode: str, memory_format: torch.memory_format) -> None:
     torch.manual_seed(SEED)
-    layer = make(coarse_kernel_size)
+    layer = make(coarse_mode)
     x = torch.randn(2, 8, 9, 6, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
     names = ["input", *(name for name, _ in layer.named_parameters())]
     inputs = [x, *layer.parameters()]

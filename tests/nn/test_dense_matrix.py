@@ -37,6 +37,10 @@ class Case:
     bias: bool
     memory_format: torch.memory_format
 
+    @property
+    def modes(self) -> list[str]:
+        return ["overlapped", "fused"] if self.coarse_kernel == self.kernel else ["overlapped"]
+
     def layer(self) -> TwoLevelConv2d:
         return TwoLevelConv2d(
             self.in_channels,
@@ -111,11 +115,8 @@ def block(filters: Tensor, case: Case, out_size: Pair) -> Tensor:
 
 def dense_matrix(layer: TwoLevelConv2d, case: Case, out_size: Pair) -> Tensor:
     """A_2L = sum_k R~_k^T A_k R_k + R0bar^T R_0, Equation (3.5)."""
-    weight = layer.weight.unflatten(0, (case.groups, -1))  # N, m/N (+ 1), n/N, d, d
-    if layer.restriction is None:
-        fine, coarse = weight[:, :-1], weight[:, -1:]
-    else:
-        fine, coarse = weight, layer.restriction.unsqueeze(1)
+    fine = layer.weight.unflatten(0, (case.groups, -1))  # N, m/N, n/N, d, d
+    coarse = layer.restriction.unsqueeze(1)  # N, 1, n/N, d0, d0
     group_convolution = torch.block_diag(*[block(filters, case, out_size) for filters in fine])
     restriction = torch.block_diag(*[block(filters, case, out_size) for filters in coarse])
     positions = torch.eye(out_size[0] * out_size[1], dtype=torch.float64)
@@ -145,18 +146,19 @@ def test_output_and_gradients(seed: int) -> None:
             param.copy_(normal(*param.shape))
     x = normal(case.batch, case.in_channels, *case.size).to(memory_format=case.memory_format).requires_grad_()
 
-    actual, expected = layer(x), reference(layer, x, case)
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, msg=lambda m: f"output: {m}\n{case}")
-
-    names = ["input", *(name for name, _ in layer.named_parameters())]
-    inputs = [x, *layer.parameters()]
+    expected = reference(layer, x, case)
+    inputs = {"input": x, **dict(layer.named_parameters())}
     cotangent = normal(*expected.shape)
-    actual_grads = torch.autograd.grad(actual, inputs, cotangent)
-    expected_grads = torch.autograd.grad(expected, inputs, cotangent)
-    for name, got, want in zip(names, actual_grads, expected_grads, strict=True):
-        torch.testing.assert_close(
-            got, want, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"gradient of {name}: {m}\n{case}"
-        )
+    expected_grads = torch.autograd.grad(expected, inputs.values(), cotangent)
+    for layer.coarse_mode in case.modes:
+        actual = layer(x)
+        where = f"{layer.coarse_mode}, {case}"
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, msg=lambda m, w=where: f"output: {m}\n{w}")
+        actual_grads = torch.autograd.grad(actual, inputs.values(), cotangent)
+        for name, got, want in zip(inputs, actual_grads, expected_grads, strict=True):
+            torch.testing.assert_close(
+                got, want, rtol=1e-10, atol=1e-10, msg=lambda m, w=f"{name}, {where}": f"gradient of {w}: {m}"
+            )
 
 
 KINDS: dict[str, Callable[[Case], bool]] = {

@@ -55,10 +55,9 @@ def test_spread(initialize: Callable[[TwoLevelConv2d], None], coarse_kernel_size
     initialize(layer)
 
     weight = layer.weight.detach().unflatten(0, (8, -1))
-    fine, coarse = (weight[:, :128], weight[:, 128:]) if layer.restriction is None else (weight, layer.restriction)
     fans = {
-        "fine": (fine, 9 * 512 // 8),
-        "restriction": (coarse, coarse_kernel_size**2 * 512 // 8),
+        "fine": (weight, 9 * 512 // 8),
+        "restriction": (layer.restriction, coarse_kernel_size**2 * 512 // 8),
         "prolongation": (layer.prolongation, 8),
     }
     for name, (values, fan_in) in fans.items():

@@ -81,12 +81,22 @@ def _check_gradients() -> dict[str, bool]:
 
     group_channels = 2
 
-    def two_level(shares: Tensor, weight: Tensor, prolongation: Tensor) -> Tensor:
+    def two_level(mode: str, shares: Tensor, **parameters: Tensor) -> Tensor:
         layer = TwoLevelConv2d(group_channels * ranks, ranks, 3, padding=1, stride=2, groups=ranks)
-        layer.local_groups, layer.exchange = 1, CoarseExchange(_world())
-        del layer.weight, layer.prolongation
-        layer.weight, layer.prolongation = _Mine.apply(weight), _Mine.apply(prolongation)  # type: ignore[assignment]
+        layer.local_groups, layer.exchange, layer.coarse_mode = 1, CoarseExchange(_world()), mode
+        for key, whole in parameters.items():
+            delattr(layer, key)
+            setattr(layer, key, _Mine.apply(whole))
         return _Everyones.apply(layer(_Mine.apply(shares)))
+
+    def check_two_level(mode: str) -> bool:
+        return check(
+            lambda x, w, r, p: two_level(mode, x, weight=w, restriction=r, prolongation=p),
+            _random(ranks, 1, group_channels, 3, 3),
+            _random(ranks, 1, group_channels, 3, 3),
+            _random(ranks, 1, group_channels, 3, 3),
+            _random(ranks, 1, ranks),
+        )
 
     def check(function: Any, *inputs: Tensor) -> bool:
         return torch.autograd.gradcheck(function, [tensor.requires_grad_() for tensor in inputs])
@@ -96,19 +106,15 @@ def _check_gradients() -> dict[str, bool]:
         "sum_partials": check(summed, _random(ranks, 2, 3)),
         "copy_to_ranks": check(copied, _random(4, 2)),
         "copy_to_ranks, then sum_partials": check(column_then_row, _random(4, 2)),
-        "TwoLevelConv2d": check(
-            two_level,
-            _random(ranks, 1, group_channels, 3, 3),
-            _random(ranks, 2, group_channels, 3, 3),
-            _random(ranks, 1, ranks),
-        ),
+        "TwoLevelConv2d, overlapped": check_two_level("overlapped"),
+        "TwoLevelConv2d, fused": check_two_level("fused"),
     }
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_gradients_are_those_of_finite_differences(ranks: int) -> None:
     for checked in run_ranks_once(ranks, _check_gradients):
-        assert len(checked) == 5
+        assert len(checked) == 6
         assert all(checked.values())
 
 
@@ -119,8 +125,8 @@ def _values() -> dict[str, Tensor]:
     first, second = exchange.reduce_scatter(everyones[rank]), exchange.reduce_scatter(2 * everyones[rank])
     doubled, single = second(), first()
     return {
-        "gathered": exchange.gather(everyones[rank]),
-        "gathered, not contiguous": exchange.gather(everyones[rank].t()),
+        "gathered": exchange.gather(everyones[rank])(),
+        "gathered, not contiguous": exchange.gather(everyones[rank].t())(),
         "scattered": single,
         "scattered, second in flight": doubled,
         "scattered, bf16": exchange.reduce_scatter(everyones[rank].bfloat16())(),
@@ -189,7 +195,8 @@ def test_traced_graph_names_the_operators() -> None:
 def _profiled_names() -> list[str]:
     layer = TwoLevelConv2d(4, 4, 1, groups=4)
     layer.local_groups, layer.exchange = 2, CoarseExchange(_world())
-    layer.weight.data, layer.prolongation.data = layer.weight.data[:4], layer.prolongation.data[:2]
+    for param in layer.parameters():
+        param.data = param.data[:2]
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         layer(torch.ones(1, 2, 3, 3)).sum().backward()
     return [event.name for event in profiler.events()]

@@ -39,7 +39,7 @@ def test_every_kind_of_layer_is_placed() -> None:
     assert plan(model, 4) == {
         "0": Placement("column", {"weight": 0, "bias": 0}),
         "1": Placement("channels", {**norm, **statistics}),
-        "3": Placement("two-level", {"weight": 0, "prolongation": 0, "bias": 0}),
+        "3": Placement("two-level", {"weight": 0, "restriction": 0, "prolongation": 0, "bias": 0}),
         "4": Placement("two-level", {"weight": 0, "restriction": 0, "prolongation": 0}),
         "5": Placement("grouped", {"weight": 0}),
         "6": Placement("gathered", {"weight": 0, "bias": 0}),

@@ -48,6 +48,7 @@ def create_model(
     factory = functools.partial(_CONVOLUTIONS[conv], groups=groups)
     with torch.device("meta"):
         model = WideResNet(depth, width, 10 if num_classes is None else num_classes, factory)
+    model.to(memory_format=torch.channels_last)  # filters as the activations, which a convolution need not reorder
     target = torch.get_default_device() if device is None else torch.device(device)
     if target.type == "meta":
         return model

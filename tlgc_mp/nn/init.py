@@ -30,10 +30,8 @@ def _normal_blocks(param: Tensor, std: float, blocks: int, first: int, seed: int
     generator = torch.Generator()
     for index, block in enumerate(param.tensor_split(blocks, dim=dim)):
         generator.manual_seed(block_seed(seed, name, first + index))
-        if block.device.type == "cpu" and block.dtype == torch.float32 and block.is_contiguous():
-            block.normal_(0.0, std, generator=generator)
-        else:
-            block.copy_(torch.empty(block.shape).normal_(0.0, std, generator=generator))
+        for part in block if block.dim() == 4 else (block,):  # filter by filter, in whichever memory format
+            part.copy_(torch.empty(part.shape).normal_(0.0, std, generator=generator))
 
 
 @torch.no_grad()
@@ -58,9 +56,8 @@ def init_parameters(model: nn.Module, seed: int, *, shard_index: int = 0) -> Non
             count, first = module.local_groups, module.local_groups * shard_index
             for key in ("weight", "restriction", "prolongation"):
                 param = getattr(module, key)
-                if param is not None:
-                    std = math.sqrt(2.0 / param[0].numel())
-                    _normal_blocks(param, std, count, first, seed, prefix + key)
+                std = math.sqrt(2.0 / param[0].numel())
+                _normal_blocks(param, std, count, first, seed, prefix + key)
         elif isinstance(module, nn.Conv2d):
             count = module.weight.shape[0]
             std = math.sqrt(2.0 / module.weight[0].numel())

@@ -40,9 +40,26 @@ def _comm(name: str, torch_name: str) -> Any:
 @torch.library.custom_op("tlgc_mp::coarse_gather", mutates_args=())
 def coarse_gather(share: Tensor, ranks: int, group_name: str) -> Tensor:
     """All-gather along the first dimension: (G, ...) on each of P ranks -> (P G, ...) on all, in rank order."""
+    return _start_gather(share, ranks, group_name)()
+
+
+def _start_gather(share: Tensor, ranks: int, group_name: str) -> Callable[[], Tensor]:
+    """Starts :func:`coarse_gather`; the function returned waits for its result."""
+    share = share.contiguous()
     full = share.new_empty(ranks * share.shape[0], *share.shape[1:])
-    _comm("all_gather_into_tensor", "all_gather_single")(full, share.contiguous(), group=resolve_group(group_name))
-    return full
+    group = resolve_group(group_name)
+    work = _comm("all_gather_into_tensor", "all_gather_single")(full, share, group=group, async_op=True)
+    return _arrival(work, full, share)
+
+
+def _arrival(work: Any, result: Tensor, sent: Tensor) -> Callable[[], Tensor]:
+    """A function that waits for ``work`` and gives its ``result``; it holds what is ``sent``, to live until then."""
+
+    def wait(sent: Tensor = sent) -> Tensor:
+        work.wait()
+        return result
+
+    return wait
 
 
 @coarse_gather.register_fake
@@ -67,12 +84,7 @@ def _start_reduce_scatter(full: Tensor, ranks: int, group_name: str) -> Callable
     share = full.new_empty(full.shape[0] // ranks, *full.shape[1:])
     group = resolve_group(group_name)
     work = _comm("reduce_scatter_tensor", "reduce_scatter_single")(share, full, group=group, async_op=True)
-
-    def wait(full: Tensor = full) -> Tensor:  # holds the input, which must live until then
-        work.wait()
-        return share
-
-    return wait
+    return _arrival(work, share, full)
 
 
 def _gather_context(ctx: Any, inputs: tuple[Tensor, int, str], output: Tensor) -> None:
@@ -133,13 +145,16 @@ class CoarseExchange(Exchange):
         self.ranks = dist.get_world_size(group)
         self.group_name: str = group.group_name
 
-    def gather(self, share: Tensor) -> Tensor:
-        return coarse_gather(share, self.ranks, self.group_name)
+    def gather(self, share: Tensor) -> Callable[[], Tensor]:
+        return self._started("coarse_gather", coarse_gather, _start_gather, share)
 
     def reduce_scatter(self, full: Tensor) -> Callable[[], Tensor]:
-        if torch.compiler.is_compiling() or type(full) is not Tensor:
+        return self._started("coarse_reduce_scatter", coarse_reduce_scatter, _start_reduce_scatter, full)
+
+    def _started(self, name: str, operator: Any, start: Any, tensor: Tensor) -> Callable[[], Tensor]:
+        if torch.compiler.is_compiling() or type(tensor) is not Tensor:
             # What is traced is a graph of whole operators; a compiler finds its own overlap.
-            share = coarse_reduce_scatter(full, self.ranks, self.group_name)
-            return lambda: share
-        with torch.profiler.record_function("tlgc_mp::coarse_reduce_scatter"):
-            return _start_reduce_scatter(full, self.ranks, self.group_name)
+            result = operator(tensor, self.ranks, self.group_name)
+            return lambda: result
+        with torch.profiler.record_function(f"tlgc_mp::{name}"):
+            return start(tensor, self.ranks, self.group_name)

@@ -82,8 +82,8 @@ class ShardedLayer(TensorParallel_Layer):
             length = tensor.shape[dim] // self.tp_world_size
             tensor = tensor.narrow(dim, self.tp_index * length, length)
         if tensor.is_meta:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device=device or torch.device("cpu"))
-        return tensor.to(device=device or tensor.device, memory_format=torch.contiguous_format, copy=True)
+            return torch.empty_like(tensor, device=device or torch.device("cpu"))
+        return tensor.to(device=device or tensor.device, copy=True)
 
     def gather_whole(self, key: str) -> Tensor:
         """The whole parameter or buffer ``key``, assembled from the shares of all ranks of the group. Collective."""
@@ -91,8 +91,9 @@ class ShardedLayer(TensorParallel_Layer):
         if key not in self.placement.dims:
             return tensor.clone()
         dim = self.placement.dims[key]
+        tensor = tensor.contiguous()
         shares = [torch.empty_like(tensor) for _ in range(self.tp_world_size)]
-        dist.all_gather(shares, tensor.contiguous(), group=self.mp_group)
+        dist.all_gather(shares, tensor, group=self.mp_group)
         return torch.cat(shares, dim=dim)
 
     def _key_of(self, param: Tensor) -> str | None:

@@ -1,0 +1,123 @@
+"""Whatever becomes of a rank, its measurement ends, says why, and leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tlgc_mp.bench import launch
+
+REQUEST = {
+    "strategy": "zero3",
+    "depth": 10,
+    "width": 1,
+    "groups": 1,
+    "batch_size": 2,
+    "dtype": "fp32",
+    "momentum": True,
+    "micro_batches": 1,
+    "steps": 1,
+}
+
+
+class Ranks:
+    """Puts a shell script in the place of every rank; ``$RANK`` says which, the last argument where results go."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.path = folder / "rank.sh"
+        self.pids = folder / "pids"
+        self.monkeypatch = monkeypatch
+
+    def run(self, script: str) -> None:
+        self.path.write_text(f"#!/bin/sh\necho $$ >>{self.pids}\n{script}\n")
+        self.path.chmod(0o755)
+        self.monkeypatch.setattr(launch.sys, "executable", str(self.path))
+
+    def assert_all_gone(self, count: int) -> None:
+        pids = [int(line) for line in self.pids.read_text().split()]
+        assert len(pids) == count
+        for pid in pids:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+
+@pytest.fixture
+def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ranks:
+    return Ranks(tmp_path, monkeypatch)
+
+
+def test_a_rank_that_ends_takes_the_others_along_and_is_told(ranks: Ranks) -> None:
+    ranks.run('[ "$RANK" = 1 ] || exec sleep 100\nsleep 0.3; echo "cannot do it"; exit 3')
+    outcome = launch.measure(REQUEST, 2, time_limit=50.0)
+    assert outcome.error == "rank 1: ended with status 3: cannot do it" and not outcome.out_of_memory
+    ranks.assert_all_gone(2)
+
+
+def test_a_rank_that_the_kernel_kills_has_run_out_of_memory(ranks: Ranks) -> None:
+    ranks.run('[ "$RANK" = 1 ] || exec sleep 100\nsleep 0.3; kill -9 $$')
+    outcome = launch.measure(REQUEST, 2, time_limit=50.0)
+    assert outcome.error is not None and outcome.error.startswith("rank 1: killed by SIGKILL, for want of memory")
+    assert outcome.out_of_memory
+    ranks.assert_all_gone(2)
+
+
+def test_a_rank_that_hangs_is_ended(ranks: Ranks) -> None:
+    ranks.run('[ "$RANK" = 1 ] || echo "{}" >"$4"\nexec sleep 100')
+    outcome = launch.measure(REQUEST, 2, time_limit=1.0)
+    assert outcome.error == "rank 1: no result within 1 s"
+    ranks.assert_all_gone(2)
+
+
+def test_an_interrupt_ends_all_ranks(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(seconds: float) -> None:
+        while not ranks.pids.exists() or ranks.pids.read_text().count("\n") < 2:
+            pass
+        raise KeyboardInterrupt
+
+    ranks.run("exec sleep 100")
+    monkeypatch.setattr(launch.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        launch.measure(REQUEST, 2, time_limit=50.0)
+    ranks.assert_all_gone(2)
+
+
+def test_an_error_on_a_real_rank_is_told() -> None:
+    outcome = launch.measure({**REQUEST, "depth": 11}, 2, time_limit=100.0)
+    assert outcome.error is not None and not outcome.out_of_memory
+    assert re.match(r"rank [01]: UsageError: model='wrn-11-1': depth 11 is not 6 u \+ 4", outcome.error)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's doing")
+def test_ranks_do_not_outlive_a_benchmark_that_is_killed(tmp_path: Path) -> None:
+    code = f"from tlgc_mp.bench.launch import measure; measure({ {**REQUEST, 'steps': 10**9}!r}, 1, 300.0)"
+    driver = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
+    try:
+        child = _wait_for(lambda: _children(driver.pid), "the rank to start")[0]
+        _wait_for(lambda: _maps(child, "libtorch"), "the rank to get going")
+    finally:
+        driver.kill()
+        driver.wait()
+    _wait_for(lambda: not os.path.exists(f"/proc/{child}"), "the rank to end")
+
+
+def _wait_for(condition: Any, what: str, seconds: float = 30.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.05)
+    return value
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _maps(pid: int, library: str) -> bool:
+    return library in Path(f"/proc/{pid}/maps").read_text()

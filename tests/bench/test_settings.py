@@ -1,0 +1,152 @@
+"""What a benchmark is to measure, from its flags; a mistake is told in one line before anything starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tlgc_mp.bench import capacity
+from tlgc_mp.bench.settings import STRATEGIES, BenchSettings, Case, resolve
+from tlgc_mp.cli import _parser, main
+from tlgc_mp.models import create_model
+
+# name: (flags, what the line holds). In flags, {tmp} is the test's folder.
+MISTAKES: dict[str, tuple[list[str], list[str]]] = {
+    "strategy": (["--strategies", "gc2l"], ["--strategies='gc2l'", "gc-2l, gc, naive-mp", "@P"]),
+    "strategy at no number": (["--strategies", "gc-2l@two"], ["--strategies='gc-2l@two'", "'two'", "gc-2l@2"]),
+    "strategy at zero": (["--strategies", "gc-2l@0"], ["--strategies='gc-2l@0'", "number of ranks"]),
+    "no ranks": (["--tp", "0"], ["--tp=0", "1 or more"]),
+    "one rank of naive-mp": (["--tp", "1", "--strategies", "naive-mp"], ["--tp=1", "naive-mp", "2 ranks or more"]),
+    "ranks do not divide the stem": (["--tp", "3", "--strategies", "gc-2l"], ["=3", "16 channels", "1, 2, 4, 8, 16"]),
+    "ranks do not divide the groups": (
+        ["--tp", "4", "--groups", "2", "--strategies", "gc-2l"],
+        ["=4", "groups=2", "1, 2"],
+    ),
+    "groups zero": (["--groups", "0", "--strategies", "gc-2l"], ["groups=0", "1, 2, 4, 8, 16"]),
+    "more ranks than units": (
+        ["--depth", "10", "--tp", "4", "--strategies", "naive-mp"],
+        ["--tp=4", "3 residual units", "2 to 3"],
+    ),
+    "width": (["--widths", "0"], ["width 0", "1 or more"]),
+    "width no number": (["--widths", "forty"], ["--widths", "'forty'"]),
+    "depth": (["--depth", "11"], ["depth 11", "10, 16, 22"]),
+    "depth zero": (["--depth", "0"], ["depth 0", "10, 16, 22"]),
+    "batch sizes": (["--widths", "10", "20", "40", "--batch-sizes", "8", "4"], ["--batch-sizes", "2", "3 widths"]),
+    "batch size": (["--batch-sizes", "0"], ["--batch-sizes=0", "1 or more"]),
+    "batch of zero3": (
+        ["--widths", "10", "--batch-sizes", "3", "--strategies", "zero3"],
+        ["--batch-sizes=3", "2 replicas of zero3", "multiple of 2"],
+    ),
+    "micro-batches": (
+        ["--widths", "10", "--batch-sizes", "6", "--micro-batches", "4", "5", "--strategies", "pipeline"],
+        ["--micro-batches=4 5", "batch of 6", "1, 2, 3, 6"],
+    ),
+    "micro-batches zero": (["--micro-batches", "0"], ["--micro-batches=0", "1 or more"]),
+    "rounds": (["--rounds", "0"], ["--rounds=0", "1 or more"]),
+    "steps": (["--steps", "-1"], ["--steps=-1", "1 or more"]),
+    "dtype": (["--dtype", "fp16"], ["--dtype='fp16'", "fp32, bf16"]),
+    "time limit": (["--time-limit", "nan"], ["--time-limit=nan", "seconds"]),
+    "flag": (["--width", "10"], ["--width", "--help"]),
+    "output is a file": (["--output", "{tmp}/file"], ["--output", "{tmp}/file", "folder"]),
+    "output in a file": (["--output", "{tmp}/file/run"], ["--output", "{tmp}/file/run", "folder"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_told_in_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    flags, expected = MISTAKES[name]
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
+    assert main(["bench", "scaling", "--output", str(tmp_path / "run"), *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    for part in expected:
+        assert part.format(tmp=tmp_path) in captured.err
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_a_rank_of_a_launch_is_told_to_start_plainly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["bench", "scaling", "--output", str(tmp_path / "run")]) == 2
+    assert "starts its own ranks" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def _settle(tmp_path: Path, *flags: str) -> BenchSettings:
+    return resolve(_parser().parse_args(["bench", "scaling", "--output", str(tmp_path), *flags]))
+
+
+def test_cases_of_a_round(tmp_path: Path) -> None:
+    flags = [
+        "--widths",
+        "40",
+        "60",
+        "--tp",
+        "2",
+        "4",
+        "--strategies",
+        "gc-2l@4",
+        "naive-mp",
+        "pipeline@2",
+        "--batch-sizes",
+        "8",
+        "4",
+    ]
+    assert _settle(tmp_path, *flags).cases == tuple(
+        case
+        for width, batch_size, micro_batches in ((40, 8, (2, 4, 8)), (60, 4, (2, 4)))
+        for case in (
+            Case("gc-2l", 28, width, 4, 4, batch_size),
+            Case("naive-mp", 28, width, 1, 2, batch_size),
+            Case("naive-mp", 28, width, 1, 4, batch_size),
+            Case("pipeline", 28, width, 1, 2, batch_size, micro_batches),
+        )
+    )
+
+
+def test_the_paper_s_widths_where_nothing_is_said(tmp_path: Path) -> None:
+    settings = _settle(tmp_path)
+    assert [(case.width, case.batch_size, case.strategy) for case in settings.cases] == [
+        (width, batch_size, strategy)
+        for width, batch_size in ((40, 8), (60, 4), (80, 2))
+        for strategy in ("gc-2l", "naive-mp")
+    ]
+    assert (settings.rounds, settings.steps, settings.dtype, settings.momentum) == (2, 2, "fp32", True)
+
+
+def test_quick_covers_every_strategy_and_yields_to_other_flags(tmp_path: Path) -> None:
+    settings = _settle(tmp_path, "--quick")
+    assert [case.strategy for case in settings.cases] == list(STRATEGIES)
+    assert {(case.width, case.depth, case.ranks) for case in settings.cases} == {(10, 28, 2)}
+    assert (settings.rounds, settings.steps) == (1, 1)
+    settings = _settle(tmp_path, "--quick", "--widths", "1", "--depth", "10", "--rounds", "3", "--strategies", "gc@1")
+    assert settings.cases == (Case("gc", 10, 1, 1, 1, 8),) and settings.rounds == 3
+
+
+@pytest.mark.parametrize(("conv", "groups"), [("sc", 1), ("gc", 4), ("gc-2l", 4)])
+@pytest.mark.parametrize("model", [(10, 1), (16, 2), (28, 10)])
+def test_parameters_are_counted_without_torch(conv: str, groups: int, model: tuple[int, int]) -> None:
+    built = create_model("wrn-{}-{}".format(*model), conv=conv, groups=groups, device="meta")
+    assert capacity.parameter_count(*model, conv, groups) == sum(p.numel() for p in built.parameters())
+
+
+def test_the_dense_network_of_width_80_needs_28_gb() -> None:
+    """The issue's figure; without momentum it is less than 24."""
+    dense = Case("naive-mp", 28, 80, 1, 2, 2)
+    assert 28e9 < capacity.needed_bytes(dense, momentum=True) < 31e9
+    assert 18e9 < capacity.needed_bytes(dense, momentum=False) < 22e9
+
+
+def test_help_loads_no_torch() -> None:
+    code = (
+        "import sys; from tlgc_mp.cli import main\ntry: main(['bench', 'scaling', '--help'])\nexcept SystemExit: pass\n"
+        "print([name for name in ('torch', 'deepspeed', 'matplotlib', 'numpy') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.strip().endswith("[]")

@@ -1,0 +1,1 @@
+"""What two-level group convolution over ranks is compared with."""

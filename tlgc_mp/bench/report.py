@@ -1,0 +1,272 @@
+"""The rows of a run -> a Markdown file beside the paper's Table 2, and a plot.
+
+The paper's figures are those of Table 2 of *Two-level Group Convolution* (https://arxiv.org/abs/2110.05060):
+WideResNet-28-w on CIFAR-10, hours of wall clock for 200 epochs. Its dense network ran on one GPU at w = 40 and under
+naive model parallelism at w = 60 and 80; its GC-2L network on N GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from tlgc_mp.training.runs import replace_file
+
+Row = dict[str, Any]
+
+PAPER_HOURS = {
+    (40, 1): 49.7158,
+    (40, 2): 17.7883,
+    (40, 4): 8.6631,
+    (60, 1): 89.8192,
+    (60, 2): 30.3047,
+    (60, 4): 11.8103,
+    (80, 1): 255.0242,
+    (80, 2): 73.4831,
+    (80, 4): 20.1942,
+}
+"""(w, N) -> hours, as printed in Table 2; N = 1 is the dense network."""
+
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # told apart by colour-blind readers too
+
+
+def paper_speed_up(width: int, groups: int) -> float | None:
+    """How many times faster than the dense network the paper's GC-2L network is; ``None`` where it prints none."""
+    if groups < 2 or (width, groups) not in PAPER_HOURS:
+        return None
+    return PAPER_HOURS[width, 1] / PAPER_HOURS[width, groups]
+
+
+def arithmetic_limit(row: Row) -> int:
+    """How many times faster than naive model parallelism ``row``'s strategy could be by arithmetic alone, with a device
+    a rank: N P, since each of P devices does 1 / (N P) of the work, and one device at a time does all of it."""
+    return 1 if row["strategy"] == "naive-mp" else row["groups"] * row["tp"]
+
+
+def baseline(row: Row, rows: list[Row]) -> Row | None:
+    """The row of naive model parallelism to compare ``row`` with: at the same number of ranks if there is one."""
+    found = [
+        other
+        for other in rows
+        if other["strategy"] == "naive-mp"
+        and other["median_step_seconds"]
+        and all(other[key] == row[key] for key in ("width", "depth", "dtype", "batch_size", "momentum"))
+    ]
+    return min(found, key=lambda other: (other["tp"] != row["tp"], other["tp"]), default=None)
+
+
+def speed_up(row: Row, rows: list[Row], clock: str = "median_step_seconds") -> float | None:
+    """Naive model parallelism's step over that of ``row``, by ``row``'s wall clock or its ``busy_cpu_seconds``.
+
+    ``None`` where there is nothing to compare with.
+    """
+    dense = baseline(row, rows)
+    return dense["median_step_seconds"] / row[clock] if dense is not None and row[clock] else None
+
+
+def write(rows: list[Row], description: dict[str, Any], folder: str) -> None:
+    """Writes ``scaling.md``, ``scaling.png`` and ``scaling.svg`` to ``folder``.
+
+    Args:
+        description: of the run, as ``run.json`` holds it.
+    """
+    replace_file(os.path.join(folder, "scaling.md"), markdown(rows, description))
+    _plot(rows, description["machine"], folder)
+
+
+def markdown(rows: list[Row], description: dict[str, Any]) -> str:
+    """All figures of ``rows``, as tables."""
+    machine = description["machine"]
+    memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in description["versions"].items())
+    changed = " with uncommitted changes" if description["uncommitted_changes"] else ""
+    parts = [
+        "# Scaling",
+        "",
+        f"Machine: {machine['cpu']}, {machine['cores']} cores{memory}. {versions}. "
+        f"Commit {description['commit'] or 'not known'}{changed}. {description['date']}.",
+        "",
+        f"    {' '.join(description['command'])}",
+        "",
+        "## Beside the paper's Table 2",
+        "",
+        "Times faster than the dense network under naive model parallelism (naive-mp), wall clock. Paper: hours of the "
+        "dense network over hours of GC-2L, as printed. Arithmetic: N P, with a device a rank. CPU: naive-mp's step "
+        "over the CPU seconds of the busiest rank, which is what counts where ranks share a core.",
+        "",
+        *_table(_COMPARISON, [_comparison(row, rows) for row in rows]),
+    ]
+    remarks = [(row, row[key]) for row in rows for key in ("note", "error") if row[key]]
+    if remarks:
+        parts += ["", *(f"- {_name(row)}, w={row['width']}, P={row['tp']}: {text}" for row, text in remarks)]
+    parts += ["", "## Time", "", *_table(_TIME, [_time(row) for row in rows])]
+    parts += ["", "## Memory of a rank, MB", "", *_table(_MEMORY, [_memory(row) for row in rows])]
+    return "\n".join(parts) + "\n"
+
+
+_COMPARISON = (
+    "w",
+    "strategy",
+    "N",
+    "P",
+    "batch",
+    "dtype",
+    "momentum",
+    "step, s",
+    "faster",
+    "paper",
+    "arithmetic",
+    "CPU, times",
+    "h for 200 epochs",
+    "paper, h",
+)
+
+
+def _comparison(row: Row, rows: list[Row]) -> list[str]:
+    printed = None
+    if row["strategy"] == "gc-2l" and row["groups"] == row["tp"] and row["depth"] == 28:
+        printed = row["groups"]
+    elif row["strategy"] == "naive-mp" and row["depth"] == 28:
+        printed = 1
+    return [
+        *_head(row),
+        str(row["batch_size"]),
+        row["dtype"],
+        f"{row['momentum']:g}",
+        _number(row["median_step_seconds"], 3),
+        _number(speed_up(row, rows), 2),
+        _number(paper_speed_up(row["width"], printed) if printed else None, 2),
+        str(arithmetic_limit(row)),
+        _number(speed_up(row, rows, "busy_cpu_seconds"), 2),
+        _number(row["hours_for_200_epochs"], 1),
+        _number(PAPER_HOURS.get((row["width"], printed)) if printed else None, 1),
+    ]
+
+
+_TIME = (
+    "w",
+    "strategy",
+    "N",
+    "P",
+    "step, s",
+    "images/s",
+    "busy CPU, s",
+    "GFLOP a rank",
+    "GFLOP/s",
+    "best GFLOP/s",
+    "share",
+    "in collectives, s",
+    "of it coarse, s",
+    "collectives, MB",
+)
+
+
+def _time(row: Row) -> list[str]:
+    return [
+        *_head(row),
+        _number(row["median_step_seconds"], 3),
+        _number(row["images_per_second"], 2),
+        _number(row["busy_cpu_seconds"], 3),
+        _number(row["flops_per_rank"], 1, 1e9),
+        _number(row["achieved_flops_per_second"], 1, 1e9),
+        _number(row["best_flops_per_second"], 1, 1e9),
+        _number(row["achieved_share"], 2),
+        _number(row["collective_seconds"], 3),
+        _number(row["coarse_seconds"], 3),
+        _number(row["collective_bytes"], 2, 1e6),
+    ]
+
+
+_MEMORY = ("w", "strategy", "N", "P", "peak", "parameters", "gradients", "optimizer", "activations")
+
+
+def _memory(row: Row) -> list[str]:
+    kinds = ("peak_memory_bytes", "parameter_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes")
+    return [*_head(row), *(_number(row[kind], 1, 1e6) for kind in kinds)]
+
+
+def _head(row: Row) -> list[str]:
+    return [str(row["width"]), _name(row), str(row["groups"]), str(row["tp"])]
+
+
+def _name(row: Row) -> str:
+    return f"pipeline, {row['micro_batches']} micro-batches" if row["strategy"] == "pipeline" else row["strategy"]
+
+
+def _number(value: float | None, digits: int, unit: float = 1.0) -> str:
+    return "" if value is None else f"{value / unit:.{digits}f}"
+
+
+def _table(head: tuple[str, ...], lines: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)]
+
+
+def _curve(points: list[Row], rows: list[Row], clock: str) -> list[float]:
+    """The speed-up of each of ``points``, all of which have one."""
+    return [times for row in points if (times := speed_up(row, rows, clock)) is not None]
+
+
+def _plot(rows: list[Row], machine: dict[str, Any], folder: str) -> None:
+    """Speed-up over naive model parallelism against w: measured, the paper's, and what arithmetic allows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
+
+    lines: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        if row["strategy"] == "gc-2l" and speed_up(row, rows) is not None:
+            lines.setdefault((row["groups"], row["tp"]), []).append(row)
+    widths = sorted({row["width"] for row in rows})
+    limits: dict[int, str] = {}
+    handles = []
+    figure, axes = plt.subplots(figsize=(7.0, 4.6), layout="constrained")
+    for color, (groups, ranks) in zip(_COLORS * len(lines), sorted(lines), strict=False):
+        points = sorted(lines[groups, ranks], key=lambda row: row["width"])
+        at = [row["width"] for row in points]
+        name = f"N = P = {groups}" if groups == ranks else f"N = {groups}, P = {ranks}"
+        axes.plot(at, _curve(points, rows, "median_step_seconds"), color=color, marker="o")
+        handles.append(Line2D([], [], color=color, marker="o", label=f"GC-2L, {name}"))
+        if ranks > machine["cores"]:
+            axes.plot(at, _curve(points, rows, "busy_cpu_seconds"), color=color, marker="s", ls=":")
+            handles.append(Line2D([], [], color=color, marker="s", ls=":", label=f"GC-2L, {name}, by CPU seconds"))
+        if groups == ranks:
+            paper = [(w, times) for w in widths if (times := paper_speed_up(w, groups)) is not None]
+            if paper:
+                axes.plot(*zip(*paper, strict=True), color=color, marker="D", mfc="none", ls="none", ms=8)
+                handles.append(
+                    Line2D([], [], color=color, marker="D", mfc="none", ls="none", label=f"paper, N = {groups}")
+                )
+        limits[arithmetic_limit(points[0])] = color
+    for limit, color in limits.items():
+        axes.axhline(limit, color=color, ls="--", lw=1)
+        axes.annotate(
+            f"arithmetic: {limit}",
+            (1.0, limit),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 3),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize="small",
+            color=color,
+        )
+    axes.set_yscale("log", base=2)
+    axes.set_ylim(0.9, 1.35 * max(limits, default=4))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xticks(widths)
+    axes.set_xlim(min(widths) - 5, max(widths) + 5)
+    axes.set_xlabel("w, widening factor of the WideResNet")
+    axes.set_ylabel("times faster than naive model parallelism")
+    axes.grid(alpha=0.3)
+    if handles:
+        axes.legend(
+            handles=handles, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False
+        )
+    for suffix in ("png", "svg"):
+        path = os.path.join(folder, f"scaling.{suffix}")
+        temporary = os.path.join(folder, f"scaling.tmp.{suffix}")
+        figure.savefig(temporary, dpi=150)
+        os.replace(temporary, path)
+    plt.close(figure)

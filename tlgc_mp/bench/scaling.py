@@ -1,0 +1,172 @@
+"""The benchmark ``tlgc-mp bench scaling``: rounds of measurements, and the files made from them.
+
+A round goes through all cases once, each in processes of its own; rounds repeat (A B C, A B C), since machines drift.
+
+    DIR/scaling.json    a list of rows, as :mod:`tlgc_mp.bench.rows` describes them; written after each measurement
+    DIR/run.json        machine, versions, git commit, date and command
+    DIR/scaling.md      tables, beside the paper's Table 2
+    DIR/scaling.png, DIR/scaling.svg    speed-up over naive model parallelism against w
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from typing import Any
+
+from tlgc_mp import __version__
+from tlgc_mp.bench import capacity, launch, report
+from tlgc_mp.bench.rows import Record, make_row, median_seconds
+from tlgc_mp.bench.settings import BenchSettings, Case
+from tlgc_mp.bench.worker import CORE_RATE
+from tlgc_mp.training.runs import replace_file
+
+
+def run(settings: BenchSettings) -> int:
+    """Measures, writes the files, says how it goes; the exit status: 1 if a strategy failed other than for memory."""
+    machine = describe_machine()
+    description = _description(machine)
+    _write_json(settings, "run.json", description)
+    available = capacity.available_bytes()
+    records = [_plan(case, settings, available) for case in settings.cases]
+    best: dict[int, float] = {}
+    rows: list[dict[str, Any]] = []
+    for round_index in range(settings.rounds):
+        for cores in sorted({min(record.case.ranks, machine["cores"]) for record in records}):
+            outcome = launch.measure({"strategy": CORE_RATE, "dtype": settings.dtype}, cores, settings.time_limit)
+            result = outcome.error
+            if result is None:
+                rate = max(rank["best_flops_per_second"] for rank in outcome.ranks)
+                best[cores] = max(best.get(cores, 0.0), rate)
+                result = f"{rate / 1e9:.1f} GFLOP/s a core"
+            print(f"round {round_index + 1}  {CORE_RATE}  cores={cores}  {result}", flush=True)
+        for record in records:
+            if record.error is None:
+                _measure(record, round_index, settings)
+                _say(record, round_index)
+            rows = [_row(r, settings, best, machine["cores"]) for r in records]
+            _write_json(settings, "scaling.json", rows)
+    report.write(rows, description, settings.output)
+    print(f"Wrote scaling.json, scaling.md, scaling.png and scaling.svg to {settings.output}", flush=True)
+    return int(any(record.error is not None and not record.out_of_memory for record in records))
+
+
+def _row(record: Record, settings: BenchSettings, best: dict[int, float], cores: int) -> dict[str, Any]:
+    return make_row(record, settings.dtype, best.get(min(record.case.ranks, cores)), cores)
+
+
+def _plan(case: Case, settings: BenchSettings, available: int | None) -> Record:
+    """With momentum, unless the dense network among the cases of its width has no room for it in ``available`` bytes.
+
+    Then no case of that width has any, so that all do the same work.
+    """
+    record = Record(case, settings.momentum)
+    dense = [other for other in settings.cases if other.width == case.width and other.strategy in _DENSE_SPLIT]
+    if settings.momentum and dense and available is not None:
+        needed = max(capacity.needed_bytes(other, momentum=True) for other in dense)
+        if needed > available:
+            record.momentum = False
+            record.note = (
+                f"without momentum: with it the dense network at w={case.width} needs about {needed / 1e9:.0f} GB, "
+                f"and {available / 1e9:.0f} GB are free"
+            )
+    return record
+
+
+_DENSE_SPLIT = ("naive-mp", "pipeline", "channel-parallel")
+"""Strategies that hold the dense network once; ZeRO holds more than that, which says nothing about the network."""
+
+
+def _measure(record: Record, round_index: int, settings: BenchSettings) -> None:
+    """Measures ``record``'s case once more, and in the first round finds its number of micro-batches."""
+    case = record.case
+    needed, available = capacity.needed_bytes(case, record.momentum), capacity.available_bytes()
+    if available is not None and needed > available:
+        record.out_of_memory = True
+        record.error = f"does not fit: needs about {needed / 1e9:.0f} GB, and {available / 1e9:.0f} GB are free"
+        return
+    fastest = math.inf
+    kept: tuple[int, list[dict[str, Any]]] | None = None
+    failed = launch.Outcome()
+    for count in case.micro_batches if record.micro_batches is None else (record.micro_batches,):
+        request = {
+            "strategy": case.strategy,
+            "depth": case.depth,
+            "width": case.width,
+            "groups": case.groups,
+            "batch_size": case.batch_size,
+            "dtype": settings.dtype,
+            "momentum": record.momentum,
+            "micro_batches": count,
+            "steps": settings.steps,
+        }
+        outcome = launch.measure(request, case.ranks, settings.time_limit)
+        if outcome.error is not None:
+            failed = outcome
+            continue
+        seconds = median_seconds(outcome.ranks)
+        if record.micro_batches is None and len(case.micro_batches) > 1:
+            record.micro_batch_seconds[count] = seconds
+        if seconds < fastest:
+            fastest, kept = seconds, (count, outcome.ranks)
+    if kept is None:
+        record.error, record.out_of_memory = failed.error, failed.out_of_memory
+        return
+    record.micro_batches = kept[0]
+    record.measurements.append((round_index, kept[1]))
+
+
+def _say(record: Record, round_index: int) -> None:
+    case = record.case
+    name = case.strategy if case.strategy != "pipeline" else f"pipeline ({record.micro_batches} micro-batches)"
+    result = record.error
+    if result is None:
+        result = f"{median_seconds(record.measurements[-1][1]):.3f} s a step"
+    print(f"round {round_index + 1}  w={case.width}  tp={case.ranks}  {name}  {result}", flush=True)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Of the machine that this runs on: ``cpu``, ``cores`` that may be used, ``memory_bytes``, ``system``."""
+    cpu, memory = platform.processor() or platform.machine(), None
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            cpu = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError, StopIteration):
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"cpu": cpu, "cores": cores, "memory_bytes": memory, "system": platform.platform()}
+
+
+def _description(machine: dict[str, Any]) -> dict[str, Any]:
+    versions = {"python": platform.python_version(), "tlgc-mp": __version__}
+    for package in ("torch", "deepspeed", "numpy"):
+        versions[package] = importlib.metadata.version(package)
+    return {
+        "machine": machine,
+        "versions": versions,
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": ["tlgc-mp", *sys.argv[1:]],
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says about the working copy that this package lies in; ``None`` where it lies in none."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    try:
+        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _write_json(settings: BenchSettings, name: str, value: Any) -> None:
+    replace_file(os.path.join(settings.output, name), json.dumps(value, indent=1) + "\n")

@@ -1,0 +1,185 @@
+"""What ``tlgc-mp bench scaling`` is to measure, checked before anything starts. Loads no torch."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from tlgc_mp.errors import UsageError, divisors, one_of
+from tlgc_mp.models.names import check_model, check_split
+
+STRATEGIES: dict[str, str] = {
+    "gc-2l": "gc-2l",
+    "gc": "gc",
+    "naive-mp": "sc",
+    "pipeline": "sc",
+    "channel-parallel": "sc",
+    "zero3": "sc",
+}
+"""Name of a strategy -> the convolution of the network that it trains.
+
+gc-2l: two-level group convolution. gc: group convolution. naive-mp: the dense network split by layers, one rank busy at
+a time. pipeline: the same with micro-batches. channel-parallel: the dense network, input channels gathered and output
+channels split. zero3: the dense network, data-parallel, parameters split (ZeRO stage 3).
+"""
+
+DTYPES = ("fp32", "bf16")
+MICRO_BATCHES = (2, 4, 8)
+IMAGE_SIZE = 32
+NUM_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """One strategy on one network and one number of ranks.
+
+    Attributes:
+        groups: N; 1 for the dense network.
+        ranks: P, or the number of replicas of ``zero3``.
+        batch_size: images a step, over all ranks.
+        micro_batches: numbers of micro-batches to choose from; ``(1,)`` for all but ``pipeline``.
+    """
+
+    strategy: str
+    depth: int
+    width: int
+    groups: int
+    ranks: int
+    batch_size: int
+    micro_batches: tuple[int, ...] = (1,)
+
+    @property
+    def conv(self) -> str:
+        """The convolution of the network."""
+        return STRATEGIES[self.strategy]
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """A run of the benchmark, every choice made.
+
+    Attributes:
+        cases: what to measure, in the order of a round.
+        rounds: how often to go through the cases.
+        steps: timed steps of each measurement, after one to warm up.
+        momentum: whether SGD keeps momentum, where there is memory for it.
+        output: the folder of what is written.
+        time_limit: seconds after which a measurement is given up.
+    """
+
+    cases: tuple[Case, ...]
+    rounds: int
+    steps: int
+    dtype: str
+    momentum: bool
+    output: str
+    time_limit: float
+
+
+def resolve(options: Any) -> BenchSettings:
+    """Turns parsed command-line ``options`` into a complete run.
+
+    Raises:
+        UsageError: an option that cannot work, or two that do not fit together.
+    """
+    quick = options.quick
+    for flag, value in (("--rounds", options.rounds), ("--steps", options.steps)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag}={value} is too small; use 1 or more")
+    for count in options.micro_batches or ():
+        if count < 1:
+            raise UsageError(f"--micro-batches={count} is no number of micro-batches; use 1 or more")
+    if not 0 < options.time_limit < float("inf"):
+        raise UsageError(f"--time-limit={options.time_limit} is not a number of seconds; use one, 1800 say")
+    if options.dtype not in DTYPES:
+        raise UsageError(f"--dtype={options.dtype!r} is unknown; use {one_of(DTYPES)}")
+    widths = options.widths or ([10] if quick else [40, 60, 80])
+    batch_sizes = _batch_sizes(options.batch_sizes, widths)
+    names = options.strategies or (list(STRATEGIES) if quick else ["gc-2l", "naive-mp"])
+    depth = 28 if options.depth is None else options.depth
+    cases: dict[Case, None] = {}
+    for width, batch_size in zip(widths, batch_sizes, strict=True):
+        for name in names:
+            strategy, ranks = _strategy(name, options.tp or [2])
+            for count in ranks:
+                case = _case(strategy, depth, width, count, batch_size, options)
+                cases[case] = None
+    return BenchSettings(
+        cases=tuple(cases),
+        rounds=options.rounds or (1 if quick else 2),
+        steps=options.steps or (1 if quick else 2),
+        dtype=options.dtype,
+        momentum=not options.no_momentum,
+        output=_output(options.output),
+        time_limit=options.time_limit,
+    )
+
+
+def _batch_sizes(given: list[int] | None, widths: list[int]) -> list[int]:
+    if given is None:
+        return [8 if width <= 40 else 4 if width <= 60 else 2 for width in widths]
+    for batch_size in given:
+        if batch_size < 1:
+            raise UsageError(f"--batch-sizes={batch_size} is no number of images; use 1 or more")
+    if len(given) not in (1, len(widths)):
+        raise UsageError(
+            f"--batch-sizes: {len(given)} are given for {len(widths)} widths; give one for all, or one for each"
+        )
+    return given * len(widths) if len(given) == 1 else given
+
+
+def _strategy(name: str, ranks: list[int]) -> tuple[str, list[int]]:
+    """``"gc-2l@4"`` -> its name and the numbers of ranks at which it runs: 4, or ``ranks`` where it names none."""
+    strategy, at, count = name.partition("@")
+    if strategy not in STRATEGIES:
+        raise UsageError(f"--strategies={name!r} is unknown; use {one_of(STRATEGIES)}, each with @P or without")
+    if not at:
+        return strategy, ranks
+    if not count.isdecimal() or int(count) < 1:
+        raise UsageError(f"--strategies={name!r}: {count!r} is not a number of ranks; use {strategy}@2, say")
+    return strategy, [int(count)]
+
+
+def _case(strategy: str, depth: int, width: int, ranks: int, batch_size: int, options: Any) -> Case:
+    conv = STRATEGIES[strategy]
+    if ranks < 1:
+        raise UsageError(f"--tp={ranks} is not a number of ranks; use 1 or more")
+    if conv == "sc" and ranks == 1:
+        raise UsageError(f"--tp=1: {strategy} needs 2 ranks or more; use {strategy}@2, or leave it out")
+    groups = 1 if conv == "sc" else ranks if options.groups is None else options.groups
+    model = f"wrn-{depth}-{width}"
+    check_model(model, conv, groups)
+    if strategy in ("gc-2l", "gc", "channel-parallel"):
+        check_split(model, conv, groups, ranks)
+    units = (depth - 4) // 2
+    if strategy in ("naive-mp", "pipeline") and ranks > units:
+        raise UsageError(f"--tp={ranks}: {strategy} splits the {units} residual units of {model}; use 2 to {units}")
+    if strategy == "zero3" and batch_size % ranks:
+        raise UsageError(
+            f"--batch-sizes={batch_size} does not divide among the {ranks} replicas of zero3 at width {width}; "
+            f"use a multiple of {ranks}"
+        )
+    micro_batches: tuple[int, ...] = (1,)
+    if strategy == "pipeline":
+        micro_batches = tuple(m for m in options.micro_batches or MICRO_BATCHES if batch_size % m == 0)
+        if not micro_batches:
+            tried = " ".join(str(m) for m in options.micro_batches or MICRO_BATCHES)
+            raise UsageError(
+                f"--micro-batches={tried}: none divides the batch of {batch_size} at width {width}; "
+                f"use some of {', '.join(str(d) for d in divisors(batch_size))}"
+            )
+    return Case(strategy, depth, width, groups, ranks, batch_size, micro_batches)
+
+
+def _output(given: str | None) -> str:
+    """The folder of what is written, made where it is missing."""
+    path = given or os.path.join("runs", time.strftime("scaling-%Y%m%d-%H%M%S"))
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output={path!r} cannot be made: {error.strerror}; give a folder") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(f"--output={path!r} cannot be written; give a folder in which you may write")
+    return path

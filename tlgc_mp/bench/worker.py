@@ -1,0 +1,184 @@
+"""One rank of one measurement: ``python -m tlgc_mp.bench.worker REQUEST RESULT``, started by ``bench.launch``.
+
+REQUEST is JSON, RESULT the file for what was measured. The rank then stays until it is ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from tlgc_mp.parallel.engine import use_huge_pages
+from tlgc_mp.training.runs import replace_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from tlgc_mp.bench.strategies import Workload
+
+CORE_RATE = "core-rate"
+"""In place of a strategy: measure the best rate of a dense 3x3 convolution."""
+
+WARM_UP_STEPS = 2
+"""The first allocates, the second finds what the first has freed."""
+
+CORE_RATE_SHAPES = ((128, 32, 16), (256, 16, 16), (320, 32, 4), (640, 16, 4), (1280, 8, 4))
+"""Channels in and out, image size and images of the convolutions of which the fastest counts."""
+CORE_RATE_REPEATS = 3
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the measurement and leaves its result, or why there is none, in the file."""
+    request, path = json.loads(arguments[0]), arguments[1]
+    _prepare_process()
+    try:
+        result = run(request)
+    except BaseException as error:
+        traceback.print_exc()
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        result = {"error": reason[:300], "out_of_memory": _is_memory(error)}
+    replace_file(path, json.dumps(result))
+    while True:
+        signal.pause()
+
+
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    """What this rank measures.
+
+    Args:
+        request: ``strategy`` (or ``"core-rate"``), ``dtype``, and for a strategy ``depth``, ``width``, ``groups``,
+            ``batch_size``, ``momentum``, ``micro_batches`` and ``steps``.
+
+    Returns:
+        ``{"best_flops_per_second"}`` for the core rate; for a strategy ``seconds`` and ``busy_cpu_seconds`` of each
+        timed step, ``flops``, ``collectives`` by kind, ``collective_seconds``, ``collective_bytes``,
+        ``coarse_seconds``, ``peak_memory_bytes``, ``parameter_bytes``, ``gradient_bytes``, ``optimizer_bytes`` and
+        ``activation_bytes``.
+    """
+    from tlgc_mp.parallel.engine import quiet_start, start_distributed
+
+    with quiet_start():
+        import torch
+        import torch.distributed as dist
+        from deepspeed.accelerator import get_accelerator
+
+        from tlgc_mp.bench import meters, strategies
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    device = torch.device(accelerator.current_device_name())
+    start_distributed()
+    if request["strategy"] == CORE_RATE:
+        return {"best_flops_per_second": _core_rate(device, request["dtype"])}
+
+    meters.reset_peak_memory(device)
+    work = strategies.build(request, dist.get_world_size(), dist.get_rank(), device)
+    for _ in range(WARM_UP_STEPS):
+        work.step()
+    gc.collect()
+    seconds, busy = [], []
+    for _ in range(request["steps"]):
+        wall_began, cpu_began = _together(accelerator)
+        work.step()
+        accelerator.synchronize()
+        seconds.append(time.perf_counter() - wall_began)
+        busy.append(time.process_time() - cpu_began)
+    return {
+        "seconds": seconds,
+        "busy_cpu_seconds": busy,
+        "flops": work.flops,
+        "peak_memory_bytes": meters.peak_memory_bytes(device),
+        **_instrumented_step(work, accelerator),
+    }
+
+
+def _together(accelerator: Any) -> tuple[float, float]:
+    """(wall clock, CPU seconds of this process) as all ranks are about to go on together."""
+    import torch.distributed as dist
+
+    accelerator.synchronize()
+    dist.barrier()
+    return time.perf_counter(), time.process_time()
+
+
+def _instrumented_step(work: Workload, accelerator: Any) -> dict[str, Any]:
+    """One more step, with meters that would slow the timed ones."""
+    from tlgc_mp.bench import meters
+
+    memory: dict[str, int] = {}
+    saved = meters.SavedActivations(list(work.model.parameters()))
+    clock = meters.CollectiveClock()
+    _together(accelerator)
+    with clock, saved, meters.before_first_optimizer_step(lambda: memory.update(work.memory())):
+        work.step()
+        accelerator.synchronize()
+    collectives = clock.by_kind()
+    return {
+        "collectives": collectives,
+        "collective_seconds": clock.seconds(),
+        "collective_bytes": sum(traffic["bytes"] for traffic in collectives.values()),
+        "coarse_seconds": clock.seconds(("all_gather", "reduce_scatter"), work.coarse_groups),
+        "activation_bytes": saved.peak_bytes,
+        **memory,
+    }
+
+
+def _core_rate(device: torch.device, dtype: str) -> float:
+    """The best rate, in FLOP/s, of a dense 3x3 convolution forward and backward, channels_last, all ranks at once."""
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    best = 0.0
+    for channels, size, batch_size in CORE_RATE_SHAPES:
+        x = torch.randn(batch_size, channels, size, size, device=device, dtype=kind)
+        weight = torch.randn(channels, channels, 3, 3, device=device, dtype=kind)
+        x, weight = (t.to(memory_format=torch.channels_last).requires_grad_() for t in (x, weight))
+        grad = torch.randn_like(x, requires_grad=False)
+        flops = 3 * 2 * weight.numel() * batch_size * size**2
+        dist.barrier()
+        for _ in range(CORE_RATE_REPEATS):
+            began = time.perf_counter()
+            output = F.conv2d(x, weight, padding=1)
+            sums = torch.autograd.grad(output, (x, weight), grad)
+            sums[1].flatten()[0].item()  # has arrived, on an accelerator too
+            best = max(best, flops / (time.perf_counter() - began))
+    return best
+
+
+def _prepare_process() -> None:
+    """Pins this process to its core; has the kernel end it with the one that started it, and before any other one when
+    memory runs out."""
+    use_huge_pages()
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(os.environ["RANK"]) % len(cores)]})
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write("1000")
+
+
+def _is_memory(error: BaseException) -> bool:
+    """Whether ``error`` is that of an allocation."""
+    text = f"{type(error).__name__} {error}".lower()
+    return isinstance(error, MemoryError) or any(
+        sign in text for sign in ("out of memory", "outofmemory", "can't allocate memory", "not enough memory")
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
