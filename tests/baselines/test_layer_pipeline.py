@@ -29,8 +29,9 @@ TRAINED = [
     *((3, "wrn-22-1", "sc", 1, micro_batches) for micro_batches in (1, 2, 4)),
     (1, "wrn-10-2", "sc", 1, 2),
     (3, "wrn-10-2", "gc-2l", 4, 4),
+    (2, "wrn-10-2", "sc", 1, 0),
 ]
-"""(P, model, convolution, N, M)"""
+"""(P, model, convolution, N, M); M = 0: one micro-batch, parameters updated in backward"""
 
 STATUS = Path("/proc/self/status")
 
@@ -55,11 +56,14 @@ def _train_on_ranks(cases: tuple[tuple[str, str, int, int], ...]) -> list[Traini
     nothing = torch.empty(0)
     runs = []
     for name, conv, groups, micro_batches in cases:
-        pipeline = _pipeline(_model(name, conv, groups, "meta").double(), micro_batches)
+        model = _model(name, conv, groups, "meta").double()
+        pipeline = _pipeline(model, micro_batches or 1, update_in_backward=micro_batches == 0)
         losses = [
             pipeline.train_step(images if dist.get_rank() == 0 else nothing, labels if last else nothing).item()
             for images, labels in batches(STEPS, BATCH, torch.float64)
         ]
+        kept = [param for param in pipeline.parameters() if param.grad is not None]
+        assert bool(kept) == (micro_batches > 0), "gradients are let go when updated in backward, and only then"
         runs.append(TrainingRun(losses=[losses], states=[dict(pipeline.stage.state_dict())]))
     return runs
 
@@ -75,15 +79,16 @@ def _union(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("ranks", "name", "conv", "groups", "micro_batches"), TRAINED)
 def test_steps_of_sgd(ranks: int, name: str, conv: str, groups: int, micro_batches: int) -> None:
     cases = tuple(case[1:] for case in TRAINED if case[0] == ranks)
+    count = micro_batches or 1
     runs = run_ranks_once(ranks, _train_on_ranks, cases)
     found = [run[cases.index((name, conv, groups, micro_batches))] for run in runs]
     expected = train_one_device(
         _model(name, conv, groups, "cpu").double(),
         batches(STEPS, BATCH, torch.float64),
         _sgd,
-        accumulation=micro_batches,
+        accumulation=count,
     )
-    losses = torch.tensor(expected.losses[0], dtype=torch.float64).view(STEPS, micro_batches).mean(1).tolist()
+    losses = torch.tensor(expected.losses[0], dtype=torch.float64).view(STEPS, count).mean(1).tolist()
     assert found[-1].losses[0] == pytest.approx(losses, rel=1e-9)
     assert all(loss == 0 for run in found[:-1] for loss in run.losses[0])
     assert_close(_union(run.states[0] for run in found), expected.states[0], 1e-9)
@@ -231,6 +236,10 @@ def test_refusals() -> None:
         "batch_size=0 is not a number of images; use 1 or more": {"batch_size": 0},
         "micro_batches=3 does not divide batch_size=8; use one of 1, 2, 4, 8": {"micro_batches": 3},
         "micro_batches=0 does not divide batch_size=8; use one of 1, 2, 4, 8": {"micro_batches": 0},
+        "update_in_backward: micro_batches=2 share a gradient; use micro_batches=1": {
+            "micro_batches": 2,
+            "update_in_backward": True,
+        },
         "image_shape=(1, 8, 8) is not that of an image; use (3, height, width)": {"image_shape": (1, 8, 8)},
         "image_shape=(3, 8, 0) is not that of an image; use (3, height, width)": {"image_shape": (3, 8, 0)},
     }

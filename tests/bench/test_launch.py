@@ -22,6 +22,7 @@ REQUEST = {
     "batch_size": 2,
     "dtype": "fp32",
     "momentum": True,
+    "update_in_backward": False,
     "micro_batches": 1,
     "steps": 1,
 }

@@ -146,6 +146,7 @@ def test_where_the_dense_network_does_not_fit_all_go_without_momentum(
     status, measurements = _run(monkeypatch, tmp_path, *flags, memory=24e9)
     assert status == 0 and measurements.momentum == {False}
     ours, naive, zero3 = _rows(tmp_path)
+    assert "gradient" in naive["note"] and "gradient" not in ours["note"]
     for row in (ours, naive):
         assert row["momentum"] == 0.0 and row["median_step_seconds"] > 0
         assert "without momentum" in row["note"] and "w=80" in row["note"] and "24 GB are free" in row["note"]

@@ -137,10 +137,11 @@ def test_parameters_are_counted_without_torch(conv: str, groups: int, model: tup
 
 
 def test_the_dense_network_of_width_80_needs_28_gb() -> None:
-    """The issue's figure; without momentum it is less than 24."""
+    """Parameters, gradients and momentum alone."""
     dense = Case("naive-mp", 28, 80, 1, 2, 2)
-    assert 28e9 < capacity.needed_bytes(dense, momentum=True) < 31e9
-    assert 18e9 < capacity.needed_bytes(dense, momentum=False) < 22e9
+    assert 28e9 < capacity.needed_bytes(dense, momentum=True) < 34e9
+    assert 18e9 < capacity.needed_bytes(dense, momentum=False) < 25e9
+    assert 9e9 < capacity.needed_bytes(dense, momentum=False, update_in_backward=True) < 16e9
 
 
 def test_help_loads_no_torch() -> None:

@@ -186,6 +186,17 @@ class _Link:
         self.leaving.clear()
 
 
+def _step_on_arrival(param: nn.Parameter, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Has ``optimizer``, which is of ``param`` alone, step whenever the gradient has been computed."""
+
+    def step(_: Tensor) -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    param.register_post_accumulate_grad_hook(step)
+    return optimizer
+
+
 class LayerPipeline:
     """A WideResNet split by layers over the ranks of a process group. Collective, as is every step.
 
@@ -201,12 +212,14 @@ class LayerPipeline:
         batch_size: of every step.
         seed: of the initial weights, as :func:`tlgc_mp.nn.init_parameters` takes it.
         device: of this rank's part.
+        update_in_backward: each parameter is stepped, and its gradient let go, as soon as that is there, so that the
+            gradients are never held all at once; with one micro-batch only.
         autocast_dtype: what forward passes compute in and activations travel in, as under :class:`torch.autocast`;
             where not given, that of the parameters.
 
     Attributes:
         stage: this rank's part, its parameters under the names that they have in the whole model.
-        optimizer: of this rank's parameters.
+        optimizers: of this rank's parameters: one, or one each.
 
     Raises:
         UsageError: an argument that cannot work.
@@ -224,6 +237,7 @@ class LayerPipeline:
         seed: int,
         device: torch.device | str = "cpu",
         autocast_dtype: torch.dtype | None = None,
+        update_in_backward: bool = False,
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"batch_size={batch_size} is not a number of images; use 1 or more")
@@ -232,6 +246,8 @@ class LayerPipeline:
                 f"micro_batches={micro_batches} does not divide batch_size={batch_size}; "
                 f"use {one_of(divisors(batch_size))}"
             )
+        if update_in_backward and micro_batches > 1:
+            raise UsageError(f"update_in_backward: micro_batches={micro_batches} share a gradient; use micro_batches=1")
         group = group if group is not None else dist.group.WORLD
         assert group is not None, "torch.distributed is not initialized"
         ranks = dist.get_process_group_ranks(group)
@@ -247,7 +263,11 @@ class LayerPipeline:
         self.stage.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.stage.to_empty(device=self._device)
         init_parameters(self.stage, seed)
-        self.optimizer = optimizer(self.stage.parameters())
+        if update_in_backward:
+            self.optimizers = [_step_on_arrival(param, optimizer([param])) for param in self.stage.parameters()]
+        else:
+            self.optimizers = [optimizer(self.stage.parameters())]
+        self._update_in_backward = update_in_backward
 
         dtype = autocast_dtype or next(self.stage.parameters()).dtype
         timeout = group._get_backend(self._device).options._timeout
@@ -334,7 +354,8 @@ class LayerPipeline:
                 before.send(x.grad)
                 before.reuse(x.detach())
 
-        self.optimizer.zero_grad()
+        if not self._update_in_backward:
+            self.optimizers[0].zero_grad()
         for link in links:
             link.open()
         # One context a step, so that the micro-batches share the weights that it casts.
@@ -345,7 +366,8 @@ class LayerPipeline:
                 if index >= self._ahead:
                     with torch.autocast(self._device.type, enabled=False):
                         backward()
-        self.optimizer.step()
+        if not self._update_in_backward:
+            self.optimizers[0].step()
         for link in links:
             link.close()
         return total

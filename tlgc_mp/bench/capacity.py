@@ -11,6 +11,9 @@ from tlgc_mp.bench.settings import IMAGE_SIZE, NUM_CLASSES, Case
 PROCESS_BYTES = 600 << 20
 """Of one rank: torch, deepspeed, and the work space of a convolution."""
 
+FILTER_COPIES = 3
+"""Copies of a layer's filters and of their gradient in the format that the convolution works in, at most."""
+
 SAVED_MAPS = 8
 """Feature maps of its output's size that a residual unit keeps for backward or works with, at most."""
 
@@ -42,11 +45,17 @@ def activation_bytes(depth: int, width: int, batch_size: int) -> int:
     return 4 * SAVED_MAPS * maps
 
 
-def needed_bytes(case: Case, momentum: bool) -> int:
-    """What all ranks of a measurement of ``case`` need together."""
+def needed_bytes(case: Case, momentum: bool, update_in_backward: bool = False) -> int:
+    """What all ranks of a measurement of ``case`` need together.
+
+    Args:
+        momentum: whether SGD keeps momentum.
+        update_in_backward: whether each gradient is let go as soon as its parameter has been stepped.
+    """
     count = parameter_count(case.depth, case.width, case.conv, case.groups)
     activations = activation_bytes(case.depth, case.width, case.batch_size)
-    held = (12 if momentum else 8) * count
+    held = (4 + 4 * momentum + 4 * (not update_in_backward)) * count
+    held += FILTER_COPIES * 4 * 9 * (64 * case.width) ** 2 // case.groups
     if case.strategy == "zero3":
         # ZeRO keeps a second copy of each partition, and every replica begins with all parameters.
         held = max(held + 4 * count, (4 * case.ranks + 4) * count)

@@ -65,6 +65,7 @@ class Record:
 
     case: Case
     momentum: bool
+    update_in_backward: bool = False
     note: str | None = None
     error: str | None = None
     out_of_memory: bool = False

@@ -64,7 +64,8 @@ def _row(record: Record, settings: BenchSettings, best: dict[int, float], cores:
 def _plan(case: Case, settings: BenchSettings, available: int | None) -> Record:
     """With momentum, unless the dense network among the cases of its width has no room for it in ``available`` bytes.
 
-    Then no case of that width has any, so that all do the same work.
+    Then no case of that width has any, so that all do the same work, and the naive one, which would not fit even so,
+    steps each parameter as soon as its gradient is there.
     """
     record = Record(case, settings.momentum)
     dense = [other for other in settings.cases if other.width == case.width and other.strategy in _DENSE_SPLIT]
@@ -76,6 +77,9 @@ def _plan(case: Case, settings: BenchSettings, available: int | None) -> Record:
                 f"without momentum: with it the dense network at w={case.width} needs about {needed / 1e9:.0f} GB, "
                 f"and {available / 1e9:.0f} GB are free"
             )
+            if case.strategy == "naive-mp":
+                record.update_in_backward = True
+                record.note += "; each parameter is stepped as soon as its gradient is there"
     return record
 
 
@@ -86,7 +90,8 @@ _DENSE_SPLIT = ("naive-mp", "pipeline", "channel-parallel")
 def _measure(record: Record, round_index: int, settings: BenchSettings) -> None:
     """Measures ``record``'s case once more, and in the first round finds its number of micro-batches."""
     case = record.case
-    needed, available = capacity.needed_bytes(case, record.momentum), capacity.available_bytes()
+    needed = capacity.needed_bytes(case, record.momentum, record.update_in_backward)
+    available = capacity.available_bytes()
     if available is not None and needed > available:
         record.out_of_memory = True
         record.error = f"does not fit: needs about {needed / 1e9:.0f} GB, and {available / 1e9:.0f} GB are free"
@@ -103,6 +108,7 @@ def _measure(record: Record, round_index: int, settings: BenchSettings) -> None:
             "batch_size": case.batch_size,
             "dtype": settings.dtype,
             "momentum": record.momentum,
+            "update_in_backward": record.update_in_backward,
             "micro_batches": count,
             "steps": settings.steps,
         }

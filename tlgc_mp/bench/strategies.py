@@ -82,6 +82,7 @@ def _pipeline(
         seed=SEED,
         device=images.device,
         autocast_dtype=torch.bfloat16 if request["dtype"] == "bf16" else None,
+        update_in_backward=request["update_in_backward"],
     )
 
     def memory() -> dict[str, int]:
@@ -89,7 +90,7 @@ def _pipeline(
         return {
             "parameter_bytes": _bytes(parameters),
             "gradient_bytes": _bytes(parameter.grad for parameter in parameters),
-            "optimizer_bytes": _state_bytes(pipeline.optimizer),
+            "optimizer_bytes": sum(_state_bytes(optimizer) for optimizer in pipeline.optimizers),
         }
 
     own = sum(flops.get(name, 0) for name, _ in pipeline.stage.named_modules())
