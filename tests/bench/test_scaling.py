@@ -42,20 +42,22 @@ def test_every_strategy_is_measured(tmp_path: Path, capsys: pytest.CaptureFixtur
     status = main(["bench", "scaling", *flags, "--output", str(tmp_path), "--strategies", *STRATEGIES, "gc-2l@1"])
     said = capsys.readouterr().out
     assert status == 0, said
-    assert said.count("s a step") == 7
+    assert said.count("s a step") == 9
     rows = _rows(tmp_path)
     assert [(row["strategy"], row["tp"]) for row in rows] == [*((name, 2) for name in STRATEGIES), ("gc-2l", 1)]
     for row in rows:
         assert row["error"] is None and row["note"] is None
         assert (row["width"], row["depth"], row["batch_size"], row["dtype"]) == (1, 10, 4, "fp32")
-        assert row["groups"] == (2 if row["strategy"] in ("gc", "gc-2l") else 1)
+        assert row["groups"] == (1 if STRATEGIES[row["strategy"]] == "sc" else 2)
         for key in POSITIVE:
             assert row[key] > 0, f"{key} of {row['strategy']}"
         assert [(sample["round"], sample["step"]) for sample in row["samples"]] == [(0, 0)]
         assert len(row["samples"][0]["busy_cpu_seconds"]) == row["tp"]
-        assert (row["coarse_seconds"] > 0) == (row["strategy"] == "gc-2l" and row["tp"] == 2)
+        assert (row["coarse_seconds"] > 0) == (STRATEGIES[row["strategy"]] == "gc-2l" and row["tp"] == 2)
         assert (row["collective_bytes"] > 0) == (row["tp"] == 2)
         assert row["collective_seconds"] > 0 or row["tp"] == 1
+        for kind in ("convolution, forward", "convolution, backward", "BatchNorm", "optimizer"):
+            assert row["accounting"][kind] > 0, f"{kind} of {row['strategy']}"
         assert row["peak_memory_bytes"] > 3 * row["parameter_bytes"]
 
     ours, alone = rows[0], rows[-1]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tlgc_mp.bench import capacity
-from tlgc_mp.bench.settings import STRATEGIES, BenchSettings, Case, resolve
+from tlgc_mp.bench.settings import QUICK_STRATEGIES, BenchSettings, Case, resolve
 from tlgc_mp.cli import _parser, main
 from tlgc_mp.models import create_model
 
@@ -122,7 +122,7 @@ def test_the_paper_s_widths_where_nothing_is_said(tmp_path: Path) -> None:
 
 def test_quick_covers_every_strategy_and_yields_to_other_flags(tmp_path: Path) -> None:
     settings = _settle(tmp_path, "--quick")
-    assert [case.strategy for case in settings.cases] == list(STRATEGIES)
+    assert [case.strategy for case in settings.cases] == list(QUICK_STRATEGIES)
     assert {(case.width, case.depth, case.ranks) for case in settings.cases} == {(10, 28, 2)}
     assert (settings.rounds, settings.steps) == (1, 1)
     settings = _settle(tmp_path, "--quick", "--widths", "1", "--depth", "10", "--rounds", "3", "--strategies", "gc@1")

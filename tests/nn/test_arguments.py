@@ -10,7 +10,7 @@ from torch import nn
 
 from tlgc_mp.errors import UsageError
 from tlgc_mp.nn import TwoLevelConv2d
-from tlgc_mp.nn.two_level import WIDE_GROUP
+from tlgc_mp.nn.two_level import COARSE_MODES, WIDE_GROUP
 
 SEED = 7
 
@@ -82,6 +82,34 @@ def test_dtype_and_device() -> None:
 def test_narrow_groups_are_fused(group_width: int, coarse_kernel_size: int | None, mode: str) -> None:
     layer = TwoLevelConv2d(8, 4 * group_width, (3, 1), groups=4, coarse_kernel_size=coarse_kernel_size, device="meta")
     assert layer.coarse_mode == mode
+
+
+def test_a_coarse_mode_that_is_none_is_refused() -> None:
+    layer = TwoLevelConv2d(8, 12, 3, groups=4, coarse_kernel_size=1)
+    with pytest.raises(UsageError, match=r"^coarse_mode='fused' is none of this layer's.*; use one of overlapped$"):
+        layer.coarse_mode = "fused"
+    assert layer.coarse_mode == "overlapped"
+
+
+@pytest.mark.parametrize("mode", COARSE_MODES)
+@pytest.mark.parametrize("frozen", ["weight", "restriction", "prolongation", "bias", "input"])
+def test_what_is_frozen_gets_no_gradient_and_all_else_its_own(frozen: str, mode: str) -> None:
+    torch.manual_seed(SEED)
+    layer = TwoLevelConv2d(8, 12, 3, groups=4, bias=True, dtype=torch.float64)
+    layer.coarse_mode = mode
+    tensors = {"input": torch.randn(2, 8, 5, 5, dtype=torch.float64), **dict(layer.named_parameters())}
+
+    def gradients() -> dict[str, torch.Tensor]:
+        trained = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+        return dict(zip(trained, torch.autograd.grad(layer(tensors["input"]).sum(), trained.values()), strict=True))
+
+    tensors["input"].requires_grad_()
+    expected = gradients()
+    tensors[frozen].requires_grad_(False)
+    found = gradients()
+    assert set(found) == set(expected) - {frozen}
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], msg=lambda m, name=name: f"{name}, seed {SEED}: {m}")
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])

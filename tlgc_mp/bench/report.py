@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from tlgc_mp.bench import growth
 from tlgc_mp.training.runs import replace_file
 
 Row = dict[str, Any]
@@ -65,13 +66,14 @@ def speed_up(row: Row, rows: list[Row], clock: str = "median_step_seconds") -> f
 
 
 def write(rows: list[Row], description: dict[str, Any], folder: str) -> None:
-    """Writes ``scaling.md``, ``scaling.png`` and ``scaling.svg`` to ``folder``.
+    """Writes ``scaling.md``, the plot ``scaling`` and, where there is growth to see, ``growth`` to ``folder``.
 
     Args:
         description: of the run, as ``run.json`` holds it.
     """
     replace_file(os.path.join(folder, "scaling.md"), markdown(rows, description))
     _plot(rows, description["machine"], folder)
+    growth.plot(rows, folder)
 
 
 def markdown(rows: list[Row], description: dict[str, Any]) -> str:
@@ -101,6 +103,12 @@ def markdown(rows: list[Row], description: dict[str, Any]) -> str:
         parts += ["", *(f"- {_name(row)}, w={row['width']}, P={row['tp']}: {text}" for row, text in remarks)]
     parts += ["", "## Time", "", *_table(_TIME, [_time(row) for row in rows])]
     parts += ["", "## Memory of a rank, MB", "", *_table(_MEMORY, [_memory(row) for row in rows])]
+    measured = [row for row in rows if row["accounting"]]
+    if measured:
+        kinds = tuple(measured[0]["accounting"])
+        lines = [[*_head(row), *(f"{row['accounting'][kind]:.3f}" for kind in kinds)] for row in measured]
+        parts += ["", "## Where a step goes, s, of the busiest rank under a profiler", ""]
+        parts += _table(("w", "strategy", "N", "P", *kinds), lines)
     return "\n".join(parts) + "\n"
 
 

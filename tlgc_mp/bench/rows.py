@@ -27,9 +27,10 @@ says otherwise.
                                           while all cores do the same
     achieved_share                        the first of these two over the second
     collective_seconds         s          of a step, in collectives, sends and receives, waiting for other ranks
-                                          included; measured in a step of its own, as are the next four
+                                          included; measured in steps of their own, as are the next five
     collective_bytes           bytes      of a step; of each message the larger of what went in and what came out
     collectives                           kind -> {calls, seconds, bytes}
+    accounting                 s          kind of work -> seconds of a profiled step, which they add up to
     coarse_seconds             s          of these, gathers and reduce-scatters of the coarse level
     activation_bytes           bytes      the most kept for backward; as the next four, of the rank of largest peak
     parameter_bytes            bytes
@@ -142,6 +143,7 @@ def make_row(record: Record, dtype: str, best_flops_per_second: float | None, co
         "collective_seconds": over_rounds("collective_seconds"),
         "collective_bytes": last[busiest]["collective_bytes"],
         "collectives": last[busiest]["collectives"],
+        "accounting": last[busiest]["accounting"],
         "coarse_seconds": over_rounds("coarse_seconds"),
         **{key: largest[key] for key in _MEMORY},
         "hours_for_200_epochs": EPOCHS * IMAGES_AN_EPOCH * seconds_an_image / 3600,
@@ -160,6 +162,7 @@ _MEASURED = (
     "collective_seconds",
     "collective_bytes",
     "collectives",
+    "accounting",
     "coarse_seconds",
     *_MEMORY,
     "hours_for_200_epochs",

@@ -6,6 +6,7 @@ A round goes through all cases once, each in processes of its own; rounds repeat
     DIR/run.json        machine, versions, git commit, date and command
     DIR/scaling.md      tables, beside the paper's Table 2
     DIR/scaling.png, DIR/scaling.svg    speed-up over naive model parallelism against w
+    DIR/growth.png, DIR/growth.svg      time, memory and bytes of gc-2l against w, where several N = P were measured
 """
 
 from __future__ import annotations

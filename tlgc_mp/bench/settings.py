@@ -17,13 +17,18 @@ STRATEGIES: dict[str, str] = {
     "pipeline": "sc",
     "channel-parallel": "sc",
     "zero3": "sc",
+    "gc-2l-overlapped": "gc-2l",
+    "gc-2l-fused": "gc-2l",
 }
 """Name of a strategy -> the convolution of the network that it trains.
 
-gc-2l: two-level group convolution. gc: group convolution. naive-mp: the dense network split by layers, one rank busy at
+gc-2l: two-level group convolution. gc-2l-overlapped, gc-2l-fused: the same with every layer in that coarse mode, where
+gc-2l leaves each its own. gc: group convolution. naive-mp: the dense network split by layers, one rank busy at
 a time. pipeline: the same with micro-batches. channel-parallel: the dense network, input channels gathered and output
 channels split. zero3: the dense network, data-parallel, parameters split (ZeRO stage 3).
 """
+
+QUICK_STRATEGIES = tuple(name for name in STRATEGIES if not name.startswith("gc-2l-"))
 
 DTYPES = ("fp32", "bf16")
 MICRO_BATCHES = (2, 4, 8)
@@ -97,7 +102,7 @@ def resolve(options: Any) -> BenchSettings:
         raise UsageError(f"--dtype={options.dtype!r} is unknown; use {one_of(DTYPES)}")
     widths = options.widths or ([10] if quick else [40, 60, 80])
     batch_sizes = _batch_sizes(options.batch_sizes, widths)
-    names = options.strategies or (list(STRATEGIES) if quick else ["gc-2l", "naive-mp"])
+    names = options.strategies or (list(QUICK_STRATEGIES) if quick else ["gc-2l", "naive-mp"])
     depth = 28 if options.depth is None else options.depth
     cases: dict[Case, None] = {}
     for width, batch_size in zip(widths, batch_sizes, strict=True):
@@ -151,7 +156,7 @@ def _case(strategy: str, depth: int, width: int, ranks: int, batch_size: int, op
     groups = 1 if conv == "sc" else ranks if options.groups is None else options.groups
     model = f"wrn-{depth}-{width}"
     check_model(model, conv, groups)
-    if strategy in ("gc-2l", "gc", "channel-parallel"):
+    if strategy == "channel-parallel" or conv != "sc":
         check_split(model, conv, groups, ranks)
     units = (depth - 4) // 2
     if strategy in ("naive-mp", "pipeline") and ranks > units:

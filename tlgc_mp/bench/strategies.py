@@ -15,6 +15,7 @@ from tlgc_mp.bench.flops import layer_flops
 from tlgc_mp.bench.settings import IMAGE_SIZE, NUM_CLASSES, STRATEGIES
 from tlgc_mp.models import create_model
 from tlgc_mp.models.wide_resnet import WideResNet
+from tlgc_mp.nn import TwoLevelConv2d
 from tlgc_mp.parallel import initialize
 
 SEED = 1
@@ -111,6 +112,11 @@ def _engine(
         config["tensor_parallel"] = {"autotp_size": ranks}
     if request["dtype"] == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    _, _, coarse_mode = request["strategy"].partition("gc-2l-")
+    if coarse_mode:
+        for module in model.modules():
+            if isinstance(module, TwoLevelConv2d):
+                module.coarse_mode = coarse_mode
     engine, *_ = initialize(model=model, optimizer=optimizer, config=config, seed=SEED)
 
     def step() -> None:
@@ -134,7 +140,9 @@ def _engine(
         }
 
     coarse = {module.coarse_group_name for module in engine.module.modules() if hasattr(module, "coarse_group_name")}
-    return Workload(step, engine.module, memory, flops, frozenset(coarse if request["strategy"] == "gc-2l" else ()))
+    return Workload(
+        step, engine.module, memory, flops, frozenset(coarse if STRATEGIES[request["strategy"]] == "gc-2l" else ())
+    )
 
 
 def _bytes(tensors: Iterable[Tensor | None]) -> int:

@@ -59,7 +59,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         ``{"best_flops_per_second"}`` for the core rate; for a strategy ``seconds`` and ``busy_cpu_seconds`` of each
-        timed step, ``flops``, ``collectives`` by kind, ``collective_seconds``, ``collective_bytes``,
+        timed step, ``flops``, ``accounting`` and ``collectives`` by kind, ``collective_seconds``, ``collective_bytes``,
         ``coarse_seconds``, ``peak_memory_bytes``, ``parameter_bytes``, ``gradient_bytes``, ``optimizer_bytes`` and
         ``activation_bytes``.
     """
@@ -110,8 +110,9 @@ def _together(accelerator: Any) -> tuple[float, float]:
 
 
 def _instrumented_step(work: Workload, accelerator: Any) -> dict[str, Any]:
-    """One more step, with meters that would slow the timed ones."""
+    """Two more steps, with meters that would slow the timed ones."""
     from tlgc_mp.bench import meters
+    from tlgc_mp.bench.accounting import profile_step
 
     memory: dict[str, int] = {}
     saved = meters.SavedActivations(list(work.model.parameters()))
@@ -121,7 +122,9 @@ def _instrumented_step(work: Workload, accelerator: Any) -> dict[str, Any]:
         work.step()
         accelerator.synchronize()
     collectives = clock.by_kind()
+    _together(accelerator)
     return {
+        "accounting": profile_step(work.step),
         "collectives": collectives,
         "collective_seconds": clock.seconds(),
         "collective_bytes": sum(traffic["bytes"] for traffic in collectives.values()),

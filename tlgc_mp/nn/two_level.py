@@ -26,6 +26,11 @@ from torch.nn.modules.utils import _pair
 
 from tlgc_mp.errors import UsageError, divisors, one_of
 
+WIDE_GROUP = 64
+"""Output channels of a group from which on the restriction is computed on its own; measured in docs/performance.md."""
+
+COARSE_MODES = ("overlapped", "fused")
+
 
 class Exchange(Protocol):
     """How the representatives of the groups held here meet those of the groups held elsewhere.
@@ -43,10 +48,6 @@ class Exchange(Protocol):
         """Starts (N, L) summed over all holders -> (G, L) of the groups held here, which the function returned gives
         when it has arrived."""
         ...
-
-
-WIDE_GROUP = 64
-"""Output channels of a group from which on the restriction is computed on its own; measured in docs/performance.md."""
 
 
 class WholeExchange:
@@ -142,12 +143,11 @@ def _restrict_transposed(grad: Tensor, x: Tensor, groups: int, window: _Window, 
 
 
 def _convolution_backward(
-    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, window: _Window
+    grad: Tensor, x: Tensor, weight: Tensor, window: _Window, groups: int, needed: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of a group convolution's input and weight, as far as they are needed."""
-    needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
+    """Gradients of a group convolution's input and weight, as far as they are ``needed``."""
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, window.stride, window.padding, window.dilation, False, (0, 0), ctx.groups, needed
+        grad, x, weight, None, window.stride, window.padding, window.dilation, False, (0, 0), groups, (*needed, False)
     )
     return grad_x, grad_weight
 
@@ -193,7 +193,7 @@ class _Overlapped(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_rows = _rows(grad)  # L, m
         arrival = ctx.exchange.reduce_scatter(prolongation.t() @ grad_rows.t())  # in flight
-        grad_x, grad_weight = _convolution_backward(ctx, grad, x, weight, ctx.fine)
+        grad_x, grad_weight = _convolution_backward(grad, x, weight, ctx.fine, groups, ctx.needs_input_grad[:2])
         grad_prolongation = (gathered @ grad_rows).t() if ctx.needs_input_grad[3] else None
         grad_bias = grad_rows.sum(0) if ctx.needs_input_grad[4] else None
         taps = _restrict_transposed(arrival(), x, groups, ctx.coarse, grad.shape[2], grad.shape[3])
@@ -253,7 +253,9 @@ class _Fused(torch.autograd.Function):
         both = grad_rows.new_empty(grad_rows.shape[0], groups, grad_rows.shape[1] // groups + 1)
         both[:, :, :-1].copy_(grad_rows.unflatten(1, (groups, -1)))
         both[:, :, -1].copy_(arrival().t())
-        grad_x, grad_filters = _convolution_backward(ctx, _image(both.flatten(1), grad), x, filters, ctx.fine)
+        needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
+        grad_both = _image(both.flatten(1), grad)
+        grad_x, grad_filters = _convolution_backward(grad_both, x, filters, ctx.fine, groups, needed)
         if grad_x is not None:
             grad_x = grad_x.contiguous(memory_format=ctx.memory_format)
         grad_weight = grad_restriction = None
@@ -287,7 +289,7 @@ class TwoLevelConv2d(nn.Module):
         coarse_mode: how the coarse level is computed; the results are the same but for rounding. ``"overlapped"``:
             the restriction on its own and first, and the collectives run under the fine convolution. ``"fused"``:
             the restriction as one more filter of each group's fine convolution, d0 = d only. Chosen by the width of a
-            group, and may be assigned.
+            group, and may be assigned; a mode that is none raises UsageError.
 
     Raises:
         UsageError: a count that is not positive, ``groups`` that does not divide both channel counts, or a padding or
@@ -347,6 +349,20 @@ class TwoLevelConv2d(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
+
+    @property
+    def coarse_mode(self) -> str:
+        return self._coarse_mode
+
+    @coarse_mode.setter
+    def coarse_mode(self, mode: str) -> None:
+        modes = COARSE_MODES if self.coarse_kernel_size == self.kernel_size else COARSE_MODES[:1]
+        if mode not in modes:
+            raise UsageError(
+                f"coarse_mode={mode!r} is none of this layer's, coarse_kernel_size being {self.coarse_kernel_size} and "
+                f"kernel_size {self.kernel_size}; use {one_of(modes)}"
+            )
+        self._coarse_mode = mode
 
     def reset_parameters(self) -> None:
         """He initialization (normal, fan-in of one group: d * d * n/N, N for the prolongation) from torch's own
