@@ -251,11 +251,11 @@ def _plot(rows: list[Row], machine: dict[str, Any], folder: str) -> None:
         axes.axhline(limit, color=color, ls="--", lw=1)
         axes.annotate(
             f"arithmetic: {limit}",
-            (1.0, limit),
+            (0.0, limit),
             xycoords=("axes fraction", "data"),
-            xytext=(-4, 3),
+            xytext=(4, 3),
             textcoords="offset points",
-            ha="right",
+            ha="left",
             va="bottom",
             fontsize="small",
             color=color,

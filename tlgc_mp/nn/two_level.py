@@ -26,7 +26,7 @@ from torch.nn.modules.utils import _pair
 
 from tlgc_mp.errors import UsageError, divisors, one_of
 
-WIDE_GROUP = 64
+WIDE_GROUP = 128
 """Output channels of a group from which on the restriction is computed on its own; measured in docs/performance.md."""
 
 COARSE_MODES = ("overlapped", "fused")
