@@ -63,7 +63,9 @@ def _membership() -> dict[str, Any]:
     logged = {
         name: {size: entry[0] for size, entry in by_size.items()} for name, by_size in comms_logger.comms_dict.items()
     }
+    filters = [param for param in module.parameters() if param.dim() == 4]
     return {
+        "filters channels_last": [param.is_contiguous(memory_format=torch.channels_last) for param in filters],
         "foreign layers": [
             name
             for name, layer in module.named_modules()
@@ -83,6 +85,12 @@ def _membership() -> dict[str, Any]:
 def test_every_layer_with_parameters_is_one_of_deepspeeds() -> None:
     for found in run_ranks_once(RANKS, _membership):
         assert found["foreign layers"] == []
+
+
+def test_filters_are_channels_last_without_zero() -> None:
+    for found in run_ranks_once(RANKS, _membership):
+        assert len(found["filters channels_last"]) > 10
+        assert all(found["filters channels_last"])
 
 
 def test_all_but_the_bias_of_the_head_is_marked_as_split() -> None:
