@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from tlgc_mp.nn.two_level import Exchange
+from tlgc_mp.nn.coarse_level import Exchange
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:

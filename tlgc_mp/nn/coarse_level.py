@@ -1,0 +1,254 @@
+"""The computation of a two-level group convolution: forward and backward passes, in two ways that give the same.
+
+    y_k = A_k x_k + S_k [R_0 x_1, ..., R_0 x_N]
+
+Shape letters: B images, n input channels, m output channels, N groups, G groups held here (G = N on one device), H x W
+input and h x w output positions, L = B * h * w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Exchange(Protocol):
+    """How the representatives of the groups held here meet those of the groups held elsewhere.
+
+    Representatives travel channel by channel, as (channels, L): joining the shares of several ranks is then a
+    concatenation along the first dimension, and no side ever permutes.
+    """
+
+    def gather(self, share: Tensor) -> Callable[[], Tensor]:
+        """Starts (G, L) of the groups held here -> (N, L) of all groups, which the function returned gives when it has
+        arrived."""
+        ...
+
+    def reduce_scatter(self, full: Tensor) -> Callable[[], Tensor]:
+        """Starts (N, L) summed over all holders -> (G, L) of the groups held here, which the function returned gives
+        when it has arrived."""
+        ...
+
+
+class WholeExchange:
+    """The exchange of a device that holds every group: there is nobody to meet."""
+
+    def gather(self, share: Tensor) -> Callable[[], Tensor]:
+        return lambda: share
+
+    def reduce_scatter(self, full: Tensor) -> Callable[[], Tensor]:
+        return lambda: full
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, C, h, w), channels_last -> (L, C), a view."""
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
+
+
+def _image(rows: Tensor, like: Tensor) -> Tensor:
+    """(L, C) -> (B, C, h, w), channels_last, with the batch and positions of ``like``."""
+    batch, _, height, width = like.shape
+    return rows.view(batch, height, width, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+class Window(NamedTuple):
+    """Where a convolution kernel reads: (vertical, horizontal) kernel size, stride, padding and dilation."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    def output_size(self, rows: int, columns: int) -> tuple[int, int]:
+        """(h, w) of a convolution of rows x columns positions."""
+        height, width = (
+            (length + 2 * padding - step * (kernel - 1) - 1) // stride + 1
+            for length, kernel, stride, padding, step in zip((rows, columns), *self, strict=True)
+        )
+        return height, width
+
+    def views(self, planes: Tensor, height: int, width: int) -> Tensor:
+        """Padded (G, d * d, B, H, W), a plane a tap -> a view (G, d, d, B, h, w): what each tap reads, or writes."""
+        groups, _, batch, rows, columns = planes.shape
+        (kernel_h, kernel_w), (stride_h, stride_w), (step_h, step_w) = self.kernel, self.stride, self.dilation
+        plane = batch * rows * columns
+        return planes.as_strided(
+            (groups, kernel_h, kernel_w, batch, height, width),
+            (
+                kernel_h * kernel_w * plane,
+                kernel_w * plane + step_h * columns,
+                plane + step_w,
+                rows * columns,
+                stride_h * columns,
+                stride_w,
+            ),
+        )
+
+    def pad(self, planes: Tensor, sign: int) -> Tensor:
+        """``planes`` with (sign = 1) or without (-1) the padding; a negative padding crops."""
+        vertical, horizontal = sign * self.padding[0], sign * self.padding[1]
+        return F.pad(planes, (horizontal, horizontal, vertical, vertical)) if vertical or horizontal else planes
+
+
+def _taps(restriction: Tensor) -> Tensor:
+    """(G, n/N, d0, d0) -> (G, d0 * d0, n/N); a view where it is channels_last."""
+    return restriction.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """(B, n, H, W), channels_last -> (G, B * H * W, n/N), a view."""
+    batch, channels, rows, columns = x.shape
+    width = channels // groups
+    return x.as_strided((groups, batch * rows * columns, width), (width, channels, 1))
+
+
+def _restrict(x: Tensor, restriction: Tensor, window: Window, height: int, width: int) -> Tensor:
+    """The representatives (G, B * h * w) of ``x``, whose (G, d0 * d0) taps are one matrix product.
+
+    A convolution with one output channel a group would cost what one with 16 costs.
+    """
+    groups, (batch, _, rows, columns) = restriction.shape[0], x.shape
+    planes = _taps(restriction) @ _grouped(x, groups).transpose(1, 2)  # G, d0 * d0, B * H * W
+    planes = window.pad(planes.view(groups, -1, batch, rows, columns), 1)
+    return window.views(planes, height, width).sum((1, 2)).view(groups, -1)
+
+
+def _restrict_transposed(grad: Tensor, x: Tensor, groups: int, window: Window, height: int, width: int) -> Tensor:
+    """(G, B * h * w) -> (G, d0 * d0, B * H * W): by tap and position it read, the gradient of the outcome."""
+    batch, _, rows, columns = x.shape
+    (vertical, horizontal), (kernel_h, kernel_w) = window.padding, window.kernel
+    planes = grad.new_zeros(groups, kernel_h * kernel_w, batch, rows + 2 * vertical, columns + 2 * horizontal)
+    window.views(planes, height, width).copy_(grad.view(groups, 1, 1, batch, height, width))
+    return window.pad(planes, -1).reshape(groups, kernel_h * kernel_w, -1)
+
+
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, window: Window, groups: int, needed: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a group convolution's input and weight, as far as they are ``needed``."""
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, window.stride, window.padding, window.dilation, False, (0, 0), groups, (*needed, False)
+    )
+    return grad_x, grad_weight
+
+
+class Overlapped(torch.autograd.Function):
+    """y_k = A_k x_k + S_k gather(R_0 x_k), the collectives in flight while the fine convolution is computed.
+
+    Forward: restriction, all-gather || fine convolution; the prolongation is added into its output. Backward: the
+    gradient of the representatives, reduce-scatter || gradients of the fine convolution; that of the restriction is
+    added into them. Nothing as large as an output is kept for backward but the input.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        restriction: Tensor,
+        prolongation: Tensor,
+        bias: Tensor | None,
+        fine: Window,
+        coarse: Window,
+        groups: int,
+        exchange: Exchange,
+    ) -> Tensor:
+        ctx.memory_format = _memory_format(x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        height, width = fine.output_size(x.shape[2], x.shape[3])
+        arrival = exchange.gather(_restrict(x, restriction, coarse, height, width))  # in flight
+        out = F.conv2d(x, weight, bias, fine.stride, fine.padding, fine.dilation, groups)
+        out = out.contiguous(memory_format=torch.channels_last)
+        gathered = arrival()  # N, L
+        _rows(out).addmm_(gathered.t(), prolongation.t())
+        ctx.save_for_backward(x, weight, restriction, prolongation, gathered)
+        ctx.fine, ctx.coarse, ctx.groups, ctx.exchange = fine, coarse, groups, exchange
+        return out.contiguous(memory_format=ctx.memory_format)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, restriction, prolongation, gathered = ctx.saved_tensors
+        groups = ctx.groups
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_rows = _rows(grad)  # L, m
+        arrival = ctx.exchange.reduce_scatter(prolongation.t() @ grad_rows.t())  # in flight
+        grad_x, grad_weight = _convolution_backward(grad, x, weight, ctx.fine, groups, ctx.needs_input_grad[:2])
+        grad_prolongation = (gathered @ grad_rows).t() if ctx.needs_input_grad[3] else None
+        grad_bias = grad_rows.sum(0) if ctx.needs_input_grad[4] else None
+        taps = _restrict_transposed(arrival(), x, groups, ctx.coarse, grad.shape[2], grad.shape[3])
+        if grad_x is not None:
+            grad_x = grad_x.contiguous(memory_format=torch.channels_last)
+            _grouped(grad_x, groups).baddbmm_(taps.transpose(1, 2), _taps(restriction))
+            grad_x = grad_x.contiguous(memory_format=ctx.memory_format)
+        grad_restriction = None
+        if ctx.needs_input_grad[2]:
+            grad_taps = taps @ _grouped(x, groups)  # G, d0 * d0, n/N
+            grad_restriction = grad_taps.unflatten(1, ctx.coarse.kernel).permute(0, 3, 1, 2)
+        return grad_x, grad_weight, grad_restriction, grad_prolongation, grad_bias, None, None, None, None
+
+
+class Fused(torch.autograd.Function):
+    """The same with the restriction as one more filter of each group's fine convolution (Section 3.2, d0 = d)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        restriction: Tensor,
+        prolongation: Tensor,
+        bias: Tensor | None,
+        fine: Window,
+        groups: int,
+        exchange: Exchange,
+    ) -> Tensor:
+        ctx.memory_format = _memory_format(x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        filters = torch.cat((weight.unflatten(0, (groups, -1)), restriction.unsqueeze(1)), 1).flatten(0, 1)
+        both = F.conv2d(x, filters, None, fine.stride, fine.padding, fine.dilation, groups)
+        both = both.contiguous(memory_format=torch.channels_last)
+        both_rows = _rows(both).unflatten(1, (groups, -1))  # L, G, m/N + 1
+        gathered = exchange.gather(both_rows[:, :, -1].t().contiguous())()  # N, L
+        out = x.new_empty(both_rows.shape[0], weight.shape[0])
+        fine_rows, out_groups = both_rows[:, :, :-1], out.unflatten(1, (groups, -1))
+        if bias is None:
+            out_groups.copy_(fine_rows)
+        else:
+            torch.add(fine_rows, bias.view(groups, -1), out=out_groups)
+        out.addmm_(gathered.t(), prolongation.t())
+        ctx.save_for_backward(x, filters, prolongation, gathered)
+        ctx.fine, ctx.groups, ctx.exchange = fine, groups, exchange
+        return _image(out, both).contiguous(memory_format=ctx.memory_format)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, filters, prolongation, gathered = ctx.saved_tensors
+        groups = ctx.groups
+        grad_rows = _rows(grad.contiguous(memory_format=torch.channels_last))  # L, m
+        arrival = ctx.exchange.reduce_scatter(prolongation.t() @ grad_rows.t())  # in flight
+        grad_prolongation = (gathered @ grad_rows).t() if ctx.needs_input_grad[3] else None
+        grad_bias = grad_rows.sum(0) if ctx.needs_input_grad[4] else None
+        both = grad_rows.new_empty(grad_rows.shape[0], groups, grad_rows.shape[1] // groups + 1)
+        both[:, :, :-1].copy_(grad_rows.unflatten(1, (groups, -1)))
+        both[:, :, -1].copy_(arrival().t())
+        needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
+        grad_both = _image(both.flatten(1), grad)
+        grad_x, grad_filters = _convolution_backward(grad_both, x, filters, ctx.fine, groups, needed)
+        if grad_x is not None:
+            grad_x = grad_x.contiguous(memory_format=ctx.memory_format)
+        grad_weight = grad_restriction = None
+        if grad_filters is not None:
+            by_group = grad_filters.unflatten(0, (groups, -1))
+            grad_weight, grad_restriction = by_group[:, :-1].flatten(0, 1), by_group[:, -1]
+        return grad_x, grad_weight, grad_restriction, grad_prolongation, grad_bias, None, None, None
