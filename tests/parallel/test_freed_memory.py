@@ -19,10 +19,10 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 faults()
-handed_back = faults()
+handed_back = min(faults() for _ in range(10))
 keep_freed_memory()
-faults()
-print(handed_back, faults())
+[faults() for _ in range(20)]  # until there is a hole that fits
+print(handed_back, max(faults() for _ in range(20)))
 """
 
 
