@@ -133,7 +133,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"name": "wrn-27-10"}, "model='wrn-27-10': depth 27 is not 6 u + 4; use one of 10, 16, 22, 28, 34, 40"),
     ({"name": "wrn-4-10"}, "model='wrn-4-10': depth 4 is not 6 u + 4; use one of 10, 16, 22, 28, 34, 40"),
     ({"name": "wrn-10-0"}, "model='wrn-10-0': width 0 is not a widening factor; use 1 or more"),
-    ({"conv": "dense"}, "conv='dense' is unknown; use one of sc, gc, gc-2l"),
+    ({"conv": "dense"}, "conv='dense' is unknown; use one of sc, gc, gc-2l, gc-2l-proto, shuffle, flgc"),
     ({"conv": "sc", "groups": 2}, "groups=2: conv='sc' is the dense convolution and has no groups; use 1"),
     ({"groups": 3}, "groups=3 does not divide the stem's 16 channels; use one of 1, 2, 4, 8, 16"),
     ({"groups": 32}, "groups=32 does not divide the stem's 16 channels; use one of 1, 2, 4, 8, 16"),

@@ -28,13 +28,26 @@ from tests.parallel.common import (
 from tlgc_mp.parallel import gather_state_dict, shard
 
 MODELS = [
-    *((ranks, groups, conv) for ranks, groups in ((2, 2), (2, 4), (4, 4), (4, 8)) for conv in ("gc-2l", "gc")),
+    *(
+        (ranks, groups, conv)
+        for ranks, groups in ((2, 2), (2, 4), (4, 4), (4, 8))
+        for conv in ("gc-2l", "gc", "gc-2l-proto", "shuffle")
+    ),
     (2, 1, "sc"),
     (4, 1, "sc"),
 ]
 """(P, N, convolution)"""
 
-TRAINED = [(2, 4, "gc-2l"), (4, 4, "gc-2l"), (4, 8, "gc"), (4, 1, "sc")]
+TRAINED = [
+    (2, 4, "gc-2l"),
+    (2, 2, "gc-2l-proto"),
+    (2, 4, "shuffle"),
+    (4, 4, "gc-2l"),
+    (4, 8, "gc-2l-proto"),
+    (4, 8, "shuffle"),
+    (4, 8, "gc"),
+    (4, 1, "sc"),
+]
 REPLICATED = (2, 2, 4, "gc-2l")
 """(P, D, N, convolution)"""
 

@@ -30,7 +30,11 @@ def test_world_that_is_not_p_times_d_is_refused(ranks: int) -> None:
     ("world", "groups", "ranks"), [(1, 4, 1), (2, 4, 2), (4, 4, 4), (8, 4, 4), (6, 4, 2), (3, 4, 1), (4, 1, 1)]
 )
 def test_default_split_is_the_largest_that_shares_groups_and_ranks_evenly(world: int, groups: int, ranks: int) -> None:
-    assert default_tensor_parallel(world, groups) == ranks
+    assert default_tensor_parallel(world, "gc-2l", groups) == ranks
+
+
+def test_learned_groups_are_not_split_by_default() -> None:
+    assert default_tensor_parallel(4, "flgc", 4) == 1
 
 
 @pytest.mark.parametrize(

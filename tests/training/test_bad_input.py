@@ -38,7 +38,7 @@ MISTAKES: dict[str, tuple[int, list[str], list[str]]] = {
     "model": (1, ["--dataset", "synthetic", "--model", "resnet50"], ["model='resnet50'", "wrn-28-10"]),
     "depth": (1, ["--dataset", "synthetic", "--model", "wrn-11-1"], ["wrn-11-1", "depth 11", "10, 16, 22"]),
     "width": (1, ["--dataset", "synthetic", "--model", "wrn-10-0"], ["wrn-10-0", "width 0", "1 or more"]),
-    "convolution": (1, [*SYNTHETIC, "--conv", "gc2l"], ["conv='gc2l'", "sc, gc, gc-2l"]),
+    "convolution": (1, [*SYNTHETIC, "--conv", "gc2l"], ["conv='gc2l'", "sc, gc, gc-2l, gc-2l-proto, shuffle, flgc"]),
     "data set": (1, ["--dataset", "mnist"], ["--dataset", "mnist", "digits, cifar10"]),
     "recipe": (1, [*SYNTHETIC, "--recipe", "slow"], ["--recipe", "'slow'", "cifar, imagenet, digits"]),
     "flag": (1, [*SYNTHETIC, "--grups", "4"], ["--grups", "--help"]),

@@ -9,12 +9,21 @@ from torch import nn
 
 from tlgc_mp.models.names import check_model, parse_model
 from tlgc_mp.models.wide_resnet import ConvFactory, WideResNet
-from tlgc_mp.nn import TwoLevelConv2d, init_parameters
+from tlgc_mp.nn import (
+    FullyLearnableGroupConv2d,
+    ShuffleConv2d,
+    TwoLevelConv2d,
+    TwoLevelPrototypeConv2d,
+    init_parameters,
+)
 
 _CONVOLUTIONS: dict[str, ConvFactory] = {
     "sc": functools.partial(nn.Conv2d, bias=False),
     "gc": functools.partial(nn.Conv2d, bias=False),
     "gc-2l": TwoLevelConv2d,
+    "gc-2l-proto": TwoLevelPrototypeConv2d,
+    "shuffle": ShuffleConv2d,
+    "flgc": FullyLearnableGroupConv2d,
 }
 
 
@@ -34,7 +43,9 @@ def create_model(
 
     Args:
         name: ``"wrn-<depth>-<width>"``, depth = 6 u + 4.
-        conv: ``"sc"`` (dense), ``"gc"`` (group convolution) or ``"gc-2l"`` (two-level group convolution).
+        conv: ``"sc"`` (dense), ``"gc"`` (group convolution), ``"gc-2l"`` (two-level group convolution),
+            ``"gc-2l-proto"`` (its prototype), ``"shuffle"`` (group convolution with shuffled channels) or ``"flgc"``
+            (fully learnable group convolution).
         groups: N, a divisor of the narrowest layer's channels; 1 for ``"sc"``.
         num_classes: of the classifier; 10 where not given.
         device: where the parameters live. On ``"meta"`` nothing is allocated: :func:`tlgc_mp.initialize` and

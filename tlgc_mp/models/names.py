@@ -6,8 +6,17 @@ import re
 
 from tlgc_mp.errors import UsageError, divisors, one_of
 
-CONVOLUTIONS = ("sc", "gc", "gc-2l")
-"""sc: dense. gc: group convolution. gc-2l: two-level group convolution."""
+CONVOLUTIONS = ("sc", "gc", "gc-2l", "gc-2l-proto", "shuffle", "flgc")
+"""sc: dense. gc: group convolution. gc-2l: two-level group convolution, gc-2l-proto its prototype. shuffle: group
+convolution with shuffled channels. flgc: fully learnable group convolution."""
+
+TWO_LEVEL = ("gc-2l", "gc-2l-proto")
+"""Those with a coarse level."""
+
+FLGC_ACROSS_RANKS = (
+    "cannot be split over ranks: its groups are learned, so from step to step any filter may come to read any channel, "
+    "and every rank would need them all"
+)
 
 _WIDE_RESNET = re.compile(r"wrn-(\d+)-(\d+)")
 
@@ -50,6 +59,8 @@ def check_split(name: str, conv: str, groups: int, tensor_parallel: int) -> None
         raise UsageError(
             f"tensor_parallel={tensor_parallel} does not divide the stem's 16 channels; use {one_of(divisors(16))}"
         )
+    if conv == "flgc" and tensor_parallel > 1:
+        raise UsageError(f"tensor_parallel={tensor_parallel}: conv='flgc' {FLGC_ACROSS_RANKS}; use 1 and replicas")
     if conv != "sc" and groups % tensor_parallel:
         raise UsageError(
             f"tensor_parallel={tensor_parallel} does not divide groups={groups}; use {one_of(divisors(groups))}"

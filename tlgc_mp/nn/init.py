@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from tlgc_mp.nn.fully_learnable import FullyLearnableGroupConv2d
 from tlgc_mp.nn.two_level import TwoLevelConv2d
 
 
@@ -38,7 +39,8 @@ def _normal_blocks(param: Tensor, std: float, blocks: int, first: int, seed: int
 def init_parameters(model: nn.Module, seed: int, *, shard_index: int = 0) -> None:
     """Draws every parameter of ``model`` and resets its running statistics, in place.
 
-    Convolutions: normal with variance 2 / fan-in, the fan-in that of one group. Classifier: normal with variance
+    Convolutions: normal with variance 2 / fan-in, the fan-in that of one group; two-level and fully learnable ones as
+    their ``initial_deviations`` say. Classifier: normal with variance
     1 / fan-in. BatchNorm: ones and zeros. Biases: zeros. The same ``seed`` always gives the same values, whatever was
     drawn before, whatever the device, and whatever the split.
 
@@ -54,10 +56,11 @@ def init_parameters(model: nn.Module, seed: int, *, shard_index: int = 0) -> Non
         prefix = f"{module_name}." if module_name else ""
         if isinstance(module, TwoLevelConv2d):
             count, first = module.local_groups, module.local_groups * shard_index
-            for key in ("weight", "restriction", "prolongation"):
-                param = getattr(module, key)
-                std = math.sqrt(2.0 / param[0].numel())
-                _normal_blocks(param, std, count, first, seed, prefix + key)
+            for key, std in module.initial_deviations().items():
+                _normal_blocks(getattr(module, key), std, count, first, seed, prefix + key)
+        elif isinstance(module, FullyLearnableGroupConv2d):
+            for key, std in module.initial_deviations().items():
+                _normal_blocks(getattr(module, key), std, module.groups, 0, seed, prefix + key)
         elif isinstance(module, nn.Conv2d):
             count = module.weight.shape[0]
             std = math.sqrt(2.0 / module.weight[0].numel())

@@ -15,19 +15,29 @@ device), h x w output positions, L = B * h * w.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from tlgc_mp.errors import UsageError, divisors, one_of
+from tlgc_mp.errors import UsageError, one_of
+from tlgc_mp.nn.arguments import check_groups, padding_pair, positive_pair
 from tlgc_mp.nn.coarse_level import Exchange, Fused, Overlapped, WholeExchange, Window
 
 WIDE_GROUP = 128
 """Output channels of a group from which on the restriction is computed on its own; measured in docs/performance.md."""
 
 COARSE_MODES = ("overlapped", "fused")
+
+COARSE_INITS = {"he": (1.0, 2.0), "zero": (1.0, 0.0), "scaled": (0.5, 0.5)}
+"""Name -> (share of He's variance that the fine filters get, N times the variance of the prolongation's entries).
+
+he: He initialization of every part (fan-in d * d * n/N, N for the prolongation), so the coarse term has twice the
+variance of the fine one. zero: no coarse term at first. scaled: both terms have the same variance, and their sum has
+that of a group convolution with He initialization.
+"""
 
 
 class TwoLevelConv2d(nn.Module):
@@ -43,6 +53,7 @@ class TwoLevelConv2d(nn.Module):
         groups: N, the number of groups.
         coarse_kernel_size: d0, the kernel of the restriction R_0; ``None`` means d. It is centred on the fine kernel,
             so ``dilation * (d0 - d)`` must be even.
+        coarse_init: the initial weights, one of :data:`COARSE_INITS`.
 
     Parameters, each in ``groups`` equal contiguous blocks along its first dimension, one block a group:
         weight: (m, n/N, d, d), the fine filters A_k.
@@ -61,6 +72,9 @@ class TwoLevelConv2d(nn.Module):
             coarse kernel that cannot be centred.
     """
 
+    weight: nn.Parameter
+    restriction: nn.Parameter
+    prolongation: nn.Parameter
     bias: nn.Parameter | None
 
     def __init__(
@@ -76,6 +90,8 @@ class TwoLevelConv2d(nn.Module):
         coarse_kernel_size: int | tuple[int, int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        coarse_init: str = "he",
     ) -> None:
         super().__init__()
         check_groups(groups, in_channels=in_channels, out_channels=out_channels)
@@ -83,12 +99,12 @@ class TwoLevelConv2d(nn.Module):
         self.out_channels = out_channels
         self.groups = groups
         self.local_groups = groups
-        self.kernel_size: tuple[int, int] = _positive("kernel_size", kernel_size)
-        self.stride: tuple[int, int] = _positive("stride", stride)
-        self.dilation: tuple[int, int] = _positive("dilation", dilation)
-        self.padding: tuple[int, int] = _padding(padding, self.kernel_size, self.stride, self.dilation)
+        self.kernel_size: tuple[int, int] = positive_pair("kernel_size", kernel_size)
+        self.stride: tuple[int, int] = positive_pair("stride", stride)
+        self.dilation: tuple[int, int] = positive_pair("dilation", dilation)
+        self.padding: tuple[int, int] = padding_pair(padding, self.kernel_size, self.stride, self.dilation)
         self.coarse_kernel_size = (
-            self.kernel_size if coarse_kernel_size is None else _positive("coarse_kernel_size", coarse_kernel_size)
+            self.kernel_size if coarse_kernel_size is None else positive_pair("coarse_kernel_size", coarse_kernel_size)
         )
         coarse_padding = [
             _coarse_padding(p, d, d0, step)
@@ -101,19 +117,43 @@ class TwoLevelConv2d(nn.Module):
         narrow = out_channels // groups < WIDE_GROUP and self.coarse_kernel_size == self.kernel_size
         self.coarse_mode = "fused" if narrow else "overlapped"
         self.exchange: Exchange = WholeExchange()
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if coarse_init not in COARSE_INITS:
+            raise UsageError(f"coarse_init={coarse_init!r} is unknown; use {one_of(COARSE_INITS)}")
+        self.coarse_init = coarse_init
 
         group_in = in_channels // groups
-        self.weight = parameter(out_channels, group_in, *self.kernel_size)
-        self.restriction = parameter(groups, group_in, *self.coarse_kernel_size)
-        self.prolongation = parameter(out_channels, groups)
-        if bias:
-            self.bias = parameter(out_channels)
-        else:
-            self.register_parameter("bias", None)
+        shapes = {
+            "weight": (out_channels, group_in, *self.kernel_size),
+            "restriction": (groups, group_in, *self.coarse_kernel_size),
+            **self._coarse_shapes(),
+        }
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        )
         self.reset_parameters()
+
+    def _coarse_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the parameters that make the prolongation."""
+        return {"prolongation": (self.out_channels, self.groups)}
+
+    def _prolongation_matrix(self) -> Tensor:
+        """(G m/N, N), the rows of S_k of the groups held here."""
+        return self.prolongation
+
+    def initial_deviations(self) -> dict[str, float]:
+        """Parameter name -> the standard deviation of its initial values, which are normal with mean 0."""
+        fine_share, coarse_gain = COARSE_INITS[self.coarse_init]
+        return {
+            "weight": math.sqrt(2.0 * fine_share / self.weight[0].numel()),
+            "restriction": math.sqrt(2.0 / self.restriction[0].numel()),
+            **self._coarse_deviations(coarse_gain),
+        }
+
+    def _coarse_deviations(self, gain: float) -> dict[str, float]:
+        """Of the parameters that make the prolongation, whose entries get the variance ``gain`` / N."""
+        return {"prolongation": math.sqrt(gain / self.groups)}
 
     @property
     def coarse_mode(self) -> str:
@@ -130,11 +170,9 @@ class TwoLevelConv2d(nn.Module):
         self._coarse_mode = mode
 
     def reset_parameters(self) -> None:
-        """He initialization (normal, fan-in of one group: d * d * n/N, N for the prolongation) from torch's own
-        random state; the bias starts at zero."""
-        nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
-        nn.init.kaiming_normal_(self.restriction, nonlinearity="relu")
-        nn.init.kaiming_normal_(self.prolongation, nonlinearity="relu")
+        """Draws the parameters (:meth:`initial_deviations`) from torch's own random state; the bias starts at zero."""
+        for name, deviation in self.initial_deviations().items():
+            nn.init.normal_(getattr(self, name), 0.0, deviation)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -146,7 +184,7 @@ class TwoLevelConv2d(nn.Module):
             raise UsageError(
                 f"input of shape {tuple(x.shape)} does not fit; give (B, {channels}, H, W), H x W at least the kernel"
             )
-        tensors = _computed_in(x, self.weight, self.restriction, self.prolongation, self.bias)
+        tensors = _computed_in(x, self.weight, self.restriction, self._prolongation_matrix(), self.bias)
         if self.coarse_mode == "fused":
             return Fused.apply(*tensors, self._fine, groups, self.exchange)
         return Overlapped.apply(*tensors, self._fine, self._coarse, groups, self.exchange)
@@ -168,43 +206,6 @@ def _computed_in(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
         return (x, *others)
     dtype = torch.get_autocast_dtype(device)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
-
-
-def check_groups(groups: int, **channels: int) -> None:
-    """Raises :class:`UsageError` unless ``groups`` divides every one of the named channel counts."""
-    for name, count in channels.items():
-        if not isinstance(count, int) or count < 1:
-            raise UsageError(f"{name}={count} is not a number of channels; use 1 or more")
-    for name, count in channels.items():
-        if not isinstance(groups, int) or groups < 1 or count % groups:
-            common = [d for d in divisors(count) if all(other % d == 0 for other in channels.values())]
-            raise UsageError(f"groups={groups} does not divide {name}={count}; use {one_of(common)}")
-
-
-def _positive(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    pair = _pair(value)
-    if len(pair) != 2 or any(not isinstance(v, int) or v < 1 for v in pair):
-        raise UsageError(f"{name}={value!r} is not a positive int or a pair of them")
-    return tuple(pair)
-
-
-def _padding(
-    padding: int | tuple[int, int] | str, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
-) -> tuple[int, int]:
-    if padding == "valid":
-        return (0, 0)
-    if padding == "same":
-        reach = [step * (d - 1) for step, d in zip(dilation, kernel, strict=True)]
-        if stride != (1, 1) or any(r % 2 for r in reach):
-            raise UsageError(
-                f"padding='same' needs stride 1 and an even dilation * (kernel_size - 1), got stride={stride}, "
-                f"kernel_size={kernel}, dilation={dilation}; give the padding in numbers"
-            )
-        return (reach[0] // 2, reach[1] // 2)
-    pair = _pair(padding)
-    if len(pair) != 2 or any(not isinstance(v, int) or v < 0 for v in pair):
-        raise UsageError(f"padding={padding!r} is not a non-negative int, a pair of them, 'same' or 'valid'")
-    return tuple(pair)
 
 
 def _coarse_padding(padding: int, kernel: int, coarse: int, dilation: int) -> int:

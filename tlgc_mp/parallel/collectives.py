@@ -4,6 +4,7 @@
     coarse_gather: all-gather       coarse_reduce_scatter: reduce-scatter
     sum_partials: all-reduce        identity
     identity                        copy_to_ranks: all-reduce
+    exchange_channels: all-to-all   itself, with what is sent and received swapped
 
 All are ``torch.library`` operators in the namespace ``tlgc_mp`` with a fake (shape-only) form, so that torch.compile,
 FakeTensor and profilers see them by name. A process group is passed by its name, as torch's own functional
@@ -132,6 +133,35 @@ def _copy_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
 copy_to_ranks.register_autograd(
     lambda ctx, grad: (sum_partials(grad, ctx.group_name), None), setup_context=_copy_context
 )
+
+
+@torch.library.custom_op("tlgc_mp::exchange_channels", mutates_args=())
+def exchange_channels(channels: Tensor, sends: list[int], receives: list[int], group_name: str) -> Tensor:
+    """All-to-all along the first dimension: the first ``sends[0]`` channels go to rank 0, the next to rank 1, ...
+
+    (sum of ``sends``, ...) -> (sum of ``receives``, ...), ``receives[s]`` of them from rank s, in rank order.
+    """
+    channels = channels.contiguous()
+    received = channels.new_empty(sum(receives), *channels.shape[1:])
+    group = resolve_group(group_name)
+    _comm("all_to_all_single", "all_to_all_single")(received, channels, receives, sends, group=group)
+    return received
+
+
+@exchange_channels.register_fake
+def _(channels: Tensor, sends: list[int], receives: list[int], group_name: str) -> Tensor:
+    return channels.new_empty(sum(receives), *channels.shape[1:])
+
+
+def _exchange_context(ctx: Any, inputs: tuple[Tensor, list[int], list[int], str], output: Tensor) -> None:
+    _, ctx.sends, ctx.receives, ctx.group_name = inputs
+
+
+def _exchange_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return exchange_channels(grad, ctx.receives, ctx.sends, ctx.group_name), None, None, None
+
+
+exchange_channels.register_autograd(_exchange_backward, setup_context=_exchange_context)
 
 
 class CoarseExchange(Exchange):

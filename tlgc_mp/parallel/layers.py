@@ -20,8 +20,15 @@ from deepspeed.module_inject.layers import (
 )
 from torch import Tensor, nn
 
-from tlgc_mp.nn import TwoLevelConv2d
-from tlgc_mp.parallel.collectives import CoarseExchange, coarse_gather, copy_to_ranks, resolve_group, sum_partials
+from tlgc_mp.nn import ShuffleConv2d, TwoLevelConv2d, TwoLevelPrototypeConv2d
+from tlgc_mp.parallel.collectives import (
+    CoarseExchange,
+    coarse_gather,
+    copy_to_ranks,
+    exchange_channels,
+    resolve_group,
+    sum_partials,
+)
 from tlgc_mp.parallel.plan import Placement
 
 
@@ -149,6 +156,13 @@ class ParallelTwoLevelConv2d(TwoLevelConv2d, ShardedLayer):
         self.exchange = CoarseExchange(resolve_group(self.coarse_group_name))
 
 
+class ParallelTwoLevelPrototypeConv2d(TwoLevelPrototypeConv2d, ShardedLayer):
+    """G = N / P groups of the prototype, and as many rows of its coarse convolution; the gather is a collective."""
+
+    __init__ = ShardedLayer.__init__
+    _adjust = ParallelTwoLevelConv2d._adjust
+
+
 class ParallelGroupConv2d(nn.Conv2d, ShardedLayer):
     """N / P groups of a group (or depthwise) convolution. No communication."""
 
@@ -158,6 +172,36 @@ class ParallelGroupConv2d(nn.Conv2d, ShardedLayer):
         self.groups //= ranks
         self.in_channels //= ranks
         self.out_channels //= ranks
+
+
+class ParallelShuffleConv2d(ShuffleConv2d, ShardedLayer):
+    """G = N / P groups of a group convolution whose output channels are shuffled over all ranks.
+
+    (B, n / P, H, W) -> (B, m / P, h, w). All but one in P of its output's channels cross ranks, in an all-to-all.
+    """
+
+    __init__ = ShardedLayer.__init__
+    receive_order: Tensor
+
+    def _adjust(self, ranks: int) -> None:
+        """Works out who sends how many channels to whom: group g's channel k moves to place k N + g, and a rank holds
+        consecutive groups before, and consecutive places after."""
+        places = torch.arange(self.out_channels).view(-1, self.groups)  # m/N, N
+        goes_to = places // (self.out_channels // ranks)
+        comes_from = (torch.arange(self.groups) // (self.groups // ranks)).expand_as(places)
+        self._sends = goes_to[comes_from == self.tp_index].bincount(minlength=ranks).tolist()
+        sources = comes_from[goes_to == self.tp_index]  # by place
+        self._receives = sources.bincount(minlength=ranks).tolist()
+        order = sources.argsort(stable=True).argsort().to(self.weight.device)
+        self.register_buffer("receive_order", order, persistent=False)
+        ParallelGroupConv2d._adjust(self, ranks)  # type: ignore[arg-type]
+
+    def _shuffled(self, y: Tensor) -> Tensor:
+        channels_last = y.is_contiguous(memory_format=torch.channels_last)
+        by_place = y.unflatten(1, (self.groups, -1)).permute(2, 1, 0, 3, 4).flatten(0, 1)  # m/P, B, h, w
+        received = exchange_channels(by_place, self._sends, self._receives, self.coarse_group_name)
+        shuffled = received.index_select(0, self.receive_order).transpose(0, 1)
+        return shuffled.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 class ColumnParallelConv2d(nn.Conv2d, ShardedLayer):
@@ -219,6 +263,8 @@ LAYERS: dict[str, Any] = {
     "column": ColumnParallelConv2d,
     "grouped": ParallelGroupConv2d,
     "two-level": ParallelTwoLevelConv2d,
+    "prototype": ParallelTwoLevelPrototypeConv2d,
+    "shuffle": ParallelShuffleConv2d,
     "gathered": GatheredConv2d,
     "channels": ParallelBatchNorm2d,
     "row": RowParallelLinear,

@@ -1,12 +1,15 @@
 """Which part of which layer a tensor-parallel rank holds.
 
 Activations stay split by channel from the stem to the head, in P equal contiguous shares. Every layer that has
-parameters falls in one of the kinds below; anything else is refused by name. The plan reads shapes only, so it works on
+parameters falls in one of the kinds below; anything else is refused by name, and so is a fully learnable group
+convolution on more than one rank. The plan reads shapes only, so it works on
 the meta device and without a process group: splitting a model and counting its parameters follow the same plan.
 
     column      the stem: whole input, output channels split; no communication
     grouped     group (and depthwise) convolution: local
     two-level   two-level group convolution: local, but for the coarse gather
+    prototype   its prototype: the same
+    shuffle     group convolution with shuffled channels: local, but for an all-to-all of its output
     gathered    a dense convolution in the middle: input channels gathered, output channels split; exact and expensive
     channels    BatchNorm: local
     row         the head: input features split, partial logits summed
@@ -19,7 +22,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from tlgc_mp.errors import UsageError, divisors, one_of
-from tlgc_mp.nn import TwoLevelConv2d
+from tlgc_mp.models.names import FLGC_ACROSS_RANKS
+from tlgc_mp.nn import FullyLearnableGroupConv2d, ShuffleConv2d, TwoLevelConv2d, TwoLevelPrototypeConv2d
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,16 @@ def plan(model: nn.Module, tensor_parallel: int) -> dict[str, Placement]:
     for name, module in model.named_modules():
         if isinstance(module, TwoLevelConv2d):
             _check_share("groups", module.groups, tensor_parallel, name)
-            placements[name] = Placement("two-level", dict.fromkeys(_names(module), 0))
+            kind = "prototype" if isinstance(module, TwoLevelPrototypeConv2d) else "two-level"
+            placements[name] = Placement(kind, dict.fromkeys(_names(module), 0))
+            stem_found = True
+        elif isinstance(module, ShuffleConv2d):
+            _check_share("groups", module.groups, tensor_parallel, name)
+            placements[name] = Placement("shuffle", dict.fromkeys(_names(module), 0))
+            stem_found = True
+        elif isinstance(module, FullyLearnableGroupConv2d):
+            if tensor_parallel > 1:
+                raise UsageError(f"{name}: a FullyLearnableGroupConv2d {FLGC_ACROSS_RANKS}; use replicas")
             stem_found = True
         elif type(module) is nn.Conv2d:
             if not stem_found:
@@ -114,10 +127,18 @@ def _check_share(what: str, count: int, ranks: int, name: str) -> None:
 
 
 def parameter_counts(model: nn.Module, tensor_parallel: int) -> dict[str, int]:
-    """``{"total": ..., "per_rank": ...}``: parameters of the whole model, and of the part one of P ranks holds."""
+    """``{"total": ..., "per_rank": ...}``: parameters of the whole model, and of the part one of P ranks holds.
+
+    Of a fully learnable group convolution, the weights count that survive where its groups are equal, as in Table 3 of
+    https://arxiv.org/abs/2110.05060.
+    """
     placements = plan(model, tensor_parallel)
     total = per_rank = 0
     for name, module in model.named_modules():
+        if isinstance(module, FullyLearnableGroupConv2d):
+            total += module.balanced_parameters
+            per_rank += module.balanced_parameters
+            continue
         for key, param in module.named_parameters(recurse=False):
             total += param.numel()
             split = name in placements and key in placements[name].dims

@@ -51,9 +51,12 @@ class Topology:
         return self.rank // self.tensor_parallel
 
 
-def default_tensor_parallel(world: int, groups: int) -> int:
-    """P where nothing says: as many ranks as evenly share the groups, the rest being replicas."""
-    return math.gcd(world, groups)
+def default_tensor_parallel(world: int, conv: str, groups: int) -> int:
+    """P where nothing says: as many ranks as evenly share the groups, the rest being replicas.
+
+    The groups of ``flgc`` cannot be shared, so all its ranks are replicas.
+    """
+    return 1 if conv == "flgc" else math.gcd(world, groups)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,41 @@
+"""The prototype of the two-level group convolution (GC-2L-proto).
+
+*Two-level Group Convolution*, Y. Lee, J. Park, C.-O. Lee, https://arxiv.org/abs/2110.05060, Equation (3.2). Between
+restriction and prolongation stands a dense 1x1 convolution A_0 among the N coarse channels, and each group prolongs one
+of its outputs only:
+
+    y_k = A_k x_k + r_k (A_0 [R_0 x_1, ..., R_0 x_N])_k
+
+So it is the final form with S_k = r_k (A_0)_k, of rank one, and is computed as that.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from tlgc_mp.nn.two_level import TwoLevelConv2d
+
+
+class TwoLevelPrototypeConv2d(TwoLevelConv2d):
+    """The prototype (3.2) of :class:`TwoLevelConv2d`, with the same arguments.
+
+    Parameters, in ``groups`` equal contiguous blocks along their first dimension, one block a group:
+        weight, restriction, bias: as in the final form.
+        coarse: (N, N), the 1x1 convolution A_0 among the coarse channels, row k giving coarse channel k.
+        spread: (m,), the factors r_k with which a group's outputs take on its coarse channel.
+    """
+
+    coarse: nn.Parameter
+    spread: nn.Parameter
+
+    def _coarse_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"coarse": (self.groups, self.groups), "spread": (self.out_channels,)}
+
+    def _prolongation_matrix(self) -> Tensor:
+        by_group = self.spread.view(self.local_groups, -1, 1)  # G, m/N, 1
+        return (by_group * self.coarse.unsqueeze(1)).flatten(0, 1)
+
+    def _coarse_deviations(self, gain: float) -> dict[str, float]:
+        return {"coarse": math.sqrt(2.0 / self.groups), "spread": math.sqrt(gain / 2.0)}

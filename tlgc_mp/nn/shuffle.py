@@ -1,0 +1,53 @@
+"""Group convolution with shuffled output channels.
+
+*ShuffleNet: An Extremely Efficient Convolutional Neural Network for Mobile Devices*, X. Zhang, X. Zhou, M. Lin, J. Sun,
+https://arxiv.org/abs/1707.01083, as Section 4.1.3 of https://arxiv.org/abs/2110.05060 compares with it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tlgc_mp.nn.arguments import check_groups
+
+
+class ShuffleConv2d(nn.Conv2d):
+    """(B, in_channels, H, W) -> (B, out_channels, h, w): a group convolution, then output channel k of the N groups one
+    after the other, for k = 1, ..., m/N. The next group convolution so reads from every group of this one.
+
+    Arguments and parameters are those of :class:`torch.nn.Conv2d`; ``groups`` is N, and there is no bias unless asked
+    for.
+
+    Raises:
+        UsageError: ``groups`` does not divide both channel counts.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_groups(groups, in_channels=in_channels, out_channels=out_channels)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._shuffled(super().forward(x))
+
+    def _shuffled(self, y: Tensor) -> Tensor:
+        """Channel k of group g, (g, k), moves to place (k, g)."""
+        if not y.is_contiguous(memory_format=torch.channels_last):
+            return F.channel_shuffle(y, self.groups)
+        rows = y.permute(0, 2, 3, 1).unflatten(3, (self.groups, -1))  # B, h, w, N, m/N
+        return rows.transpose(3, 4).flatten(3).permute(0, 3, 1, 2)
