@@ -20,7 +20,7 @@ from tlgc_mp.bench.settings import DTYPES, STRATEGIES
 from tlgc_mp.bench.settings import resolve as resolve_benchmark
 from tlgc_mp.data.catalog import DATASETS
 from tlgc_mp.errors import UsageError
-from tlgc_mp.models.names import CONVOLUTIONS, check_model, check_split
+from tlgc_mp.models.names import COARSE_INITS, CONVOLUTIONS, check_coarse_level, check_model, check_split
 from tlgc_mp.parallel.topology import Launch
 from tlgc_mp.training.recipes import RECIPES
 
@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--image-size", type=int, metavar="PIXELS", help="for imagefolder and synthetic")
     train.add_argument("--recipe", help=f"{', '.join(RECIPES)} (default: by data set): epochs, batch, rate and decay")
     train.add_argument("--epochs", type=int, help="default: the recipe's; its milestones move along")
+    train.add_argument(
+        "--limit-steps", type=int, metavar="K", help="end each epoch after K steps, to try a run (default: no limit)"
+    )
     train.add_argument("--batch-size", type=int, help="samples a step over all replicas (default: the recipe's)")
     train.add_argument("--learning-rate", type=float, metavar="RATE", help="the initial one (default: the recipe's)")
     train.add_argument(
@@ -135,6 +138,14 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--conv", default="gc-2l", help=f"{', '.join(CONVOLUTIONS)} (default: %(default)s)")
     parser.add_argument("--groups", type=int, help="N (default: 4; 1 for sc)")
     parser.add_argument("--num-classes", type=int, metavar="C", help="default: the data set's, or 10")
+    parser.add_argument(
+        "--coarse-kernel-size", type=int, metavar="D0", help="of the restriction (default: that of its convolution)"
+    )
+    parser.add_argument(
+        "--coarse-init",
+        default=COARSE_INITS[0],
+        help=f"{', '.join(COARSE_INITS)}: initial weights (default: %(default)s)",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -184,12 +195,19 @@ def entry() -> NoReturn:
 
 def _params(options: Any, launch: Launch) -> int:
     check_model(options.model, options.conv, options.groups, options.num_classes)
+    check_coarse_level(options.conv, options.coarse_kernel_size, options.coarse_init)
     check_split(options.model, options.conv, options.groups, options.tp)
     from tlgc_mp.models import create_model
     from tlgc_mp.parallel.plan import parameter_counts
 
     model = create_model(
-        options.model, conv=options.conv, groups=options.groups, num_classes=options.num_classes, device="meta"
+        options.model,
+        conv=options.conv,
+        groups=options.groups,
+        num_classes=options.num_classes,
+        device="meta",
+        coarse_kernel_size=options.coarse_kernel_size,
+        coarse_init=options.coarse_init,
     )
     print(json.dumps(parameter_counts(model, options.tp)))
     return 0

@@ -11,35 +11,30 @@ A round goes through all cases once, each in processes of its own; rounds repeat
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import subprocess
-import sys
-import time
 from typing import Any
 
-from tlgc_mp import __version__
 from tlgc_mp.bench import capacity, launch, report
 from tlgc_mp.bench.rows import Record, make_row, median_seconds
 from tlgc_mp.bench.settings import BenchSettings, Case
 from tlgc_mp.bench.worker import CORE_RATE
+from tlgc_mp.provenance import describe_run
 from tlgc_mp.training.runs import replace_file
 
 
 def run(settings: BenchSettings) -> int:
     """Measures, writes the files, says how it goes; the exit status: 1 if a strategy failed other than for memory."""
-    machine = describe_machine()
-    description = _description(machine)
+    description = describe_run()
+    cores_here = description["machine"]["cores"]
     _write_json(settings, "run.json", description)
     available = capacity.available_bytes()
     records = [_plan(case, settings, available) for case in settings.cases]
     best: dict[int, float] = {}
     rows: list[dict[str, Any]] = []
     for round_index in range(settings.rounds):
-        for cores in sorted({min(record.case.ranks, machine["cores"]) for record in records}):
+        for cores in sorted({min(record.case.ranks, cores_here) for record in records}):
             outcome = launch.measure({"strategy": CORE_RATE, "dtype": settings.dtype}, cores, settings.time_limit)
             result = outcome.error
             if result is None:
@@ -51,7 +46,7 @@ def run(settings: BenchSettings) -> int:
             if record.error is None:
                 _measure(record, round_index, settings)
                 _say(record, round_index)
-            rows = [_row(r, settings, best, machine["cores"]) for r in records]
+            rows = [_row(r, settings, best, cores_here) for r in records]
             _write_json(settings, "scaling.json", rows)
     report.write(rows, description, settings.output)
     print(f"Wrote scaling.json, scaling.md, scaling.png and scaling.svg to {settings.output}", flush=True)
@@ -136,43 +131,6 @@ def _say(record: Record, round_index: int) -> None:
     if result is None:
         result = f"{median_seconds(record.measurements[-1][1]):.3f} s a step"
     print(f"round {round_index + 1}  w={case.width}  tp={case.ranks}  {name}  {result}", flush=True)
-
-
-def describe_machine() -> dict[str, Any]:
-    """Of the machine that this runs on: ``cpu``, ``cores`` that may be used, ``memory_bytes``, ``system``."""
-    cpu, memory = platform.processor() or platform.machine(), None
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            cpu = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError, StopIteration):
-        pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"cpu": cpu, "cores": cores, "memory_bytes": memory, "system": platform.platform()}
-
-
-def _description(machine: dict[str, Any]) -> dict[str, Any]:
-    versions = {"python": platform.python_version(), "tlgc-mp": __version__}
-    for package in ("torch", "deepspeed", "numpy"):
-        versions[package] = importlib.metadata.version(package)
-    return {
-        "machine": machine,
-        "versions": versions,
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": ["tlgc-mp", *sys.argv[1:]],
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    """What git says about the working copy that this package lies in; ``None`` where it lies in none."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    try:
-        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def _write_json(settings: BenchSettings, name: str, value: Any) -> None:

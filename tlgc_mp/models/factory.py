@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import nn
 
-from tlgc_mp.models.names import check_model, parse_model
+from tlgc_mp.models.names import TWO_LEVEL, check_coarse_level, check_model, parse_model
 from tlgc_mp.models.wide_resnet import ConvFactory, WideResNet
 from tlgc_mp.nn import (
     FullyLearnableGroupConv2d,
@@ -34,6 +34,8 @@ def create_model(
     groups: int = 1,
     num_classes: int | None = None,
     device: torch.device | str | None = None,
+    coarse_kernel_size: int | None = None,
+    coarse_init: str = "he",
 ) -> nn.Module:
     """Builds a model by name.
 
@@ -50,13 +52,17 @@ def create_model(
         num_classes: of the classifier; 10 where not given.
         device: where the parameters live. On ``"meta"`` nothing is allocated: :func:`tlgc_mp.initialize` and
             :func:`tlgc_mp.shard` then draw each rank's part only.
+        coarse_kernel_size, coarse_init: d0 and the initial weights of two-level convolutions, as
+            :class:`tlgc_mp.nn.TwoLevelConv2d` takes them.
 
     Raises:
         UsageError: an argument that cannot work.
     """
     check_model(name, conv, groups, num_classes)
+    check_coarse_level(conv, coarse_kernel_size, coarse_init)
     depth, width = parse_model(name)
-    factory = functools.partial(_CONVOLUTIONS[conv], groups=groups)
+    coarse = {"coarse_kernel_size": coarse_kernel_size, "coarse_init": coarse_init} if conv in TWO_LEVEL else {}
+    factory = functools.partial(_CONVOLUTIONS[conv], groups=groups, **coarse)
     with torch.device("meta"):
         model = WideResNet(depth, width, 10 if num_classes is None else num_classes, factory)
     model.to(memory_format=torch.channels_last)  # filters as the activations, which a convolution need not reorder

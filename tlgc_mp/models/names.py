@@ -13,6 +13,9 @@ convolution with shuffled channels. flgc: fully learnable group convolution."""
 TWO_LEVEL = ("gc-2l", "gc-2l-proto")
 """Those with a coarse level."""
 
+COARSE_INITS = ("he", "zero", "scaled")
+"""What :class:`tlgc_mp.nn.TwoLevelConv2d` takes as ``coarse_init``, the default first."""
+
 FLGC_ACROSS_RANKS = (
     "cannot be split over ranks: its groups are learned, so from step to step any filter may come to read any channel, "
     "and every rank would need them all"
@@ -49,6 +52,17 @@ def check_model(name: str, conv: str, groups: int, num_classes: int | None = Non
         raise UsageError(f"groups={groups} does not divide the stem's 16 channels; use {one_of(divisors(16))}")
     if num_classes is not None and num_classes < 1:
         raise UsageError(f"num_classes={num_classes} is not a number of classes; use 1 or more")
+
+
+def check_coarse_level(conv: str, coarse_kernel_size: int | None, coarse_init: str) -> None:
+    """Raises :class:`UsageError` unless the model's convolutions have a coarse level as described, or nothing is."""
+    if conv not in TWO_LEVEL and (coarse_kernel_size is not None or coarse_init != COARSE_INITS[0]):
+        given = f"coarse_init={coarse_init!r}" if coarse_kernel_size is None else f"{coarse_kernel_size=}"
+        raise UsageError(f"{given}: conv={conv!r} has no coarse level; use {one_of(TWO_LEVEL)}")
+    if coarse_kernel_size is not None and (coarse_kernel_size < 1 or coarse_kernel_size % 2 == 0):
+        raise UsageError(f"{coarse_kernel_size=} cannot be centred on kernels of 1 and 3; use an odd one, 1 say")
+    if coarse_init not in COARSE_INITS:
+        raise UsageError(f"{coarse_init=} is unknown; use {one_of(COARSE_INITS)}")
 
 
 def check_split(name: str, conv: str, groups: int, tensor_parallel: int) -> None:

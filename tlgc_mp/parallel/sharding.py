@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tlgc_mp.nn import init_parameters
+from tlgc_mp.nn import FullyLearnableGroupConv2d, init_parameters
 from tlgc_mp.parallel.layers import LAYERS, ShardedLayer
 from tlgc_mp.parallel.plan import plan
 
@@ -84,6 +84,22 @@ def gather_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tenso
                 if keep:
                     state[prefix + key] = whole
     return state
+
+
+def effective_parameters(model: nn.Module) -> int:
+    """Parameters of ``model``, on one device or partitioned by ZeRO. Collective at ZeRO 3.
+
+    Of a fully learnable group convolution those count that its groups leave now.
+    """
+    total = 0
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        with _zero3_gathered(own):
+            if isinstance(module, FullyLearnableGroupConv2d):
+                total += module.effective_parameters
+            else:
+                total += sum(param.numel() for param in own)
+    return total
 
 
 def _own_state(module: nn.Module) -> dict[str, Tensor]:

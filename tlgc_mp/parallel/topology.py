@@ -59,6 +59,11 @@ def default_tensor_parallel(world: int, conv: str, groups: int) -> int:
     return 1 if conv == "flgc" else math.gcd(world, groups)
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Launch:
     """What the launcher told this process: ``world`` ranks, this one's ``rank``, and its ``local_rank`` on its node

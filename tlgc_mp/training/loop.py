@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -20,13 +21,16 @@ from tlgc_mp.models import create_model
 from tlgc_mp.parallel import initialize
 from tlgc_mp.parallel.engine import start_distributed
 from tlgc_mp.parallel.plan import parameter_counts
-from tlgc_mp.parallel.topology import Launch
+from tlgc_mp.parallel.sharding import effective_parameters
+from tlgc_mp.parallel.topology import Launch, usable_cores
 from tlgc_mp.training import checkpoint
 from tlgc_mp.training.interrupt import StopRequest
 from tlgc_mp.training.metrics import Metrics, peak_memory_bytes, print_summary
 from tlgc_mp.training.settings import TrainSettings
 
 EVALUATION_BATCH = 250
+
+Batch: TypeAlias = tuple[Tensor, Tensor]
 
 
 def train(settings: TrainSettings, launch: Launch) -> None:
@@ -58,6 +62,8 @@ def train(settings: TrainSettings, launch: Launch) -> None:
     batches = TrainingBatches(data.train, batch_size=settings.micro_batch, seed=settings.seed, **share)
     tests = EvaluationBatches(data.test, batch_size=EVALUATION_BATCH, **share)
     steps = len(batches) // settings.accumulation
+    if settings.limit_steps is not None:
+        steps = min(steps, settings.limit_steps)
     if steps == 0:
         raise UsageError(
             f"the training set of {len(data.train)} images gives {len(batches)} micro-batches, fewer than the "
@@ -67,7 +73,13 @@ def train(settings: TrainSettings, launch: Launch) -> None:
     start_distributed()
     with torch.device("meta"):
         model = create_model(
-            settings.model, conv=settings.conv, groups=settings.groups, num_classes=data.num_classes, device="meta"
+            settings.model,
+            conv=settings.conv,
+            groups=settings.groups,
+            num_classes=data.num_classes,
+            device="meta",
+            coarse_kernel_size=settings.coarse_kernel_size,
+            coarse_init=settings.coarse_init,
         )
     counts = parameter_counts(model, settings.topology.tensor_parallel)
     _say(speaks, _headline(settings, counts))
@@ -78,7 +90,7 @@ def train(settings: TrainSettings, launch: Launch) -> None:
         config=settings.config,
         seed=settings.seed,
     )
-    progress = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0}
+    progress = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "data_seconds": 0.0}
     if settings.resume_from is not None:
         progress = checkpoint.load(engine, settings)
         _say(
@@ -93,7 +105,15 @@ def train(settings: TrainSettings, launch: Launch) -> None:
         saved = run.train(stop)
     peak = torch.tensor(peak_memory_bytes(), dtype=torch.int64)
     peak = _reduced(peak.to(engine.device), dist.ReduceOp.MAX)
+    effective = effective_parameters(engine.module) if settings.conv == "flgc" else None
     if speaks:
+        figures = {
+            "parameters": counts["total"],
+            "parameters_per_rank": counts["per_rank"],
+            "effective_parameters": effective,
+            "peak_memory_bytes": int(peak),
+        }
+        run.metrics.write_result(data.num_classes, figures)
         best, last = run.metrics.best(), run.metrics.lines[-1]
         error = f"{last['test_error_percent']:.2f} % after epoch {last['epoch']}"
         print_summary(
@@ -123,6 +143,7 @@ class _Run:
         self.settings, self.engine, self.batches, self.tests = settings, engine, batches, tests
         self.steps = steps
         self.progress = progress
+        self.data_seconds = progress["data_seconds"]
         self.metrics = Metrics(engine, settings, first_epoch=progress["epoch"] + 1)
         self.speaks = settings.topology.rank == 0
 
@@ -142,6 +163,7 @@ class _Run:
                 "test_error_percent": test_error,
                 "learning_rate": float(self.engine.optimizer.param_groups[0]["lr"]),
                 "seconds": round(time.monotonic() - began, 3),
+                "data_seconds": round(self.data_seconds, 3),
             }
             self.metrics.write(epoch + 1, (epoch + 1) * self.steps, samples, figures)
             _say(
@@ -150,7 +172,13 @@ class _Run:
                 f"loss {figures['train_loss']:.4f}  test loss {test_loss:.4f}  test error {test_error:.2f} %  "
                 f"{figures['seconds']:.1f} s",
             )
-            self.progress = {"epoch": epoch + 1, "step": 0, "loss_sum": 0.0, "seconds": figures["seconds"]}
+            self.progress = {
+                "epoch": epoch + 1,
+                "step": 0,
+                "loss_sum": 0.0,
+                "seconds": figures["seconds"],
+                "data_seconds": self.data_seconds,
+            }
         return saved
 
     def _train_epoch(self, epoch: int, stop: StopRequest, began: float) -> Tensor:
@@ -175,7 +203,7 @@ class _Run:
                     loss = self._averaged(loss_sum)
                     average_running_statistics(engine.module, self.settings.topology.data_parallel)
                     stop.leave(self._save(f"epoch-{epoch + 1}-step-{step}", epoch, step, loss, began))
-                for images, labels in islice(stream, accumulation):
+                for images, labels in islice(self._timed(stream), accumulation):
                     images, labels = _to_device(images, labels, engine.device)
                     loss = F.cross_entropy(engine(images).float(), labels)
                     engine.backward(loss)
@@ -183,6 +211,16 @@ class _Run:
                     loss_sum += loss.detach() / accumulation
                 bar.update()
         return self._averaged(loss_sum)
+
+    def _timed(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches of ``stream``; the time in which this rank waits for them is added up."""
+        while True:
+            began = time.perf_counter()
+            batch = next(stream, None)
+            self.data_seconds += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
 
     def _averaged(self, loss_sum: Tensor) -> Tensor:
         """Mean over the replicas; the ranks of one replica hold the same already."""
@@ -207,7 +245,13 @@ class _Run:
         return loss / count, 100.0 * errors / count
 
     def _save(self, tag: str, epoch: int, step: int, loss_sum: Tensor, began: float) -> str:
-        progress = {"epoch": epoch, "step": step, "loss_sum": float(loss_sum), "seconds": time.monotonic() - began}
+        progress = {
+            "epoch": epoch,
+            "step": step,
+            "loss_sum": float(loss_sum),
+            "seconds": time.monotonic() - began,
+            "data_seconds": self.data_seconds,
+        }
         return checkpoint.save(self.engine, self.settings, progress, tag)
 
 
@@ -257,7 +301,7 @@ def _to_device(images: Tensor, labels: Tensor, device: Any) -> tuple[Tensor, Ten
 def _use_cores(launch: Launch) -> None:
     """Shares a node's cores among its ranks, unless the launcher has set OMP_NUM_THREADS."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world))
+        torch.set_num_threads(max(1, usable_cores() // launch.local_world))
 
 
 def _headline(settings: TrainSettings, counts: dict[str, int]) -> str:

@@ -8,7 +8,8 @@ import resource
 import sys
 from typing import Any
 
-from tlgc_mp.training.runs import replace_file
+from tlgc_mp.provenance import describe_run
+from tlgc_mp.training.runs import RESULT, replace_file
 from tlgc_mp.training.settings import TrainSettings
 
 
@@ -30,6 +31,7 @@ class Metrics:
 
         self.path = os.path.join(settings.output_dir, "metrics.jsonl")
         self.lines: list[dict[str, Any]] = []
+        self._settings = settings
         self._speaks = settings.topology.rank == 0
         self._engine = engine
         if engine.monitor.enabled:
@@ -53,6 +55,22 @@ class Metrics:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._monitor.write_events([(f"Epoch/{key}", value, step) for key, value in figures.items()])
+
+    def write_result(self, num_classes: int, figures: dict[str, Any]) -> None:
+        """Writes ``result.json``, the row of a finished run: what it was, what came out, epoch by epoch, and where."""
+        last = self.lines[-1]
+        result = {
+            **self._settings.description(),
+            "num_classes": num_classes,
+            **figures,
+            "test_error_percent": last["test_error_percent"],
+            "best_test_error_percent": self.best()["test_error_percent"],
+            "seconds": last["seconds"],
+            "data_seconds": last["data_seconds"],
+            "epoch_lines": self.lines,
+            **describe_run(),
+        }
+        replace_file(os.path.join(self._settings.output_dir, RESULT), json.dumps(result) + "\n")
 
     def best(self) -> dict[str, Any]:
         """The epoch with the smallest test error, the earliest of equals."""

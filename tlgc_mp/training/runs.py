@@ -1,6 +1,7 @@
 """The folder of a run: what lies where, and which checkpoint to go on from. Loads no torch.
 
 OUTPUT/metrics.jsonl                one JSON object an epoch
+OUTPUT/result.json                  the row of a finished run: what it was, what came out, and where
 OUTPUT/tensorboard/, OUTPUT/csv/    the same figures through DeepSpeed's monitors
 OUTPUT/checkpoints/latest           the tag of the newest checkpoint
 OUTPUT/checkpoints/TAG/             DeepSpeed's files of one checkpoint, and run.json: what it is a checkpoint of
@@ -17,6 +18,7 @@ from tlgc_mp.errors import UsageError
 CHECKPOINTS = "checkpoints"
 DESCRIPTION = "run.json"
 LATEST = "latest"
+RESULT = "result.json"
 
 
 def find_checkpoint(path: str) -> tuple[str, str]:

@@ -13,9 +13,9 @@ from typing import Any
 
 from tlgc_mp.data import check_dataset
 from tlgc_mp.errors import UsageError
-from tlgc_mp.models.names import check_model, check_split
+from tlgc_mp.models.names import check_coarse_level, check_model, check_split
 from tlgc_mp.parallel.config import read_config, tensor_parallel_size, zero_stage
-from tlgc_mp.parallel.topology import Launch, Topology, default_tensor_parallel
+from tlgc_mp.parallel.topology import Launch, Topology, default_tensor_parallel, usable_cores
 from tlgc_mp.training.recipes import Recipe, default_recipe, find_recipe
 from tlgc_mp.training.runs import find_checkpoint, read_description
 
@@ -32,12 +32,15 @@ class TrainSettings:
         config: the DeepSpeed configuration, complete.
         micro_batch: samples a replica works on at once.
         accumulation: micro-batches an optimizer step.
+        limit_steps: optimizer steps after which an epoch ends, where it is not over before.
         resume_from: the checkpoint to go on from, as (folder of checkpoints, tag); ``None`` starts afresh.
     """
 
     model: str
     conv: str
     groups: int
+    coarse_kernel_size: int | None
+    coarse_init: str
     num_classes: int | None
     dataset: str
     data_dir: str | None
@@ -45,6 +48,7 @@ class TrainSettings:
     recipe_name: str
     recipe: Recipe
     epochs: int
+    limit_steps: int | None
     learning_rate: float
     micro_batch: int
     accumulation: int
@@ -62,12 +66,16 @@ class TrainSettings:
             "model": self.model,
             "conv": self.conv,
             "groups": self.groups,
+            "coarse_kernel_size": self.coarse_kernel_size,
+            "coarse_init": self.coarse_init,
             "dataset": self.dataset,
+            "image_size": self.image_size,
             "tensor_parallel": self.topology.tensor_parallel,
             "data_parallel": self.topology.data_parallel,
             "zero_stage": zero_stage(self.config),
             "recipe": self.recipe_name,
             "epochs": self.epochs,
+            "limit_steps": self.limit_steps,
             "learning_rate": self.learning_rate,
             "batch_size": self.micro_batch * self.accumulation * self.topology.data_parallel,
             "accumulation": self.accumulation,
@@ -83,6 +91,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
             that is not as it should be.
     """
     check_model(options.model, options.conv, options.groups, options.num_classes)
+    check_coarse_level(options.conv, options.coarse_kernel_size, options.coarse_init)
     check_dataset(options.dataset, options.data_dir)
     if options.num_classes is not None and options.dataset != "synthetic":
         raise UsageError(f"--num-classes={options.num_classes}: {options.dataset} says itself how many; leave it out")
@@ -92,6 +101,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
     for flag, value, least in (
         ("--epochs", epochs, 1),
         ("--batch-size", options.batch_size, 1),
+        ("--limit-steps", options.limit_steps, 1),
         ("--workers", options.workers, 0),
         ("--keep", options.keep, 1),
         ("--seed", options.seed, 0),
@@ -115,6 +125,8 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         model=options.model,
         conv=options.conv,
         groups=options.groups,
+        coarse_kernel_size=options.coarse_kernel_size,
+        coarse_init=options.coarse_init,
         num_classes=options.num_classes,
         dataset=options.dataset,
         data_dir=options.data_dir,
@@ -122,6 +134,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         recipe_name=recipe_name,
         recipe=recipe,
         epochs=epochs,
+        limit_steps=options.limit_steps,
         learning_rate=learning_rate,
         micro_batch=micro_batch,
         accumulation=accumulation,
@@ -230,7 +243,7 @@ def _workers(options: Any, launch: Launch) -> int:
         return int(options.workers)
     if options.dataset in ("digits", "synthetic"):
         return 0
-    return max(1, min(4, (os.cpu_count() or 1) // launch.local_world))
+    return max(1, min(4, usable_cores() // launch.local_world))
 
 
 def _check_output(settings: TrainSettings) -> None:
@@ -247,7 +260,8 @@ def _check_output(settings: TrainSettings) -> None:
     path = settings.output_dir
     if os.path.exists(path) and not os.path.isdir(path):
         raise UsageError(f"--output-dir={path!r} is a file; give a folder")
-    if os.path.exists(os.path.join(path, "metrics.jsonl")):
+    metrics = os.path.join(path, "metrics.jsonl")
+    if os.path.exists(metrics) and os.path.getsize(metrics):  # one cut off in its first epoch has written no line
         raise UsageError(f"--output-dir={path!r} holds a run already; give --resume to continue it, or another folder")
     existing = path
     while not os.path.exists(existing):
