@@ -90,6 +90,16 @@ def _parser() -> argparse.ArgumentParser:
     _model_arguments(params)
     params.add_argument("--tp", type=int, default=1, metavar="P", help="tensor-parallel ranks (default: %(default)s)")
     params.set_defaults(run=_params)
+    report = commands.add_parser(
+        "report",
+        help="tables and figures of finished training runs, beside the paper's",
+        description="Turn the rows of finished training runs into the paper's tables beside its printed figures, and "
+        "into plots of training loss against epoch and of test error against N.",
+        allow_abbrev=False,
+    )
+    report.add_argument("sources", nargs="+", metavar="SOURCE", help="a folder of runs, or a file of rows (JSON lines)")
+    report.add_argument("--output", default="report", metavar="DIR", help="(default: %(default)s)")
+    report.set_defaults(run=_report)
     _bench_parser(commands)
     return parser
 
@@ -154,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     launch = Launch.detect()
     try:
         options = _parser().parse_args(arguments)
-        if options.command != "bench" and options.groups is None:
+        if options.command in ("train", "params") and options.groups is None:
             options.groups = 1 if options.conv == "sc" else 4
         return int(options.run(options, launch))
     except UsageError as error:
@@ -210,6 +220,14 @@ def _params(options: Any, launch: Launch) -> int:
         coarse_init=options.coarse_init,
     )
     print(json.dumps(parameter_counts(model, options.tp)))
+    return 0
+
+
+def _report(options: Any, launch: Launch) -> int:
+    from tlgc_mp.bench import training_report
+
+    training_report.write(options.sources, options.output)
+    print(f"Wrote report.md, rows.jsonl and the figures to {options.output}")
     return 0
 
 

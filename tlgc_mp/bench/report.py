@@ -11,21 +11,13 @@ import os
 from typing import Any
 
 from tlgc_mp.bench import growth
+from tlgc_mp.bench.paper import printed_rows
+from tlgc_mp.models.names import parse_model
 from tlgc_mp.training.runs import replace_file
 
 Row = dict[str, Any]
 
-PAPER_HOURS = {
-    (40, 1): 49.7158,
-    (40, 2): 17.7883,
-    (40, 4): 8.6631,
-    (60, 1): 89.8192,
-    (60, 2): 30.3047,
-    (60, 4): 11.8103,
-    (80, 1): 255.0242,
-    (80, 2): 73.4831,
-    (80, 4): 20.1942,
-}
+PAPER_HOURS = {(parse_model(row.model)[1], row.groups): row.hours for row in printed_rows() if row.hours is not None}
 """(w, N) -> hours, as printed in Table 2; N = 1 is the dense network."""
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # told apart by colour-blind readers too

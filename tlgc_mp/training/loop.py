@@ -90,7 +90,7 @@ def train(settings: TrainSettings, launch: Launch) -> None:
         config=settings.config,
         seed=settings.seed,
     )
-    progress = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "data_seconds": 0.0}
+    progress = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "train_seconds": 0.0, "data_seconds": 0.0}
     if settings.resume_from is not None:
         progress = checkpoint.load(engine, settings)
         _say(
@@ -143,7 +143,7 @@ class _Run:
         self.settings, self.engine, self.batches, self.tests = settings, engine, batches, tests
         self.steps = steps
         self.progress = progress
-        self.data_seconds = progress["data_seconds"]
+        self.train_seconds, self.data_seconds = progress["train_seconds"], progress["data_seconds"]
         self.metrics = Metrics(engine, settings, first_epoch=progress["epoch"] + 1)
         self.speaks = settings.topology.rank == 0
 
@@ -163,6 +163,7 @@ class _Run:
                 "test_error_percent": test_error,
                 "learning_rate": float(self.engine.optimizer.param_groups[0]["lr"]),
                 "seconds": round(time.monotonic() - began, 3),
+                "train_seconds": round(self.train_seconds, 3),
                 "data_seconds": round(self.data_seconds, 3),
             }
             self.metrics.write(epoch + 1, (epoch + 1) * self.steps, samples, figures)
@@ -177,6 +178,7 @@ class _Run:
                 "step": 0,
                 "loss_sum": 0.0,
                 "seconds": figures["seconds"],
+                "train_seconds": self.train_seconds,
                 "data_seconds": self.data_seconds,
             }
         return saved
@@ -203,12 +205,14 @@ class _Run:
                     loss = self._averaged(loss_sum)
                     average_running_statistics(engine.module, self.settings.topology.data_parallel)
                     stop.leave(self._save(f"epoch-{epoch + 1}-step-{step}", epoch, step, loss, began))
+                step_began = time.perf_counter()
                 for images, labels in islice(self._timed(stream), accumulation):
                     images, labels = _to_device(images, labels, engine.device)
                     loss = F.cross_entropy(engine(images).float(), labels)
                     engine.backward(loss)
                     engine.step()
                     loss_sum += loss.detach() / accumulation
+                self.train_seconds += time.perf_counter() - step_began
                 bar.update()
         return self._averaged(loss_sum)
 
@@ -250,6 +254,7 @@ class _Run:
             "step": step,
             "loss_sum": float(loss_sum),
             "seconds": time.monotonic() - began,
+            "train_seconds": self.train_seconds,
             "data_seconds": self.data_seconds,
         }
         return checkpoint.save(self.engine, self.settings, progress, tag)

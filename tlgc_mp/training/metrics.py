@@ -66,6 +66,7 @@ class Metrics:
             "test_error_percent": last["test_error_percent"],
             "best_test_error_percent": self.best()["test_error_percent"],
             "seconds": last["seconds"],
+            "train_seconds": last["train_seconds"],
             "data_seconds": last["data_seconds"],
             "epoch_lines": self.lines,
             **describe_run(),
