@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 from pathlib import Path
@@ -13,8 +14,20 @@ import torch.nn.functional as F
 
 from tests.ranks import run_ranks
 from tests.training.runs import EPOCHS, STEPS, metrics, train
+from tlgc_mp.bench.training_report import read_rows
+from tlgc_mp.models import create_model
+from tlgc_mp.nn import FullyLearnableGroupConv2d
+from tlgc_mp.parallel.plan import parameter_counts
 
-FIGURES = ("train_loss", "test_loss", "test_error_percent", "learning_rate", "seconds")
+FIGURES = (
+    "train_loss",
+    "test_loss",
+    "test_error_percent",
+    "learning_rate",
+    "seconds",
+    "train_seconds",
+    "data_seconds",
+)
 SEED = 7
 
 
@@ -38,7 +51,54 @@ def test_a_json_line_an_epoch(folder: Path) -> None:
         assert set(line) == {"epoch", "step", "samples", *FIGURES}
         assert all(math.isfinite(line[figure]) for figure in FIGURES)
         assert line["test_error_percent"] * 256 / 100 == round(line["test_error_percent"] * 256 / 100)
-    assert lines[-1]["seconds"] > lines[0]["seconds"] > 0
+        assert line["seconds"] > line["train_seconds"] > line["data_seconds"] > 0
+    for clock in ("seconds", "train_seconds", "data_seconds"):
+        assert lines[-1][clock] > lines[0][clock]
+
+
+@pytest.mark.timeout(120)
+def test_a_finished_run_leaves_its_row(folder: Path) -> None:
+    result = json.loads((folder / "0/result.json").read_text())
+    lines = metrics(folder / "0")
+    assert result["epoch_lines"] == lines
+    assert result["test_error_percent"] == lines[-1]["test_error_percent"]
+    assert (result["model"], result["conv"], result["groups"], result["num_classes"]) == ("wrn-10-1", "gc-2l", 4, 10)
+    counts = parameter_counts(create_model("wrn-10-1", groups=4, device="meta"), 2)
+    assert (result["parameters"], result["parameters_per_rank"]) == (counts["total"], counts["per_rank"])
+    assert result["effective_parameters"] is None
+    assert read_rows([str(folder / "0")]) == [result]
+    assert not (folder / "1/result.json").exists()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_learned_groups_are_counted_as_they_are_at_the_end(tmp_path: Path, stage: int) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    options = ("--conv", "flgc", "--groups", "4", "--limit-steps", "2", "--epochs", "1")
+    (outcome,) = run_ranks(
+        1, train, str(tmp_path / "run"), *options, "--deepspeed_config", str(tmp_path / "config.json")
+    )
+    assert outcome.status == 0, outcome.stderr
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    torch.manual_seed(0)
+    model = create_model("wrn-10-1", conv="flgc", groups=4)
+    layers = [module for module in model.modules() if isinstance(module, FullyLearnableGroupConv2d)]
+    others = result["parameters"] - sum(layer.balanced_parameters for layer in layers)
+    initially = others + sum(layer.effective_parameters for layer in layers)
+    assert result["effective_parameters"] == pytest.approx(initially, rel=0.02)  # two steps move few channels
+    assert result["effective_parameters"] != result["parameters"]
+    assert result["epoch_lines"][-1]["step"] == 2
+
+
+@pytest.mark.timeout(120)
+def test_the_coarse_level_is_as_asked_for(tmp_path: Path) -> None:
+    options = ("--coarse-kernel-size", "1", "--coarse-init", "zero", "--limit-steps", "1", "--epochs", "1")
+    (outcome,) = run_ranks(1, train, str(tmp_path / "run"), *options)
+    assert outcome.status == 0, outcome.stderr
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    model = create_model("wrn-10-1", groups=4, coarse_kernel_size=1, device="meta")
+    assert result["parameters"] == sum(param.numel() for param in model.parameters())
+    assert (result["coarse_kernel_size"], result["coarse_init"]) == (1, "zero")
 
 
 @pytest.mark.timeout(120)
