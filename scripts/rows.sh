@@ -1,18 +1,41 @@
-# Sourced by reproduce_*.sh: the runs of a table, one after the other or side by side, going on where they were cut off.
+# Sourced by reproduce_*.sh: runs of a table, which leave finished ones as they are and go on where one was cut off.
 
-# row FOLDER OPTIONS...: trains one row. A finished one is left as it is, one that was cut off goes on from its last epoch.
-# LAUNCH is what starts it: tlgc-mp on one device, or a launcher of several, such as
-# LAUNCH="deepspeed --num_accelerators 4 --module tlgc_mp".
+# row FOLDER OPTIONS...: trains one row on RANKS ranks (default 1) and keeps what it says in FOLDER/log.txt.
+# LAUNCHER starts it, with {ranks} in place of their number; where not given, deepspeed does, or plainly one process.
 row() {
-    local folder=$1 resume=()
+    local folder=$1 resume=() start=${LAUNCHER:-}
     shift
+    if [ -z "$start" ]; then
+        start="python -m tlgc_mp"
+        [ "${RANKS:-1}" = 1 ] || start="deepspeed --num_accelerators {ranks} --log_level error --module tlgc_mp"
+    fi
     [ ! -e "$folder/result.json" ] || return 0
     [ ! -e "$folder/checkpoints/latest" ] || resume=(--resume)
     mkdir -p "$folder"
     echo "$folder"
-    ${LAUNCH:-tlgc-mp} train --output-dir "$folder" --keep 1 "${resume[@]}" "$@" >>"$folder/log.txt" 2>&1 || {
+    ${start//\{ranks\}/${RANKS:-1}} train --output-dir "$folder" --keep 1 "${resume[@]}" "$@" >>"$folder/log.txt" 2>&1 || {
         echo "$folder failed: $(tail -n 1 "$folder/log.txt")" >&2
         return 1
     }
 }
 export -f row
+
+# table_row FOLDER MODEL CONV GROUPS DATASET: a row as the paper trained it, its images in $data/DATASET.
+# With SMALLEST=1 one step on two small made-up images instead, and WideResNets of a tenth of a width of 40 or more.
+table_row() {
+    local folder=$1 model=$2 conv=$3 groups=$4 dataset=$5 options=()
+    if [ -n "${SMALLEST:-}" ]; then
+        case $dataset in
+            cifar10) options=(--num-classes 10 --recipe cifar) ;;
+            cifar100) options=(--num-classes 100 --recipe cifar) ;;
+            imagenet) options=(--num-classes 1000 --recipe imagenet) ;;
+        esac
+        case $model in wrn-28-[4-9]0) model=${model%0} ;; esac
+        options+=(--dataset synthetic --image-size 32 --epochs 1 --limit-steps 1 --batch-size 2)
+    else
+        options=(--dataset "$dataset" --data-dir "$data/$dataset")
+    fi
+    [ "$conv" != sc ] || options+=(--tp "${RANKS:-1}")
+    row "$folder/$model-$conv-$groups-$dataset" --model "$model" --conv "$conv" --groups "$groups" "${options[@]}" ||
+        failed=1 # and the other rows are trained all the same
+}

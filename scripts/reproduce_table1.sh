@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The paper's Table 1: WRN-28-10 on CIFAR-10 and CIFAR-100 and WRN-34-2 on ImageNet, dense, group and two-level convolution.
+#
+#   scripts/reproduce_table1.sh DATA [OUTPUT]
+#
+# DATA holds a folder for each data set: cifar10/, cifar100/ (downloaded where missing) and imagenet/.
+# Started again, it leaves finished rows and goes on with the others. LAUNCHER="srun -n {ranks} python -m tlgc_mp", say,
+# starts the rows on a cluster. SMALLEST=1 tries each row for one step on small made-up images. Then the table is written
+# to OUTPUT/report (OUTPUT is runs/table1 where not given).
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+data=$(realpath -m "${1:?give the folder of the data sets}")
+output=$(realpath -m "${2:-runs/table1}")
+prepare_environment
+source scripts/rows.sh
+
+for dataset in cifar10 cifar100 imagenet; do
+    model=wrn-28-10
+    [ $dataset != imagenet ] || model=imagenet-wrn-34-2
+    table_row "$output" $model sc 1 $dataset
+    for groups in 2 4 8 16; do
+        table_row "$output" $model gc $groups $dataset
+        table_row "$output" $model gc-2l $groups $dataset
+    done
+done
+tlgc-mp report "$output" --output "$output/report"
+exit "${failed:-0}"
