@@ -67,7 +67,12 @@ def train(settings: TrainSettings, launch: Launch) -> None:
     start_distributed()
     with torch.device("meta"):
         model = create_model(
-            settings.model, conv=settings.conv, groups=settings.groups, num_classes=data.num_classes, device="meta"
+            settings.model,
+            conv=settings.conv,
+            groups=settings.groups,
+            num_classes=data.num_classes,
+            coarse_everywhere=settings.coarse_everywhere,
+            device="meta",
         )
     counts = parameter_counts(model, settings.topology.tensor_parallel)
     _say(speaks, _headline(settings, counts))

@@ -39,6 +39,7 @@ class TrainSettings:
     conv: str
     groups: int
     num_classes: int | None
+    coarse_everywhere: bool
     dataset: str
     data_dir: str | None
     image_size: int | None
@@ -62,6 +63,7 @@ class TrainSettings:
             "model": self.model,
             "conv": self.conv,
             "groups": self.groups,
+            "coarse_everywhere": self.coarse_everywhere,
             "dataset": self.dataset,
             "tensor_parallel": self.topology.tensor_parallel,
             "data_parallel": self.topology.data_parallel,
@@ -82,7 +84,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         UsageError: an option that cannot work, two that contradict each other, a data set, configuration or checkpoint
             that is not as it should be.
     """
-    check_model(options.model, options.conv, options.groups, options.num_classes)
+    check_model(options.model, options.conv, options.groups, options.num_classes, options.coarse_everywhere)
     check_dataset(options.dataset, options.data_dir)
     if options.num_classes is not None and options.dataset != "synthetic":
         raise UsageError(f"--num-classes={options.num_classes}: {options.dataset} says itself how many; leave it out")
@@ -116,6 +118,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         conv=options.conv,
         groups=options.groups,
         num_classes=options.num_classes,
+        coarse_everywhere=options.coarse_everywhere,
         dataset=options.dataset,
         data_dir=options.data_dir,
         image_size=options.image_size,
