@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tlgc_mp.data import EvaluationBatches, TrainingBatches, load_datasets
+from tlgc_mp.data.streams import stream_seed
 from tlgc_mp.errors import UsageError
 from tlgc_mp.models import create_model
 from tlgc_mp.parallel import initialize
@@ -180,6 +181,7 @@ class _Run:
                     loss = self._averaged(loss_sum)
                     average_running_statistics(engine.module, self.settings.topology.data_parallel)
                     stop.leave(self._save(f"epoch-{epoch + 1}-step-{step}", epoch, step, loss, began))
+                self._seed_dropout(epoch * self.steps + step)
                 for images, labels in islice(stream, accumulation):
                     images, labels = _to_device(images, labels, engine.device)
                     loss = F.cross_entropy(engine(images).float(), labels)
@@ -188,6 +190,10 @@ class _Run:
                     loss_sum += loss.detach() / accumulation
                 bar.update()
         return self._averaged(loss_sum)
+
+    def _seed_dropout(self, step: int) -> None:
+        """Seeds what a step draws by itself, so that a resumed run draws the same. Replicas draw differently."""
+        torch.manual_seed(stream_seed(self.settings.seed, "step", step, self.settings.topology.dp_rank))
 
     def _averaged(self, loss_sum: Tensor) -> Tensor:
         """Mean over the replicas; the ranks of one replica hold the same already."""
