@@ -38,6 +38,21 @@ MISTAKES: dict[str, tuple[int, list[str], list[str]]] = {
     "model": (1, ["--dataset", "synthetic", "--model", "resnet50"], ["model='resnet50'", "wrn-28-10"]),
     "depth": (1, ["--dataset", "synthetic", "--model", "wrn-11-1"], ["wrn-11-1", "depth 11", "10, 16, 22"]),
     "width": (1, ["--dataset", "synthetic", "--model", "wrn-10-0"], ["wrn-10-0", "width 0", "1 or more"]),
+    "groups of MobileNetV2": (
+        1,
+        ["--dataset", "synthetic", "--model", "mobilenet_v2", "--groups", "16"],
+        ["groups=16", "24 channels", "1, 2, 4, 8"],
+    ),
+    "ranks of MobileNetV2": (
+        16,
+        ["--dataset", "synthetic", "--model", "mobilenet_v2", "--conv", "sc", "--tp", "16"],
+        ["=16", "24 channels", "1, 2, 4, 8"],
+    ),
+    "coarse everywhere, in another model": (
+        1,
+        [*SYNTHETIC, "--coarse-everywhere"],
+        ["coarse_everywhere", "wrn-10-1", "mobilenet_v2"],
+    ),
     "convolution": (1, [*SYNTHETIC, "--conv", "gc2l"], ["conv='gc2l'", "sc, gc, gc-2l"]),
     "data set": (1, ["--dataset", "mnist"], ["--dataset", "mnist", "digits, cifar10"]),
     "recipe": (1, [*SYNTHETIC, "--recipe", "slow"], ["--recipe", "'slow'", "cifar, imagenet, digits"]),
