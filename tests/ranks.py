@@ -1,8 +1,8 @@
 """Runs a function on several real ranks and brings back what each returned.
 
-Ranks are forked from a server process that has imported torch and deepspeed once and computed nothing, so a test starts
-them in a fraction of a second and each is as good as new. A rank that fails fails the test with that rank's
-traceback; a rank that hangs is killed at the time limit.
+Ranks are forked from a server process that has imported torch, torchvision and deepspeed once and computed nothing, so
+a test starts them in a fraction of a second and each is as good as new. A rank that fails fails the test with that
+rank's traceback; a rank that hangs is killed at the time limit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "torch.distributed", "tlgc_mp.parallel", "tests.ranks"])
+_context.set_forkserver_preload(
+    ["torch", "torchvision", "deepspeed", "torch.distributed", "tlgc_mp.parallel", "tests.ranks"]
+)
 
 
 def _rank_main(

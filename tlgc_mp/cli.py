@@ -20,7 +20,15 @@ from tlgc_mp.bench.settings import DTYPES, STRATEGIES
 from tlgc_mp.bench.settings import resolve as resolve_benchmark
 from tlgc_mp.data.catalog import DATASETS
 from tlgc_mp.errors import UsageError
-from tlgc_mp.models.names import COARSE_INITS, CONVOLUTIONS, check_coarse_level, check_model, check_split
+from tlgc_mp.models.names import (
+    COARSE_INITS,
+    CONVOLUTIONS,
+    IMAGENET_WIDE_RESNET,
+    MOBILENET_V2,
+    check_coarse_level,
+    check_model,
+    check_split,
+)
 from tlgc_mp.parallel.topology import Launch
 from tlgc_mp.training.recipes import RECIPES
 
@@ -144,10 +152,19 @@ def _bench_parser(commands: Any) -> None:
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="wrn-28-10", help="wrn-<depth>-<width> (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        default="wrn-28-10",
+        help=f"wrn-<depth>-<width>, {IMAGENET_WIDE_RESNET} or {MOBILENET_V2} (default: %(default)s)",
+    )
     parser.add_argument("--conv", default="gc-2l", help=f"{', '.join(CONVOLUTIONS)} (default: %(default)s)")
     parser.add_argument("--groups", type=int, help="N (default: 4; 1 for sc)")
-    parser.add_argument("--num-classes", type=int, metavar="C", help="default: the data set's, or 10")
+    parser.add_argument("--num-classes", type=int, metavar="C", help="default: the data set's, or 10 or 1000")
+    parser.add_argument(
+        "--coarse-everywhere",
+        action="store_true",
+        help=f"a coarse level in the last 1x1 convolution of {MOBILENET_V2} too, which is a group convolution else",
+    )
     parser.add_argument(
         "--coarse-kernel-size", type=int, metavar="D0", help="of the restriction (default: that of its convolution)"
     )
@@ -204,7 +221,7 @@ def entry() -> NoReturn:
 
 
 def _params(options: Any, launch: Launch) -> int:
-    check_model(options.model, options.conv, options.groups, options.num_classes)
+    check_model(options.model, options.conv, options.groups, options.num_classes, options.coarse_everywhere)
     check_coarse_level(options.conv, options.coarse_kernel_size, options.coarse_init)
     check_split(options.model, options.conv, options.groups, options.tp)
     from tlgc_mp.models import create_model
@@ -215,9 +232,10 @@ def _params(options: Any, launch: Launch) -> int:
         conv=options.conv,
         groups=options.groups,
         num_classes=options.num_classes,
-        device="meta",
+        coarse_everywhere=options.coarse_everywhere,
         coarse_kernel_size=options.coarse_kernel_size,
         coarse_init=options.coarse_init,
+        device="meta",
     )
     print(json.dumps(parameter_counts(model, options.tp)))
     return 0

@@ -11,11 +11,11 @@ from tlgc_mp.bench.paper import Printed, printed_rows
 from tlgc_mp.models import create_model
 from tlgc_mp.parallel.plan import parameter_counts
 
-ROWS = [row for row in printed_rows() if row.model.startswith("wrn-28-")]
+ROWS = printed_rows()
 
 
 def test_every_row_of_the_tables_is_here() -> None:
-    assert [sum(row.table == number for row in ROWS) for number in (1, 2, 3)] == [9, 9, 8]
+    assert [sum(row.table == number for row in ROWS) for number in (1, 2, 3, 4)] == [18, 9, 16, 13]
 
 
 def row_id(row: Printed) -> str:
@@ -27,6 +27,22 @@ def test_printed_total(row: Printed) -> None:
     model = create_model(row.model, conv=row.conv, groups=row.groups, num_classes=row.classes, device="meta")
     decimals = len(row.parameters.partition(".")[2])
     assert f"{parameter_counts(model, 1)['total'] / 1e6:.{decimals}f}" == row.parameters
+
+
+@pytest.mark.parametrize(("name", "count"), [("imagenet-wrn-34-2", 86_032_168), ("mobilenet_v2", 3_504_872)])
+def test_dense_networks_for_imagenet(name: str, count: int) -> None:
+    assert parameter_counts(create_model(name, conv="sc", device="meta"), 1)["total"] == count
+
+
+@pytest.mark.parametrize("groups", [2, 4, 8])
+def test_coarse_level_everywhere(groups: int) -> None:
+    """The last 1x1 convolution of MobileNetV2 gets 320 restriction weights and a prolongation of 1280 x N."""
+    counts = [
+        parameter_counts(create_model("mobilenet_v2", groups=groups, coarse_everywhere=flag, device="meta"), groups)
+        for flag in (False, True)
+    ]
+    assert counts[1]["total"] - counts[0]["total"] == 320 + 1280 * groups
+    assert counts[1]["per_rank"] - counts[0]["per_rank"] == 320 // groups + 1280
 
 
 def convolutions(width: int) -> Iterator[tuple[int, int, int]]:

@@ -1,4 +1,4 @@
-"""WideResNet by name: its structure, its seed, its life on the meta device, and the names that are refused."""
+"""Models by name: the WideResNets' structure, seed, life on the meta device, and the names that are refused."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tlgc_mp.errors import UsageError
-from tlgc_mp.models import WideResNet, create_model
-from tlgc_mp.models.names import check_model, check_split, parse_model
+from tlgc_mp.models import MobileNetV2, WideResNet, create_model
+from tlgc_mp.models.names import TWO_LEVEL, check_model, check_split, default_classes, parse_model
 from tlgc_mp.nn import TwoLevelConv2d
+from tlgc_mp.parallel.plan import plan
 
 Shape = tuple[int, int, tuple[int, int], tuple[int, int], tuple[int, int], int]
 
@@ -42,6 +44,21 @@ def expected_convolutions(units: int, width: int, groups: int) -> dict[str, Shap
     return shapes
 
 
+def expected_imagenet_convolutions(groups: int) -> dict[str, Shape]:
+    """Of ResNet-34 (Table 1 of https://arxiv.org/abs/1512.03385), the units twice as wide."""
+    shapes: dict[str, Shape] = {"stem.0": (3, 64, (7, 7), (2, 2), (3, 3), 1)}
+    n, unit = 64, 0
+    for m, units in ((128, 3), (256, 4), (512, 6), (1024, 3)):
+        for _ in range(units):
+            stride = (2, 2) if m > 128 and n != m else (1, 1)
+            shapes[f"units.{unit}.conv1"] = (n, m, (3, 3), stride, (1, 1), groups)
+            shapes[f"units.{unit}.conv2"] = (m, m, (3, 3), (1, 1), (1, 1), groups)
+            if n != m:
+                shapes[f"units.{unit}.shortcut"] = (n, m, (1, 1), stride, (0, 0), groups)
+            n, unit = m, unit + 1
+    return shapes
+
+
 @pytest.mark.parametrize(("conv", "groups"), [("sc", 1), ("gc", 4), ("gc-2l", 4)])
 @pytest.mark.parametrize(("depth", "width", "count"), [(10, 1, 9), (16, 2, 16), (28, 10, 28)])
 def test_every_convolution_but_the_stem_is_replaced(conv: str, groups: int, depth: int, width: int, count: int) -> None:
@@ -53,6 +70,32 @@ def test_every_convolution_but_the_stem_is_replaced(conv: str, groups: int, dept
     kind = TwoLevelConv2d if conv == "gc-2l" else nn.Conv2d
     assert all(type(model.get_submodule(name)) is kind for name in found if name != "stem")
     assert [name for name, _ in model.named_parameters() if name.endswith("bias") and "conv" in name] == []
+
+
+@pytest.mark.parametrize(("conv", "groups"), [("sc", 1), ("gc", 4), ("gc-2l", 64)])
+def test_imagenet_wide_resnet(conv: str, groups: int) -> None:
+    model = create_model("imagenet-wrn-34-2", conv=conv, groups=groups, device="meta")
+    found = convolutions(model)
+    assert found == expected_imagenet_convolutions(groups)
+    assert len(found) == 1 + 2 * 16 + 4
+    kind = TwoLevelConv2d if conv == "gc-2l" else nn.Conv2d
+    assert all(type(model.get_submodule(name)) is kind for name in found if name != "stem.0")
+    assert model.get_submodule("head").weight.shape == (1000, 1024)
+
+
+@pytest.mark.parametrize("size", [64, 33])
+def test_imagenet_wide_resnet_on_small_images(size: int) -> None:
+    torch.manual_seed(3)
+    model = create_model("imagenet-wrn-34-2", groups=16, num_classes=7).eval()
+    images = torch.randn(2, 3, size, size)
+    stem = model.get_submodule("stem")
+    with torch.no_grad():
+        expected = F.max_pool2d(F.conv2d(images, stem[0].weight, None, 2, 3), 3, 2, 1)  # type: ignore[index]
+        torch.testing.assert_close(stem(images), expected)
+        assert expected.shape == (2, 64, -(-size // 4), -(-size // 4))
+        logits = model(images)
+    assert logits.shape == (2, 7)
+    assert logits.isfinite().all()
 
 
 def test_logits_are_those_of_the_units_in_a_row() -> None:
@@ -100,10 +143,13 @@ class NothingAllocated(TorchDispatchMode):
         return result
 
 
-def test_meta_device_allocates_nothing() -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"), [("wrn-28-80", WideResNet), ("imagenet-wrn-34-2", WideResNet), ("mobilenet_v2", MobileNetV2)]
+)
+def test_meta_device_allocates_nothing(name: str, kind: type[nn.Module]) -> None:
     with NothingAllocated():
-        model = create_model("wrn-28-80", groups=4, device="meta")
-    assert isinstance(model, WideResNet)
+        model = create_model(name, groups=4, device="meta")
+    assert isinstance(model, kind)
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
@@ -127,9 +173,15 @@ def test_the_seed_makes_the_model() -> None:
         assert not torch.equal(first[key], other[key]), key
 
 
+KNOWN = "wrn-<depth>-<width>, for example wrn-28-10, or one of imagenet-wrn-34-2, mobilenet_v2"
+MOBILENET = {"name": "mobilenet_v2"}
+NO_CHANGE = "coarse_everywhere=True changes nothing with model={!r} and conv={!r}; use it with mobilenet_v2 and one of "
+NO_CHANGE += ", ".join(TWO_LEVEL)
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"name": "resnet-18"}, "model='resnet-18' is unknown; use wrn-<depth>-<width>, for example wrn-28-10"),
-    ({"name": "wrn-28-10x"}, "model='wrn-28-10x' is unknown; use wrn-<depth>-<width>, for example wrn-28-10"),
+    ({"name": "resnet-18"}, f"model='resnet-18' is unknown; use {KNOWN}"),
+    ({"name": "wrn-28-10x"}, f"model='wrn-28-10x' is unknown; use {KNOWN}"),
+    ({"name": "imagenet-wrn-50-2"}, f"model='imagenet-wrn-50-2' is unknown; use {KNOWN}"),
     ({"name": "wrn-27-10"}, "model='wrn-27-10': depth 27 is not 6 u + 4; use one of 10, 16, 22, 28, 34, 40"),
     ({"name": "wrn-4-10"}, "model='wrn-4-10': depth 4 is not 6 u + 4; use one of 10, 16, 22, 28, 34, 40"),
     ({"name": "wrn-10-0"}, "model='wrn-10-0': width 0 is not a widening factor; use 1 or more"),
@@ -138,7 +190,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"groups": 3}, "groups=3 does not divide the stem's 16 channels; use one of 1, 2, 4, 8, 16"),
     ({"groups": 32}, "groups=32 does not divide the stem's 16 channels; use one of 1, 2, 4, 8, 16"),
     ({"groups": 0}, "groups=0 does not divide the stem's 16 channels; use one of 1, 2, 4, 8, 16"),
+    (
+        {"name": "imagenet-wrn-34-2", "groups": 128},
+        "groups=128 does not divide the stem's 64 channels; use one of 1, 2, 4, 8, 16, 32, 64",
+    ),
+    ({**MOBILENET, "groups": 3}, "groups=3 does not divide the stem's 32 channels; use one of 1, 2, 4, 8"),
+    ({**MOBILENET, "groups": 32}, "groups=32 does not divide features.1's 16 channels; use one of 1, 2, 4, 8"),
+    ({**MOBILENET, "groups": 16}, "groups=16 does not divide features.2's 24 channels; use one of 1, 2, 4, 8"),
+    ({**MOBILENET, "groups": 0}, "groups=0 does not divide the stem's 32 channels; use one of 1, 2, 4, 8"),
     ({"num_classes": 0}, "num_classes=0 is not a number of classes; use 1 or more"),
+    ({"coarse_everywhere": True}, NO_CHANGE.format("wrn-10-1", "gc-2l")),
+    ({**MOBILENET, "conv": "gc", "coarse_everywhere": True}, NO_CHANGE.format("mobilenet_v2", "gc")),
 ]
 
 
@@ -173,6 +235,39 @@ def test_refused_split(conv: str, groups: int, ranks: int, message: str) -> None
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize(("conv", "groups", "ranks"), [("sc", 1, 16), ("gc", 4, 2), ("gc-2l", 16, 16)])
-def test_possible_split(conv: str, groups: int, ranks: int) -> None:
-    check_split("wrn-10-1", conv, groups, ranks)
+@pytest.mark.parametrize(
+    ("name", "ranks", "message"),
+    [
+        ("imagenet-wrn-34-2", 3, "the stem's 64 channels; use one of 1, 2, 4, 8, 16, 32, 64"),
+        ("mobilenet_v2", 3, "the stem's 32 channels; use one of 1, 2, 4, 8"),
+        ("mobilenet_v2", 16, "features.2's 24 channels; use one of 1, 2, 4, 8"),
+    ],
+)
+def test_refused_split_of_the_models_for_imagenet(name: str, ranks: int, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_split(name, "sc", 1, ranks)
+    assert str(caught.value) == f"tensor_parallel={ranks} does not divide {message}"
+
+
+@pytest.mark.parametrize(
+    ("name", "conv", "groups", "ranks"),
+    [
+        ("wrn-10-1", "sc", 1, 16),
+        ("wrn-10-1", "gc", 4, 2),
+        ("wrn-10-1", "gc-2l", 16, 16),
+        ("imagenet-wrn-34-2", "sc", 1, 64),
+        ("imagenet-wrn-34-2", "gc-2l", 64, 64),
+        ("mobilenet_v2", "sc", 1, 8),
+        ("mobilenet_v2", "gc-2l", 8, 8),
+    ],
+)
+def test_possible_split(name: str, conv: str, groups: int, ranks: int) -> None:
+    check_split(name, conv, groups, ranks)
+    assert plan(create_model(name, conv=conv, groups=groups, device="meta"), ranks)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("wrn-10-1", 10), ("imagenet-wrn-34-2", 1000), ("mobilenet_v2", 1000)])
+def test_classes_where_nothing_says(name: str, classes: int) -> None:
+    assert default_classes(name) == classes
+    model = create_model(name, device="meta")
+    assert [m.out_features for m in model.modules() if isinstance(m, nn.Linear)] == [classes]

@@ -92,23 +92,31 @@ def watch_backward(node: Node, watch: Watch) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("conv", "groups"), [("sc", 1), ("gc", 4), ("gc-2l", 1), ("gc-2l", 4)])
-def test_model_is_channels_last_throughout(conv: str, groups: int, autocast: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "size", "layers"),
+    [
+        ("wrn-10-1", 16, 9 + 7),  # 9 convolutions (6 of 3x3, 2 shortcuts, the stem) and 7 BatchNorm layers
+        ("mobilenet_v2", 64, 52 + 52),  # each convolution (34 of 1x1, 17 depthwise, the stem) has its BatchNorm
+    ],
+)
+def test_model_is_channels_last_throughout(
+    name: str, size: int, layers: int, conv: str, groups: int, autocast: bool
+) -> None:
     torch.manual_seed(0)
-    model = create_model("wrn-10-1", conv=conv, groups=groups)
+    model = create_model(name, conv=conv, groups=groups)
     forward, backward = Watch(torch.channels_last), Watch(torch.channels_last)
-    for name, module in model.named_modules():
+    for module_name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.BatchNorm2d | TwoLevelConv2d):
-            watch_forward(module, name, forward)
+            watch_forward(module, module_name, forward)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        images = torch.randn(BATCH, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+        images = torch.randn(BATCH, 3, size, size)  # contiguous
         loss = F.cross_entropy(model(images), torch.arange(BATCH))
     assert loss.grad_fn is not None
     for node in nodes(loss.grad_fn):
         watch_backward(node, backward)
     loss.backward()
 
-    # 9 convolutions (6 of 3x3, 2 shortcuts, the stem) and 7 BatchNorm layers, each with an input and an output.
-    assert forward.count == 2 * (9 + 7)
+    assert forward.count == 2 * layers  # each with an input and an output
     assert not forward.wrong
-    assert backward.count >= 2 * (9 + 7)
+    assert backward.count >= 2 * layers
     assert not backward.wrong

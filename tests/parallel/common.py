@@ -38,12 +38,12 @@ def _outcome(world: int, function: Callable[..., Any], arguments: tuple[Any, ...
         return error
 
 
-def batches(count: int, size: int, dtype: torch.dtype, seed: int = SEED) -> list[Batch]:
-    """``count`` batches of ``size`` 8 x 8 images in 10 classes; the same wherever it is called."""
+def batches(count: int, size: int, dtype: torch.dtype, seed: int = SEED, side: int = 8) -> list[Batch]:
+    """``count`` batches of ``size`` images, ``side`` x ``side``, in 10 classes; the same wherever it is called."""
     generator = torch.Generator().manual_seed(seed)
     return [
         (
-            torch.randn(size, 3, 8, 8, generator=generator, dtype=torch.float64).to(dtype),
+            torch.randn(size, 3, side, side, generator=generator, dtype=torch.float64).to(dtype),
             torch.randint(0, 10, (size,), generator=generator),
         )
         for _ in range(count)
@@ -78,17 +78,20 @@ def gather_gradients(model: nn.Module) -> dict[str, Tensor]:
     return gradients
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference, in units of the largest expected value."""
+def relative_error(actual: Tensor, expected: Tensor, least: float = 1e-30) -> float:
+    """Largest difference, in units of the largest expected value, or of ``least`` where that is smaller."""
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     difference = (actual.double() - expected.double()).abs().max()
-    return (difference / expected.double().abs().max().clamp_min(1e-30)).item()
+    return (difference / expected.double().abs().max().clamp_min(least)).item()
 
 
-def assert_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float) -> None:
-    """Fails unless the names are the same and each tensor is within ``tolerance`` of the expected one, relatively."""
+def assert_close(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float, least: float = 1e-30
+) -> None:
+    """Fails unless the names are the same and each tensor is within ``tolerance`` of the expected one, relatively to
+    its largest value or to ``least``."""
     assert set(actual) == set(expected)
-    errors = {name: relative_error(actual[name], expected[name]) for name in expected}
+    errors = {name: relative_error(actual[name], expected[name], least) for name in expected}
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] <= tolerance, f"{worst} is off by {errors[worst]:.2e}, more than {tolerance:.0e} (seed {SEED})"
 

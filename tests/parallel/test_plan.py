@@ -32,6 +32,7 @@ def test_every_kind_of_layer_is_placed() -> None:
             nn.BatchNorm2d(16, track_running_stats=False),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
+            nn.Dropout(),
             nn.Linear(16, 10),
         )
     norm = {"weight": 0, "bias": 0}
@@ -45,12 +46,15 @@ def test_every_kind_of_layer_is_placed() -> None:
         "6": Placement("gathered", {"weight": 0, "bias": 0}),
         "7": Placement("channels", statistics),
         "8": Placement("channels", norm),
-        "11": Placement("row", {"weight": 1}),
+        "11": Placement("dropout", {}),
+        "12": Placement("row", {"weight": 1}),
     }
 
 
-def test_a_rank_holds_its_part_of_all_but_the_bias_of_the_head() -> None:
-    model = create_model("wrn-28-10", groups=4, device="meta")
+@pytest.mark.parametrize("name", ["wrn-28-10", "imagenet-wrn-34-2", "mobilenet_v2"])
+@pytest.mark.parametrize(("conv", "groups"), [("sc", 1), ("gc-2l", 4)])
+def test_a_rank_holds_its_part_of_all_but_the_bias_of_the_head(name: str, conv: str, groups: int) -> None:
+    model = create_model(name, conv=conv, groups=groups, num_classes=10, device="meta")
     whole = sum(param.numel() for param in model.parameters())
     for ranks in (1, 2, 4):
         assert parameter_counts(model, ranks) == {"total": whole, "per_rank": (whole - 10) // ranks + 10}
@@ -99,12 +103,15 @@ def test_a_whole_network_is_refused_by_the_first_layer_that_does_not_divide(rank
         nn.ConvTranspose2d(8, 8, 3),
         nn.PReLU(8),
         nn.SyncBatchNorm(8),
+        nn.Dropout2d(),
+        nn.AlphaDropout(),
+        nn.RReLU(),
     ],
     ids=lambda layer: type(layer).__name__,
 )
 def test_layers_that_mix_channels_or_are_unknown_are_refused_by_name(layer: nn.Module) -> None:
-    expected = f"^1: {type(layer).__name__} .* is not known; use convolutions, BatchNorm2d, and one Linear as the head$"
-    with pytest.raises(UsageError, match=expected):
+    works = "use convolutions, BatchNorm2d, Dropout, and one Linear as the head"
+    with pytest.raises(UsageError, match=f"^1: {type(layer).__name__} .* is not known; {works}$"):
         plan(_network(layer), 2)
 
 
@@ -112,6 +119,14 @@ def test_second_linear_layer_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(), nn.Linear(8, 8), nn.Linear(8, 10))
     with pytest.raises(UsageError, match=r"^3: a second linear layer after 2 cannot be split; one head is$"):
         plan(model, 2)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_dropout_of_what_is_not_split_is_refused_by_name(place: int) -> None:
+    layers = [nn.Conv2d(3, 8, 1), nn.Flatten(), nn.Linear(8, 10)]
+    layers.insert(place % 4, nn.Dropout())
+    with pytest.raises(UsageError, match=rf"^{place % 4}: Dropout before the stem or after the head cannot be split"):
+        plan(nn.Sequential(*layers), 2)
 
 
 def test_grouped_stem_is_refused_by_name() -> None:

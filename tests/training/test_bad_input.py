@@ -53,6 +53,21 @@ MISTAKES: dict[str, tuple[int, list[str], list[str]]] = {
         ["coarse_init='zero'", "'shuffle'", "gc-2l, gc-2l-proto"],
     ),
     "steps": (1, [*SYNTHETIC, "--limit-steps", "0"], ["--limit-steps=0", "1 or more"]),
+    "groups of MobileNetV2": (
+        1,
+        ["--dataset", "synthetic", "--model", "mobilenet_v2", "--groups", "16"],
+        ["groups=16", "24 channels", "1, 2, 4, 8"],
+    ),
+    "ranks of MobileNetV2": (
+        16,
+        ["--dataset", "synthetic", "--model", "mobilenet_v2", "--conv", "sc", "--tp", "16"],
+        ["=16", "24 channels", "1, 2, 4, 8"],
+    ),
+    "coarse everywhere, in another model": (
+        1,
+        [*SYNTHETIC, "--coarse-everywhere"],
+        ["coarse_everywhere", "wrn-10-1", "mobilenet_v2"],
+    ),
     "data set": (1, ["--dataset", "mnist"], ["--dataset", "mnist", "digits, cifar10"]),
     "recipe": (1, [*SYNTHETIC, "--recipe", "slow"], ["--recipe", "'slow'", "cifar, imagenet, digits"]),
     "flag": (1, [*SYNTHETIC, "--grups", "4"], ["--grups", "--help"]),

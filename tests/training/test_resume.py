@@ -74,6 +74,19 @@ def test_stopped_and_resumed_as_if_never_stopped(
         assert line["test_error_percent"] == other["test_error_percent"]
 
 
+@pytest.mark.timeout(240)
+def test_dropout_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+    """MobileNetV2 drops a fifth of the classifier's inputs."""
+    options = ("--model", "mobilenet_v2", "--epochs", "1", "--batch-size", "256", "--tp", "2")
+    whole = run_ranks(2, train, str(tmp_path / "whole"), *options)
+    assert [outcome.status for outcome in whole] == [0, 0], whole[0].stderr
+    run_ranks(2, train_until, (0, 2), str(tmp_path / "run"), *options)
+    resumed = run_ranks(2, train, str(tmp_path / "run"), *options, "--resume")
+    assert [outcome.status for outcome in resumed] == [0, 0], resumed[0].stderr
+    (line,), (expected,) = metrics(tmp_path / "run"), metrics(tmp_path / "whole")
+    assert line["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-12)
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("options", "parts"),

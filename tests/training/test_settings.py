@@ -150,3 +150,9 @@ def test_resolving_writes_nothing(settle: Setup) -> None:
     settings = settle()
     assert not Path(settings.output_dir).exists()
     assert settings.output_dir == str(settle.folder / "run")
+
+
+def test_a_checkpoint_tells_where_the_coarse_level_is(settle: Setup) -> None:
+    flags = ("--model", "mobilenet_v2")
+    descriptions = [settle(*flags).description(), settle(*flags, "--coarse-everywhere").description()]
+    assert [description["coarse_everywhere"] for description in descriptions] == [False, True]

@@ -51,7 +51,7 @@ def split_by_work(model: WideResNet, parts: int, image_shape: tuple[int, int, in
     units = len(model.units)
     if not 1 <= parts <= units:
         raise UsageError(f"parts={parts} (one a rank): the model has {units} residual units; use 1 to {units}")
-    channels = model.stem.in_channels
+    channels = next(model.stem.parameters()).shape[1]
     if len(image_shape) != 3 or image_shape[0] != channels or min(image_shape) < 1:
         raise UsageError(f"image_shape={image_shape} is not that of an image; use ({channels}, height, width)")
     works, shapes = _measure(model, image_shape)

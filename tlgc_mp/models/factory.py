@@ -7,8 +7,16 @@ import functools
 import torch
 from torch import nn
 
-from tlgc_mp.models.names import TWO_LEVEL, check_coarse_level, check_model, parse_model
-from tlgc_mp.models.wide_resnet import ConvFactory, WideResNet
+from tlgc_mp.models.names import (
+    IMAGENET_WIDE_RESNET,
+    MOBILENET_V2,
+    TWO_LEVEL,
+    check_coarse_level,
+    check_model,
+    default_classes,
+    parse_model,
+)
+from tlgc_mp.models.wide_resnet import ConvFactory, cifar_wide_resnet, imagenet_wide_resnet
 from tlgc_mp.nn import (
     FullyLearnableGroupConv2d,
     ShuffleConv2d,
@@ -33,9 +41,10 @@ def create_model(
     conv: str = "gc-2l",
     groups: int = 1,
     num_classes: int | None = None,
-    device: torch.device | str | None = None,
+    coarse_everywhere: bool = False,
     coarse_kernel_size: int | None = None,
     coarse_init: str = "he",
+    device: torch.device | str | None = None,
 ) -> nn.Module:
     """Builds a model by name.
 
@@ -44,27 +53,30 @@ def create_model(
     one ``manual_seed`` therefore give equal models; seed again for another draw.)
 
     Args:
-        name: ``"wrn-<depth>-<width>"``, depth = 6 u + 4.
+        name: ``"wrn-<depth>-<width>"``, depth = 6 u + 4, ``"imagenet-wrn-34-2"`` or ``"mobilenet_v2"``.
         conv: ``"sc"`` (dense), ``"gc"`` (group convolution), ``"gc-2l"`` (two-level group convolution),
             ``"gc-2l-proto"`` (its prototype), ``"shuffle"`` (group convolution with shuffled channels) or ``"flgc"``
             (fully learnable group convolution).
-        groups: N, a divisor of the narrowest layer's channels; 1 for ``"sc"``.
-        num_classes: of the classifier; 10 where not given.
-        device: where the parameters live. On ``"meta"`` nothing is allocated: :func:`tlgc_mp.initialize` and
-            :func:`tlgc_mp.shard` then draw each rank's part only.
+        groups: N, a divisor of every layer's channels; 1 for ``"sc"``.
+        num_classes: of the classifier; where not given, 10, or 1000 for the two models for ImageNet.
+        coarse_everywhere: gives the last 1x1 convolution of ``"mobilenet_v2"``, from 320 to 1280 channels, a coarse
+            level too. Without it that one is a group convolution, as in the counts of the paper's Table 4.
         coarse_kernel_size, coarse_init: d0 and the initial weights of two-level convolutions, as
             :class:`tlgc_mp.nn.TwoLevelConv2d` takes them.
+        device: where the parameters live. On ``"meta"`` nothing is allocated: :func:`tlgc_mp.initialize` and
+            :func:`tlgc_mp.shard` then draw each rank's part only.
 
     Raises:
         UsageError: an argument that cannot work.
     """
-    check_model(name, conv, groups, num_classes)
+    check_model(name, conv, groups, num_classes, coarse_everywhere)
     check_coarse_level(conv, coarse_kernel_size, coarse_init)
-    depth, width = parse_model(name)
+    classes = default_classes(name) if num_classes is None else num_classes
     coarse = {"coarse_kernel_size": coarse_kernel_size, "coarse_init": coarse_init} if conv in TWO_LEVEL else {}
-    factory = functools.partial(_CONVOLUTIONS[conv], groups=groups, **coarse)
+    replacement = functools.partial(_CONVOLUTIONS[conv], groups=groups, **coarse)
+    last = functools.partial(_CONVOLUTIONS["gc"], groups=groups) if coarse and not coarse_everywhere else replacement
     with torch.device("meta"):
-        model = WideResNet(depth, width, 10 if num_classes is None else num_classes, factory)
+        model = _build(name, classes, replacement, last)
     model.to(memory_format=torch.channels_last)  # filters as the activations, which a convolution need not reorder
     target = torch.get_default_device() if device is None else torch.device(device)
     if target.type == "meta":
@@ -72,3 +84,13 @@ def create_model(
     model.to_empty(device=target)
     init_parameters(model, torch.initial_seed())
     return model
+
+
+def _build(name: str, num_classes: int, conv: ConvFactory, last_conv: ConvFactory) -> nn.Module:
+    if name == MOBILENET_V2:
+        from tlgc_mp.models.mobilenet_v2 import MobileNetV2  # torchvision takes seconds to import
+
+        return MobileNetV2(num_classes, conv, last_conv)
+    if name == IMAGENET_WIDE_RESNET:
+        return imagenet_wide_resnet(num_classes, conv)
+    return cifar_wide_resnet(*parse_model(name), num_classes, conv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from tlgc_mp.errors import UsageError, divisors, one_of
@@ -21,18 +22,30 @@ FLGC_ACROSS_RANKS = (
     "and every rank would need them all"
 )
 
+IMAGENET_WIDE_RESNET = "imagenet-wrn-34-2"
+MOBILENET_V2 = "mobilenet_v2"
+
 _WIDE_RESNET = re.compile(r"wrn-(\d+)-(\d+)")
+
+_SHARED_CHANNELS = {
+    IMAGENET_WIDE_RESNET: {"the stem's": 64},
+    MOBILENET_V2: {"the stem's": 32, "features.1's": 16, "features.2's": 24},
+}
+"""Of the layers that groups and ranks share: every other layer's channels are a multiple of one of these."""
 
 
 def parse_model(name: str) -> tuple[int, int]:
-    """``"wrn-28-10"`` -> (28, 10), the depth and the width.
+    """``"wrn-28-10"`` -> (28, 10), the depth and the width of a WideResNet for images of CIFAR's size.
 
     Raises:
-        UsageError: not a name of a model, or a depth that is not 6 u + 4.
+        UsageError: not such a name, or a depth that is not 6 u + 4.
     """
     match = _WIDE_RESNET.fullmatch(name)
     if match is None:
-        raise UsageError(f"model={name!r} is unknown; use wrn-<depth>-<width>, for example wrn-28-10")
+        raise UsageError(
+            f"model={name!r} is unknown; use wrn-<depth>-<width>, for example wrn-28-10, or one of "
+            f"{IMAGENET_WIDE_RESNET}, {MOBILENET_V2}"
+        )
     depth, width = int(match[1]), int(match[2])
     if depth < 10 or (depth - 4) % 6:
         raise UsageError(f"model={name!r}: depth {depth} is not 6 u + 4; use one of 10, 16, 22, 28, 34, 40")
@@ -41,17 +54,28 @@ def parse_model(name: str) -> tuple[int, int]:
     return depth, width
 
 
-def check_model(name: str, conv: str, groups: int, num_classes: int | None = None) -> None:
+def default_classes(name: str) -> int:
+    """The classes of a model where nothing says: ImageNet's for the two models that are for it, else CIFAR-10's."""
+    return 1000 if name in _SHARED_CHANNELS else 10
+
+
+def check_model(
+    name: str, conv: str, groups: int, num_classes: int | None = None, coarse_everywhere: bool = False
+) -> None:
     """Raises :class:`UsageError` for any argument with which the model cannot be built."""
-    parse_model(name)
+    channels = _shared_channels(name)
     if conv not in CONVOLUTIONS:
         raise UsageError(f"conv={conv!r} is unknown; use {one_of(CONVOLUTIONS)}")
     if conv == "sc" and groups != 1:
         raise UsageError(f"groups={groups}: conv='sc' is the dense convolution and has no groups; use 1")
-    if groups < 1 or 16 % groups:
-        raise UsageError(f"groups={groups} does not divide the stem's 16 channels; use {one_of(divisors(16))}")
+    _check_divides("groups", groups, channels)
     if num_classes is not None and num_classes < 1:
         raise UsageError(f"num_classes={num_classes} is not a number of classes; use 1 or more")
+    if coarse_everywhere and (name != MOBILENET_V2 or conv not in TWO_LEVEL):
+        raise UsageError(
+            f"coarse_everywhere=True changes nothing with model={name!r} and conv={conv!r}; use it with {MOBILENET_V2} "
+            f"and {one_of(TWO_LEVEL)}"
+        )
 
 
 def check_coarse_level(conv: str, coarse_kernel_size: int | None, coarse_init: str) -> None:
@@ -69,13 +93,24 @@ def check_split(name: str, conv: str, groups: int, tensor_parallel: int) -> None
     """Raises :class:`UsageError` unless the model splits over ``tensor_parallel`` ranks (P)."""
     if tensor_parallel < 1:
         raise UsageError(f"tensor_parallel={tensor_parallel} is not a number of ranks; use 1 or more")
-    if 16 % tensor_parallel:
-        raise UsageError(
-            f"tensor_parallel={tensor_parallel} does not divide the stem's 16 channels; use {one_of(divisors(16))}"
-        )
+    _check_divides("tensor_parallel", tensor_parallel, _shared_channels(name))
     if conv == "flgc" and tensor_parallel > 1:
         raise UsageError(f"tensor_parallel={tensor_parallel}: conv='flgc' {FLGC_ACROSS_RANKS}; use 1 and replicas")
     if conv != "sc" and groups % tensor_parallel:
         raise UsageError(
             f"tensor_parallel={tensor_parallel} does not divide groups={groups}; use {one_of(divisors(groups))}"
         )
+
+
+def _shared_channels(name: str) -> dict[str, int]:
+    if name in _SHARED_CHANNELS:
+        return _SHARED_CHANNELS[name]
+    parse_model(name)
+    return {"the stem's": 16}
+
+
+def _check_divides(what: str, count: int, channels: dict[str, int]) -> None:
+    for whose, width in channels.items():
+        if count < 1 or width % count:
+            common = divisors(math.gcd(*channels.values()))
+            raise UsageError(f"{what}={count} does not divide {whose} {width} channels; use {one_of(common)}")

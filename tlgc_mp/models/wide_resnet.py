@@ -1,13 +1,13 @@
-"""WideResNet for images of CIFAR's size.
+"""WideResNet for images of CIFAR's and of ImageNet's size.
 
 *Wide Residual Networks*, S. Zagoruyko, N. Komodakis, https://arxiv.org/abs/1605.07146, pre-activation form, as Section
-4.1 of *Two-level Group Convolution* (https://arxiv.org/abs/2110.05060) uses it: every convolution but the 3-to-16 stem
-is replaced, the 1x1 shortcuts included; no dropout, no convolution bias, a dense linear head.
+4.1 of *Two-level Group Convolution* (https://arxiv.org/abs/2110.05060) uses it: every convolution but the stem is
+replaced, the 1x1 shortcuts included; no dropout, no convolution bias, a dense linear head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 ConvFactory = Callable[..., nn.Module]
 """Makes a convolution from (in_channels, out_channels, kernel_size, stride=..., padding=...)."""
-
-STEM_WIDTH = 16
 
 
 class ResidualUnit(nn.Module):
@@ -43,27 +41,35 @@ class ResidualUnit(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WideResNet-``depth``-``width``: (B, 3, H, W) -> (B, num_classes) logits, channels_last from stem to head.
+    """Residual units between a stem and a linear head: (B, 3, H, W) -> (B, num_classes) logits, channels_last
+    throughout.
 
     Args:
-        depth: l = 6 u + 4, with u residual units in each of the three stages.
-        width: w, the channels of the stages being 16 w, 32 w and 64 w.
+        stem: makes the first unit's input of the images.
+        stem_channels: of what the stem makes.
+        stages: (channels, units) of each stage; the first unit of each but the first stage halves height and width.
         num_classes: C.
-        conv: makes every convolution but the stem.
+        conv: makes every convolution of the units.
     """
 
-    def __init__(self, depth: int, width: int, num_classes: int, conv: ConvFactory) -> None:
+    def __init__(
+        self,
+        stem: nn.Module,
+        stem_channels: int,
+        stages: Sequence[tuple[int, int]],
+        num_classes: int,
+        conv: ConvFactory,
+    ) -> None:
         super().__init__()
-        units = (depth - 4) // 6
-        self.stem = nn.Conv2d(3, STEM_WIDTH, 3, padding=1, bias=False)
-        stages = []
-        channels = STEM_WIDTH
-        for stage, stage_channels in enumerate((16 * width, 32 * width, 64 * width)):
-            for unit in range(units):
+        self.stem = stem
+        units = []
+        channels = stem_channels
+        for stage, (stage_channels, count) in enumerate(stages):
+            for unit in range(count):
                 stride = 2 if stage > 0 and unit == 0 else 1
-                stages.append(ResidualUnit(channels, stage_channels, stride, conv))
+                units.append(ResidualUnit(channels, stage_channels, stride, conv))
                 channels = stage_channels
-        self.units = nn.Sequential(*stages)
+        self.units = nn.Sequential(*units)
         self.bn = nn.BatchNorm2d(channels)
         self.head = nn.Linear(channels, num_classes)
 
@@ -72,3 +78,21 @@ class WideResNet(nn.Module):
         x = F.relu(self.bn(x), inplace=True)
         # Unlike a mean, pooling hands a channels_last gradient back.
         return self.head(F.avg_pool2d(x, x.shape[2:]).flatten(1))
+
+
+def cifar_wide_resnet(depth: int, width: int, num_classes: int, conv: ConvFactory) -> WideResNet:
+    """WRN-``depth``-``width`` for CIFAR: depth = 6 u + 4, u units in each stage of 16 w, 32 w and 64 w channels."""
+    stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+    units = (depth - 4) // 6
+    return WideResNet(stem, 16, [(16 * width, units), (32 * width, units), (64 * width, units)], num_classes, conv)
+
+
+def imagenet_wide_resnet(num_classes: int, conv: ConvFactory) -> WideResNet:
+    """WRN-34-2 for ImageNet: stem and stages as in ResNet-34 (K. He et al., https://arxiv.org/abs/1512.03385, Table 1),
+    the stages twice as wide."""
+    return WideResNet(imagenet_stem(), 64, [(128, 3), (256, 4), (512, 6), (1024, 3)], num_classes, conv)
+
+
+def imagenet_stem() -> nn.Module:
+    """(B, 3, H, W) -> (B, 64, H / 4, W / 4), H and W rounded up."""
+    return nn.Sequential(nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), nn.MaxPool2d(3, stride=2, padding=1))

@@ -21,6 +21,7 @@ from deepspeed.module_inject.layers import (
 from torch import Tensor, nn
 
 from tlgc_mp.nn import ShuffleConv2d, TwoLevelConv2d, TwoLevelPrototypeConv2d
+from tlgc_mp.nn.init import block_seed
 from tlgc_mp.parallel.collectives import (
     CoarseExchange,
     coarse_gather,
@@ -246,6 +247,26 @@ class ParallelBatchNorm2d(nn.BatchNorm2d, ShardedLayer):
         self.num_features //= ranks
 
 
+class ParallelDropout(nn.Dropout, ShardedLayer):
+    """Dropout of split channels: each rank draws what it drops from a random stream of its own. No communication.
+
+    The stream of a forward pass depends on the next number of torch's CPU random state and on the rank's place. So
+    ranks seeded alike drop differently, the same seed drops the same again, and where that state is set back, as
+    activation checkpointing does, so is what is dropped. One rank alone drops what torch does.
+    """
+
+    __init__ = ShardedLayer.__init__
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tp_world_size == 1 or not self.training or self.p == 0:
+            return super().forward(x)
+        number = int(torch.randint(2**62, ()))
+        generator = torch.Generator(x.device).manual_seed(block_seed(number, "dropout", self.tp_index))
+        kept = torch.empty_like(x).bernoulli_(1 - self.p, generator=generator)
+        scaled = kept.div_(1 - self.p) if self.p < 1 else kept
+        return x.mul_(scaled) if self.inplace else x * scaled
+
+
 class RowParallelLinear(nn.Linear, ShardedLayer):
     """The head: (B, n / P) features of each rank -> (B, C) logits, summed over the ranks; the bias is added once."""
 
@@ -267,6 +288,7 @@ LAYERS: dict[str, Any] = {
     "shuffle": ParallelShuffleConv2d,
     "gathered": GatheredConv2d,
     "channels": ParallelBatchNorm2d,
+    "dropout": ParallelDropout,
     "row": RowParallelLinear,
 }
 """Kind of placement -> the class that carries it out."""

@@ -1,9 +1,9 @@
 """Which part of which layer a tensor-parallel rank holds.
 
 Activations stay split by channel from the stem to the head, in P equal contiguous shares. Every layer that has
-parameters falls in one of the kinds below; anything else is refused by name, and so is a fully learnable group
-convolution on more than one rank. The plan reads shapes only, so it works on
-the meta device and without a process group: splitting a model and counting its parameters follow the same plan.
+parameters or draws random numbers falls in one of the kinds below; anything else is refused by name, and so is a fully
+learnable group convolution on more than one rank. The plan reads shapes only, so it works on the meta device and
+without a process group: splitting a model and counting its parameters follow the same plan.
 
     column      the stem: whole input, output channels split; no communication
     grouped     group (and depthwise) convolution: local
@@ -12,6 +12,7 @@ the meta device and without a process group: splitting a model and counting its 
     shuffle     group convolution with shuffled channels: local, but for an all-to-all of its output
     gathered    a dense convolution in the middle: input channels gathered, output channels split; exact and expensive
     channels    BatchNorm: local
+    dropout     local, with a random stream of its own on each rank
     row         the head: input features split, partial logits summed
 """
 
@@ -40,7 +41,7 @@ class Placement:
 
 
 def plan(model: nn.Module, tensor_parallel: int) -> dict[str, Placement]:
-    """Module name -> placement, for every layer of ``model`` that holds parameters.
+    """Module name -> placement, for every layer of ``model`` that holds parameters or draws random numbers.
 
     The first convolution is the stem, and the one linear layer the head.
 
@@ -93,15 +94,22 @@ def plan(model: nn.Module, tensor_parallel: int) -> dict[str, Placement]:
             head_name = name
             _check_share("in_features", module.in_features, tensor_parallel, name)
             placements[name] = Placement("row", {"weight": 1})
-        elif isinstance(module, _MIXES_CHANNELS) or _names(module):
+        elif type(module) is nn.Dropout:
+            if head_name or not stem_found:
+                raise UsageError(
+                    f"{name or 'the model'}: Dropout before the stem or after the head cannot be split, since every "
+                    "rank holds all of its input; put it between them"
+                )
+            placements[name] = Placement("dropout", {})
+        elif isinstance(module, _UNKNOWN) or _names(module):
             raise UsageError(
-                f"{name or 'the model'}: {type(module).__name__} mixes channels or holds parameters, and how to split "
-                "it is not known; use convolutions, BatchNorm2d, and one Linear as the head"
+                f"{name or 'the model'}: {type(module).__name__} mixes channels, holds parameters or draws at random, "
+                "and how to split it is not known; use convolutions, BatchNorm2d, Dropout, and one Linear as the head"
             )
     return placements
 
 
-_MIXES_CHANNELS = (
+_UNKNOWN = (
     nn.GroupNorm,
     nn.LayerNorm,
     nn.LocalResponseNorm,
@@ -112,7 +120,14 @@ _MIXES_CHANNELS = (
     nn.Softmax2d,
     nn.LogSoftmax,
     nn.MultiheadAttention,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+    nn.RReLU,
 )
+"""Without parameters, and yet not to be left as they are: they mix channels or draw random numbers."""
 
 
 def _names(module: nn.Module) -> list[str]:

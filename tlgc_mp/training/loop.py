@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tlgc_mp.data import EvaluationBatches, TrainingBatches, load_datasets
+from tlgc_mp.data.streams import stream_seed
 from tlgc_mp.errors import UsageError
 from tlgc_mp.models import create_model
 from tlgc_mp.parallel import initialize
@@ -77,9 +78,10 @@ def train(settings: TrainSettings, launch: Launch) -> None:
             conv=settings.conv,
             groups=settings.groups,
             num_classes=data.num_classes,
-            device="meta",
+            coarse_everywhere=settings.coarse_everywhere,
             coarse_kernel_size=settings.coarse_kernel_size,
             coarse_init=settings.coarse_init,
+            device="meta",
         )
     counts = parameter_counts(model, settings.topology.tensor_parallel)
     _say(speaks, _headline(settings, counts))
@@ -206,6 +208,7 @@ class _Run:
                     average_running_statistics(engine.module, self.settings.topology.data_parallel)
                     stop.leave(self._save(f"epoch-{epoch + 1}-step-{step}", epoch, step, loss, began))
                 step_began = time.perf_counter()
+                self._seed_dropout(epoch * self.steps + step)
                 for images, labels in islice(self._timed(stream), accumulation):
                     images, labels = _to_device(images, labels, engine.device)
                     loss = F.cross_entropy(engine(images).float(), labels)
@@ -225,6 +228,10 @@ class _Run:
             if batch is None:
                 return
             yield batch
+
+    def _seed_dropout(self, step: int) -> None:
+        """Seeds what a step draws by itself, so that a resumed run draws the same. Replicas draw differently."""
+        torch.manual_seed(stream_seed(self.settings.seed, "step", step, self.settings.topology.dp_rank))
 
     def _averaged(self, loss_sum: Tensor) -> Tensor:
         """Mean over the replicas; the ranks of one replica hold the same already."""

@@ -42,6 +42,7 @@ class TrainSettings:
     coarse_kernel_size: int | None
     coarse_init: str
     num_classes: int | None
+    coarse_everywhere: bool
     dataset: str
     data_dir: str | None
     image_size: int | None
@@ -66,6 +67,7 @@ class TrainSettings:
             "model": self.model,
             "conv": self.conv,
             "groups": self.groups,
+            "coarse_everywhere": self.coarse_everywhere,
             "coarse_kernel_size": self.coarse_kernel_size,
             "coarse_init": self.coarse_init,
             "dataset": self.dataset,
@@ -90,7 +92,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         UsageError: an option that cannot work, two that contradict each other, a data set, configuration or checkpoint
             that is not as it should be.
     """
-    check_model(options.model, options.conv, options.groups, options.num_classes)
+    check_model(options.model, options.conv, options.groups, options.num_classes, options.coarse_everywhere)
     check_coarse_level(options.conv, options.coarse_kernel_size, options.coarse_init)
     check_dataset(options.dataset, options.data_dir)
     if options.num_classes is not None and options.dataset != "synthetic":
@@ -128,6 +130,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         coarse_kernel_size=options.coarse_kernel_size,
         coarse_init=options.coarse_init,
         num_classes=options.num_classes,
+        coarse_everywhere=options.coarse_everywhere,
         dataset=options.dataset,
         data_dir=options.data_dir,
         image_size=options.image_size,
