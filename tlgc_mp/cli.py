@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from tlgc_mp import __version__
-from tlgc_mp.bench.settings import DTYPES, STRATEGIES
+from tlgc_mp.bench.settings import CHECKPOINTED, DTYPES, STRATEGIES
 from tlgc_mp.bench.settings import resolve as resolve_benchmark
 from tlgc_mp.data.catalog import DATASETS
 from tlgc_mp.errors import UsageError
@@ -72,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
     train.add_argument("--workers", type=int, metavar="W", help="data worker processes a rank (default: by data set)")
+    train.add_argument(
+        "--activation-checkpointing",
+        action="store_true",
+        help="residual units keep only their input for backward, and are computed again there",
+    )
     train.add_argument("--output-dir", metavar="DIR", help="default: runs/MODEL-CONV-GROUPS-DATASET")
     train.add_argument(
         "--resume",
@@ -142,6 +147,11 @@ def _bench_parser(commands: Any) -> None:
     scaling.add_argument("--rounds", type=int, metavar="R", help="times through all strategies (default: 2)")
     scaling.add_argument("--steps", type=int, metavar="K", help="timed steps of a measurement (default: 2)")
     scaling.add_argument("--dtype", default="fp32", help=f"{', '.join(DTYPES)} (default: %(default)s)")
+    scaling.add_argument(
+        "--activation-checkpointing",
+        action="store_true",
+        help=f"residual units keep only their input for backward: {', '.join(CHECKPOINTED)}",
+    )
     scaling.add_argument("--no-momentum", action="store_true", help="SGD without momentum, which saves memory")
     scaling.add_argument("--quick", action="store_true", help="w = 10, every strategy, one round of one step")
     scaling.add_argument(

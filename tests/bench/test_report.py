@@ -73,6 +73,14 @@ def test_speed_ups_stand_beside_the_papers() -> None:
     assert _cells(text, "60", "naive-mp", "1", "2")[0][13] == "89.8"
 
 
+def test_activation_checkpointing_is_named() -> None:
+    case = Case("gc-2l", 28, 40, 2, 2, 8, activation_checkpointing=True)
+    row = make_row(Record(case, True, measurements=[(0, [fabricated.rank_result([1.0], [1.0])] * 2)]), "fp32", 2e9, 2)
+    assert row["activation_checkpointing"] is True
+    text = report.markdown([row], fabricated.DESCRIPTION)
+    assert len(_cells(text, "40", "gc-2l, activation checkpointing", "2", "2")) == 4  # one of each table
+
+
 def test_all_figures_are_in_the_tables() -> None:
     text = report.markdown([fabricated.row("gc-2l", 10, 2, 4.0, 3.0)], fabricated.DESCRIPTION)
     comparison, times, memory, accounting = _cells(text, "10", "gc-2l", "2", "2")

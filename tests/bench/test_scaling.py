@@ -76,6 +76,20 @@ def test_every_strategy_is_measured(tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
 
 
+@pytest.mark.timeout(200)
+def test_activation_checkpointing_keeps_less(tmp_path: Path) -> None:
+    flags = ["--quick", "--widths", "1", "--depth", "22", "--strategies", "gc-2l", "channel-parallel"]
+    rows = []
+    for folder, more in (("without", []), ("with", ["--activation-checkpointing"])):
+        assert main(["bench", "scaling", *flags, *more, "--output", str(tmp_path / folder)]) == 0
+        rows.append(_rows(tmp_path / folder))
+    for plain, checkpointed in zip(*rows, strict=True):
+        assert (plain["activation_checkpointing"], checkpointed["activation_checkpointing"]) == (False, True)
+        assert 0 < checkpointed["activation_bytes"] < 0.7 * plain["activation_bytes"]
+        gathers = [row["collectives"]["all_gather"]["calls"] for row in (plain, checkpointed)]
+        assert gathers[1] == 2 * gathers[0]
+
+
 class Measurements:
     """Stands in for :func:`launch.measure`: answers at once, and remembers what it was asked."""
 

@@ -129,6 +129,15 @@ def test_quick_covers_every_strategy_and_yields_to_other_flags(tmp_path: Path) -
     assert settings.cases == (Case("gc", 10, 1, 1, 1, 8),) and settings.rounds == 3
 
 
+def test_activation_checkpointing_is_of_the_strategies_it_applies_to(tmp_path: Path) -> None:
+    settings = _settle(tmp_path, "--quick", "--activation-checkpointing")
+    checkpointed = [case.strategy for case in settings.cases if case.activation_checkpointing]
+    assert checkpointed == ["gc-2l", "gc", "channel-parallel"]
+    assert not any(case.activation_checkpointing for case in _settle(tmp_path, "--quick").cases)
+    plain, less = (Case("gc-2l", 28, 40, 2, 2, 64, activation_checkpointing=on) for on in (False, True))
+    assert capacity.needed_bytes(less, True) < 0.6 * capacity.needed_bytes(plain, True)
+
+
 @pytest.mark.parametrize(("conv", "groups"), [("sc", 1), ("gc", 4), ("gc-2l", 4)])
 @pytest.mark.parametrize("model", [(10, 1), (16, 2), (28, 10)])
 def test_parameters_are_counted_without_torch(conv: str, groups: int, model: tuple[int, int]) -> None:

@@ -141,6 +141,11 @@ def test_epochs_from_flag_or_recipe(settle: Setup) -> None:
     assert settle("--epochs", "3").epochs == 3
 
 
+def test_activation_checkpointing_where_asked_for(settle: Setup) -> None:
+    assert settle("--activation-checkpointing").activation_checkpointing
+    assert not settle().activation_checkpointing
+
+
 def test_batch_that_does_not_divide_among_the_replicas(settle: Setup) -> None:
     with pytest.raises(UsageError, match=r"batch of 30 .* 2 replicas x 2 accumulation steps; use a multiple of 4"):
         settle("--batch-size", "30", config={"gradient_accumulation_steps": 2}, world=8)

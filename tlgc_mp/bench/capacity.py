@@ -37,12 +37,13 @@ def parameter_count(depth: int, width: int, conv: str, groups: int) -> int:
     return total + 2 * channels + (channels + 1) * NUM_CLASSES
 
 
-def activation_bytes(depth: int, width: int, batch_size: int) -> int:
-    """What backward needs of a forward pass over ``batch_size`` images, over all ranks."""
+def activation_bytes(depth: int, width: int, batch_size: int, checkpointing: bool = False) -> int:
+    """What backward needs of a forward pass over ``batch_size`` images, over all ranks; with activation checkpointing
+    the input of each residual unit, and all that one of the widest keeps."""
     units = (depth - 4) // 6
     positions = batch_size * IMAGE_SIZE**2
     maps = units * (16 * width * positions + 32 * width * positions // 4 + 64 * width * positions // 16)
-    return 4 * SAVED_MAPS * maps
+    return 4 * (maps + SAVED_MAPS * 16 * width * positions) if checkpointing else 4 * SAVED_MAPS * maps
 
 
 def needed_bytes(case: Case, momentum: bool, update_in_backward: bool = False) -> int:
@@ -53,7 +54,7 @@ def needed_bytes(case: Case, momentum: bool, update_in_backward: bool = False) -
         update_in_backward: whether each gradient is let go as soon as its parameter has been stepped.
     """
     count = parameter_count(case.depth, case.width, case.conv, case.groups)
-    activations = activation_bytes(case.depth, case.width, case.batch_size)
+    activations = activation_bytes(case.depth, case.width, case.batch_size, case.activation_checkpointing)
     held = (4 + 4 * momentum + 4 * (not update_in_backward)) * count
     held += FILTER_COPIES * 4 * 9 * (64 * case.width) ** 2 // case.groups
     if case.strategy == "zero3":

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.activation_checkpointing.checkpointing import CheckpointFunction
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -146,7 +147,8 @@ def _tensor_bytes(value: Any) -> int:
 
 
 class SavedActivations:
-    """Measures what a forward pass keeps for backward while entered, parameters excepted.
+    """Measures what a forward pass keeps for backward while entered, parameters excepted: what autograd saves, and what
+    DeepSpeed's activation checkpointing keeps out of its sight.
 
     Attributes:
         peak_bytes: the most that was kept at any time. Tensors that share a storage count once.
@@ -161,10 +163,24 @@ class SavedActivations:
 
     def __enter__(self) -> SavedActivations:
         self._hooks.__enter__()
+        self._checkpoint = CheckpointFunction.forward
+        CheckpointFunction.forward = staticmethod(self._counted(self._checkpoint))
         return self
 
     def __exit__(self, *error: object) -> None:
+        CheckpointFunction.forward = staticmethod(self._checkpoint)
         self._hooks.__exit__(*error)
+
+    def _counted(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """DeepSpeed's ``forward``, the inputs that it keeps counted for as long as it does."""
+
+        def counted(ctx: Any, *args: Any) -> Any:
+            outputs = forward(ctx, *args)
+            ctx.deepspeed_saved_tensors = _Inputs(ctx.deepspeed_saved_tensors)
+            ctx.deepspeed_saved_tensors.packed = [self._pack(tensor) for tensor in ctx.deepspeed_saved_tensors]
+            return outputs
+
+        return counted
 
     def _pack(self, tensor: Tensor) -> Tensor | _Saved:
         storage = tensor.untyped_storage()
@@ -193,6 +209,12 @@ class SavedActivations:
     @staticmethod
     def _unpack(saved: Tensor | _Saved) -> Tensor:
         return saved.tensor if isinstance(saved, _Saved) else saved
+
+
+class _Inputs(tuple[Tensor, ...]):
+    """The inputs of a block under activation checkpointing, and what counts them."""
+
+    packed: list[Any]
 
 
 class _Saved:

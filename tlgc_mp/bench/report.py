@@ -190,7 +190,9 @@ def _head(row: Row) -> list[str]:
 
 
 def _name(row: Row) -> str:
-    return f"pipeline, {row['micro_batches']} micro-batches" if row["strategy"] == "pipeline" else row["strategy"]
+    if row["strategy"] == "pipeline":
+        return f"pipeline, {row['micro_batches']} micro-batches"
+    return f"{row['strategy']}, activation checkpointing" if row["activation_checkpointing"] else row["strategy"]
 
 
 def _number(value: float | None, digits: int, unit: float = 1.0) -> str:

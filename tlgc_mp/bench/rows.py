@@ -13,6 +13,7 @@ says otherwise.
     dtype                                 fp32, or bf16: autocast over fp32 parameters
     momentum                              of SGD; 0.0 where it keeps none
     micro_batches                         of a step of pipeline, the fastest number tried; 1 for all others
+    activation_checkpointing              whether residual units keep only their input for backward
     micro_batch_seconds        s          number of micro-batches -> median step, of those tried in the first round
     median_step_seconds        s          over all samples
     images_per_second          images/s   at the median step
@@ -110,6 +111,7 @@ def make_row(record: Record, dtype: str, best_flops_per_second: float | None, co
         "dtype": dtype,
         "momentum": MOMENTUM if record.momentum else 0.0,
         "micro_batches": record.micro_batches or case.micro_batches[0],
+        "activation_checkpointing": case.activation_checkpointing,
         "micro_batch_seconds": {str(count): seconds for count, seconds in record.micro_batch_seconds.items()},
         "samples": [],
         "note": record.note,

@@ -106,6 +106,7 @@ def _measure(record: Record, round_index: int, settings: BenchSettings) -> None:
             "momentum": record.momentum,
             "update_in_backward": record.update_in_backward,
             "micro_batches": count,
+            "activation_checkpointing": case.activation_checkpointing,
             "steps": settings.steps,
         }
         outcome = launch.measure(request, case.ranks, settings.time_limit)

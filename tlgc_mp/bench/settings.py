@@ -28,6 +28,9 @@ a time. pipeline: the same with micro-batches. channel-parallel: the dense netwo
 channels split. zero3: the dense network, data-parallel, parameters split (ZeRO stage 3).
 """
 
+CHECKPOINTED = tuple(name for name, conv in STRATEGIES.items() if conv != "sc" or name == "channel-parallel")
+"""Strategies that activation checkpointing applies to."""
+
 QUICK_STRATEGIES = tuple(name for name in STRATEGIES if not name.startswith("gc-2l-"))
 
 DTYPES = ("fp32", "bf16")
@@ -45,6 +48,7 @@ class Case:
         ranks: P, or the number of replicas of ``zero3``.
         batch_size: images a step, over all ranks.
         micro_batches: numbers of micro-batches to choose from; ``(1,)`` for all but ``pipeline``.
+        activation_checkpointing: whether residual units keep only their input for backward.
     """
 
     strategy: str
@@ -54,6 +58,7 @@ class Case:
     ranks: int
     batch_size: int
     micro_batches: tuple[int, ...] = (1,)
+    activation_checkpointing: bool = False
 
     @property
     def conv(self) -> str:
@@ -175,7 +180,8 @@ def _case(strategy: str, depth: int, width: int, ranks: int, batch_size: int, op
                 f"--micro-batches={tried}: none divides the batch of {batch_size} at width {width}; "
                 f"use some of {', '.join(str(d) for d in divisors(batch_size))}"
             )
-    return Case(strategy, depth, width, groups, ranks, batch_size, micro_batches)
+    checkpointed = options.activation_checkpointing and strategy in CHECKPOINTED
+    return Case(strategy, depth, width, groups, ranks, batch_size, micro_batches, checkpointed)
 
 
 def _output(given: str | None) -> str:

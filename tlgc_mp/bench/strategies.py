@@ -16,7 +16,7 @@ from tlgc_mp.bench.settings import IMAGE_SIZE, NUM_CLASSES, STRATEGIES
 from tlgc_mp.models import create_model
 from tlgc_mp.models.wide_resnet import WideResNet
 from tlgc_mp.nn import TwoLevelConv2d
-from tlgc_mp.parallel import initialize
+from tlgc_mp.parallel import checkpoint_activations, initialize
 
 SEED = 1
 LEARNING_RATE = 1e-3
@@ -117,6 +117,8 @@ def _engine(
         for module in model.modules():
             if isinstance(module, TwoLevelConv2d):
                 module.coarse_mode = coarse_mode
+    if request["activation_checkpointing"]:
+        checkpoint_activations(model)
     engine, *_ = initialize(model=model, optimizer=optimizer, config=config, seed=SEED)
 
     def step() -> None:

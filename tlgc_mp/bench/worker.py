@@ -55,7 +55,8 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         request: ``strategy`` (or ``"core-rate"``), ``dtype``, and for a strategy ``depth``, ``width``, ``groups``,
-            ``batch_size``, ``momentum``, ``update_in_backward``, ``micro_batches`` and ``steps``.
+            ``batch_size``, ``momentum``, ``update_in_backward``, ``micro_batches``, ``activation_checkpointing`` and
+            ``steps``.
 
     Returns:
         ``{"best_flops_per_second"}`` for the core rate; for a strategy ``seconds`` and ``busy_cpu_seconds`` of each

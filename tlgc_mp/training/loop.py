@@ -19,7 +19,7 @@ from tlgc_mp.data import EvaluationBatches, TrainingBatches, load_datasets
 from tlgc_mp.data.streams import stream_seed
 from tlgc_mp.errors import UsageError
 from tlgc_mp.models import create_model
-from tlgc_mp.parallel import initialize
+from tlgc_mp.parallel import checkpoint_activations, initialize
 from tlgc_mp.parallel.engine import start_distributed
 from tlgc_mp.parallel.plan import parameter_counts
 from tlgc_mp.parallel.sharding import effective_parameters
@@ -83,6 +83,8 @@ def train(settings: TrainSettings, launch: Launch) -> None:
             coarse_init=settings.coarse_init,
             device="meta",
         )
+    if settings.activation_checkpointing:
+        checkpoint_activations(model)
     counts = parameter_counts(model, settings.topology.tensor_parallel)
     _say(speaks, _headline(settings, counts))
     engine, _, _, _ = initialize(
@@ -322,6 +324,7 @@ def _headline(settings: TrainSettings, counts: dict[str, int]) -> str:
     return (
         f"{settings.model}, {settings.conv}{groups}, {counts['total']:,} parameters on {topology.world} rank(s): "
         f"{topology.tensor_parallel} tensor-parallel x {topology.data_parallel} data-parallel"
+        f"{', activation checkpointing' if settings.activation_checkpointing else ''}"
     )
 
 

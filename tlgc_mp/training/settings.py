@@ -55,6 +55,7 @@ class TrainSettings:
     accumulation: int
     seed: int
     workers: int
+    activation_checkpointing: bool
     output_dir: str
     keep: int
     topology: Topology
@@ -143,6 +144,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         accumulation=accumulation,
         seed=options.seed,
         workers=_workers(options, launch),
+        activation_checkpointing=options.activation_checkpointing,
         output_dir=output_dir,
         keep=options.keep,
         topology=topology,

@@ -1,0 +1,108 @@
+"""Activation checkpointing: a block keeps only its input for backward, where it is computed once more.
+
+It is DeepSpeed's own (``deepspeed.checkpointing``), with what that leaves to its caller: BatchNorm counts a batch once,
+and what ran under autocast runs under it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed.runtime.activation_checkpointing import checkpointing
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tlgc_mp.errors import UsageError
+from tlgc_mp.models.wide_resnet import ResidualUnit
+
+
+def checkpoint_activations(
+    model: nn.Module, blocks: type[nn.Module] | tuple[type[nn.Module], ...] = ResidualUnit
+) -> nn.Module:
+    """Has every block of ``model`` keep only its input for backward, in place, before or after ``model`` is split.
+
+    Losses, gradients and BatchNorm's statistics stay bit for bit what they are; a step costs one more forward pass of
+    the blocks, their collectives included. Names of parameters and modules stay as they are.
+
+    Args:
+        blocks: the class or classes of the blocks, of which the outermost count: torchvision's ``BasicBlock``, say.
+            A block takes tensors by position, returns one, and does not change its inputs in place.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        UsageError: ``model`` has no such block, or one that holds no layers.
+    """
+    found = list(_outermost(model, blocks))
+    names = ", ".join(block.__name__ for block in (blocks if isinstance(blocks, tuple) else (blocks,)))
+    if not found:
+        raise UsageError(f"blocks={names}: the model has none; give the classes of its blocks")
+    for block in found:
+        if next(block.children(), None) is None:  # splitting would replace it
+            raise UsageError(f"blocks={names}: {type(block).__name__} holds no layers; give a class of blocks that do")
+        block.forward = functools.partial(_checkpointed, block)
+    return model
+
+
+def _outermost(module: nn.Module, blocks: type[nn.Module] | tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
+    if isinstance(module, blocks):
+        yield module
+        return
+    for child in module.children():
+        yield from _outermost(child, blocks)
+
+
+def _checkpointed(block: nn.Module, *inputs: Tensor) -> Any:
+    """The forward pass of ``block`` under activation checkpointing, as far as there is going to be a backward one."""
+    forward = functools.partial(type(block).forward, block)
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+    if checkpointing.PARTITION_ACTIVATIONS and checkpointing.mp_size > 1:
+        raise UsageError(
+            "activation_checkpointing.partition_activations: activations are split over the ranks by channel already; "
+            "leave it out"
+        )
+    if not any(x.requires_grad for x in inputs):
+        # The block's parameters would get no gradient: DeepSpeed goes by the inputs.
+        inputs = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
+    autocast = _current_autocast(inputs[0].device.type)
+    computed = itertools.count()
+
+    def compute(*inputs: Tensor) -> Any:
+        if next(computed) == 0:
+            return forward(*inputs)
+        with autocast, _statistics_at_rest(block):
+            return forward(*inputs)
+
+    return checkpointing.checkpoint(compute, *inputs)
+
+
+def _current_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """The autocast of now, to be entered again: backward runs outside it."""
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(
+        device,
+        dtype=torch.get_autocast_dtype(device),
+        enabled=torch.is_autocast_enabled(device),
+        cache_enabled=torch.is_autocast_cache_enabled(),
+    )
+
+
+@contextlib.contextmanager
+def _statistics_at_rest(block: nn.Module) -> Iterator[None]:
+    """Keeps BatchNorm from counting a batch that it has counted; what it computes stays the same."""
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
