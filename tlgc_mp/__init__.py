@@ -8,13 +8,18 @@ from tlgc_mp import lazy
 from tlgc_mp.errors import UsageError
 
 if TYPE_CHECKING:
-    from tlgc_mp.models import create_model
+    from tlgc_mp.models import convert, create_model
     from tlgc_mp.parallel import initialize, shard
 
 __version__ = "0.1.0"
-__all__ = ["UsageError", "create_model", "initialize", "shard"]
+__all__ = ["UsageError", "convert", "create_model", "initialize", "shard"]
 
 __getattr__ = lazy.attributes(
     __name__,
-    {"create_model": "tlgc_mp.models", "initialize": "tlgc_mp.parallel", "shard": "tlgc_mp.parallel"},
+    {
+        "convert": "tlgc_mp.models",
+        "create_model": "tlgc_mp.models",
+        "initialize": "tlgc_mp.parallel",
+        "shard": "tlgc_mp.parallel",
+    },
 )

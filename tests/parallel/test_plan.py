@@ -51,6 +51,28 @@ def test_every_kind_of_layer_is_placed() -> None:
     }
 
 
+class ActivatedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm, then an activation that is its child."""
+
+    def __init__(self, channels: int, activation: nn.Module) -> None:
+        super().__init__(channels)
+        self.activation = activation
+
+
+def test_a_subclass_of_batch_norm_that_holds_what_it_holds_is_placed() -> None:
+    norm = ActivatedBatchNorm(8, nn.ReLU())
+    assert plan(_network(norm), 2)["1"] == plan(_network(nn.BatchNorm2d(8)), 2)["1"]
+
+
+def test_a_subclass_of_batch_norm_with_more_to_it_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match=r"^1\.activation: PReLU mixes channels, holds parameters "):
+        plan(_network(ActivatedBatchNorm(8, nn.PReLU(8))), 2)
+    norm = ActivatedBatchNorm(8, nn.ReLU())
+    norm.register_buffer("scale", torch.ones(8))
+    with pytest.raises(UsageError, match=r"^1: ActivatedBatchNorm mixes channels, holds parameters "):
+        plan(_network(norm), 2)
+
+
 @pytest.mark.parametrize("name", ["wrn-28-10", "imagenet-wrn-34-2", "mobilenet_v2"])
 @pytest.mark.parametrize(("conv", "groups"), [("sc", 1), ("gc-2l", 4)])
 def test_a_rank_holds_its_part_of_all_but_the_bias_of_the_head(name: str, conv: str, groups: int) -> None:

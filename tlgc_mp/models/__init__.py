@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING
 from tlgc_mp import lazy
 
 if TYPE_CHECKING:
+    from tlgc_mp.models.conversion import Conversion, convert
     from tlgc_mp.models.factory import create_model
     from tlgc_mp.models.mobilenet_v2 import MobileNetV2
     from tlgc_mp.models.wide_resnet import WideResNet
 
-__all__ = ["MobileNetV2", "WideResNet", "create_model"]
+__all__ = ["Conversion", "MobileNetV2", "WideResNet", "convert", "create_model"]
 
 __getattr__ = lazy.attributes(
     __name__,
     {
+        "Conversion": "tlgc_mp.models.conversion",
+        "convert": "tlgc_mp.models.conversion",
         "create_model": "tlgc_mp.models.factory",
         "MobileNetV2": "tlgc_mp.models.mobilenet_v2",
         "WideResNet": "tlgc_mp.models.wide_resnet",

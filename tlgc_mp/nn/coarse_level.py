@@ -219,16 +219,19 @@ class Fused(torch.autograd.Function):
         both = both.contiguous(memory_format=torch.channels_last)
         both_rows = _rows(both).unflatten(1, (groups, -1))  # L, G, m/N + 1
         gathered = exchange.gather(both_rows[:, :, -1].t().contiguous())()  # N, L
-        out = x.new_empty(both_rows.shape[0], weight.shape[0])
-        fine_rows, out_groups = both_rows[:, :, :-1], out.unflatten(1, (groups, -1))
+        size = (both.shape[0], weight.shape[0], *both.shape[2:])
+        # Not a view of its rows: an in-place activation may follow, which autograd refuses on a view made here.
+        out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        rows = _rows(out)
+        fine_rows, out_groups = both_rows[:, :, :-1], rows.unflatten(1, (groups, -1))
         if bias is None:
             out_groups.copy_(fine_rows)
         else:
             torch.add(fine_rows, bias.view(groups, -1), out=out_groups)
-        out.addmm_(gathered.t(), prolongation.t())
+        rows.addmm_(gathered.t(), prolongation.t())
         ctx.save_for_backward(x, filters, prolongation, gathered)
         ctx.fine, ctx.groups, ctx.exchange = fine, groups, exchange
-        return _image(out, both).contiguous(memory_format=ctx.memory_format)
+        return out.contiguous(memory_format=ctx.memory_format)
 
     @staticmethod
     @once_differentiable

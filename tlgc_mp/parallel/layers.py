@@ -7,6 +7,7 @@ save and its checkpoint metadata treat it as one of its own.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ class ShardedLayer(TensorParallel_Layer):
             persistent = key not in layer._non_persistent_buffers_set
             share = None if buffer is None else self._share(key, buffer, device)
             self.register_buffer(key, share, persistent=persistent)
+        self._modules.update(layer._modules)
         self._adjust(self.tp_world_size)
 
     def _adjust(self, ranks: int) -> None:
@@ -247,6 +249,20 @@ class ParallelBatchNorm2d(nn.BatchNorm2d, ShardedLayer):
         self.num_features //= ranks
 
 
+def parallel_batch_norm(layer: nn.BatchNorm2d, *arguments: Any) -> ParallelBatchNorm2d:
+    """``layer`` as a :class:`ParallelBatchNorm2d`; one of a subclass, such as BatchNorm with an activation, keeps the
+    forward pass of its class, and its children."""
+    kind: Any = type(layer)
+    return _parallel_batch_norm_class(kind)(layer, *arguments)
+
+
+@functools.cache
+def _parallel_batch_norm_class(kind: Any) -> Any:
+    if kind is nn.BatchNorm2d:
+        return ParallelBatchNorm2d
+    return type(f"Parallel{kind.__name__}", (ParallelBatchNorm2d, kind), {})
+
+
 class ParallelDropout(nn.Dropout, ShardedLayer):
     """Dropout of split channels: each rank draws what it drops from a random stream of its own. No communication.
 
@@ -287,11 +303,11 @@ LAYERS: dict[str, Any] = {
     "prototype": ParallelTwoLevelPrototypeConv2d,
     "shuffle": ParallelShuffleConv2d,
     "gathered": GatheredConv2d,
-    "channels": ParallelBatchNorm2d,
+    "channels": parallel_batch_norm,
     "dropout": ParallelDropout,
     "row": RowParallelLinear,
 }
-"""Kind of placement -> the class that carries it out."""
+"""Kind of placement -> what makes the layer that carries it out."""
 
 
 def collect_checkpoint_info(model: nn.Module) -> None:

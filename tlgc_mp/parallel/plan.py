@@ -11,7 +11,7 @@ without a process group: splitting a model and counting its parameters follow th
     prototype   its prototype: the same
     shuffle     group convolution with shuffled channels: local, but for an all-to-all of its output
     gathered    a dense convolution in the middle: input channels gathered, output channels split; exact and expensive
-    channels    BatchNorm: local
+    channels    BatchNorm, and subclasses that hold what it holds: local
     dropout     local, with a random stream of its own on each rank
     row         the head: input features split, partial logits summed
 """
@@ -84,7 +84,7 @@ def plan(model: nn.Module, tensor_parallel: int) -> dict[str, Placement]:
                 raise UsageError(f"{name}: a stem with groups={module.groups} cannot be split; use a dense one")
             placements[name] = Placement(kind, dict.fromkeys(_names(module), 0))
             stem_found = True
-        elif type(module) is nn.BatchNorm2d:
+        elif isinstance(module, nn.BatchNorm2d) and {*module._parameters, *module._buffers} == _BATCH_NORM:
             _check_share("num_features", module.num_features, tensor_parallel, name)
             names = [n for n in (*_names(module), "running_mean", "running_var") if getattr(module, n) is not None]
             placements[name] = Placement("channels", dict.fromkeys(names, 0))
@@ -128,6 +128,9 @@ _UNKNOWN = (
     nn.RReLU,
 )
 """Without parameters, and yet not to be left as they are: they mix channels or draw random numbers."""
+
+
+_BATCH_NORM = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 
 
 def _names(module: nn.Module) -> list[str]:

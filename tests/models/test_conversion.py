@@ -1,0 +1,375 @@
+"""Converting any torch CNN: what is replaced, what is left and why, what a layer keeps, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from tlgc_mp import UsageError, convert
+from tlgc_mp.models import Conversion, create_model
+from tlgc_mp.nn import (
+    FullyLearnableGroupConv2d,
+    ShuffleConv2d,
+    TwoLevelConv2d,
+    TwoLevelPrototypeConv2d,
+    init_parameters,
+)
+
+SEED = 15
+KINDS: dict[str, type[nn.Module]] = {
+    "gc": nn.Conv2d,
+    "gc-2l": TwoLevelConv2d,
+    "gc-2l-proto": TwoLevelPrototypeConv2d,
+    "shuffle": ShuffleConv2d,
+    "flgc": FullyLearnableGroupConv2d,
+}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "torchvision resnet18": functools.partial(torchvision.models.resnet18, num_classes=10),
+    "torchvision mobilenet_v2": functools.partial(torchvision.models.mobilenet_v2, num_classes=10),
+    "timm resnet10t": functools.partial(timm.create_model, "resnet10t", num_classes=10, zero_init_last=False),
+    "timm mobilenetv3_small_050": functools.partial(timm.create_model, "mobilenetv3_small_050", num_classes=10),
+}
+
+
+def network(*middle: nn.Module) -> nn.Sequential:
+    """A stem of 8 channels, ``middle``, and a head."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3), *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+def report(model: nn.Module) -> Conversion:
+    assert isinstance(model.conversion, Conversion)
+    return model.conversion
+
+
+def dense_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """Those that are neither the first nor grouped."""
+    found = [(name, module) for name, module in model.named_modules() if type(module) is nn.Conv2d]
+    return {name: module for name, module in found[1:] if module.groups == 1}
+
+
+def output_shapes(model: nn.Module, names: list[str], images: Tensor) -> dict[str, torch.Size]:
+    shapes: dict[str, torch.Size] = {}
+    hooks = []
+    for name in names:
+
+        def see(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
+            shapes[name] = output.shape
+
+        hooks.append(model.get_submodule(name).register_forward_hook(see))
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "conv"),
+    [*((name, "gc-2l") for name in MODELS), *(("torchvision resnet18", conv) for conv in KINDS if conv != "gc-2l")],
+)
+def test_a_converted_model_trains(name: str, conv: str) -> None:
+    torch.manual_seed(SEED)
+    model = MODELS[name]()
+    images, labels = torch.randn(4, 3, 64, 64), torch.arange(4)
+    dense = dense_convolutions(model)
+    sizes = {key: sum(param.numel() for param in layer.parameters()) for key, layer in dense.items()}
+    expected = output_shapes(model, list(dense), images)
+
+    assert convert(model, conv=conv, groups=4) is model
+    assert output_shapes(model, list(dense), images) == expected
+    assert {key: old for key, (old, _) in report(model).replaced.items()} == sizes
+    for key, (_, new) in report(model).replaced.items():
+        layer = model.get_submodule(key)
+        assert type(layer) is KINDS[conv]
+        assert layer.groups == 4
+        assert new == sum(param.numel() for param in layer.parameters())
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    before = copy.deepcopy(model.state_dict())
+    F.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+    for key, param in model.named_parameters():
+        assert param.grad is not None and param.grad.isfinite().all(), key
+        if "selection" not in key:  # of a softmax that saturates, in float32
+            assert not torch.equal(param, before[key]), key
+
+
+LAYERS = {
+    "plain": {},
+    "strided, padded by a pair, dilated": {"stride": (2, 1), "padding": (2, 1), "dilation": (1, 2), "bias": False},
+    "padding='same'": {"padding": "same", "dilation": 2},
+    "a kernel that is not square": {"kernel_size": (1, 3), "padding": "valid"},
+}
+
+
+@pytest.mark.parametrize("conv", KINDS)
+@pytest.mark.parametrize("arguments", LAYERS.values(), ids=LAYERS)
+def test_a_layer_keeps_what_it_has(arguments: dict[str, Any], conv: str) -> None:
+    """All but its weights: with blocks outside of the diagonal at zero, not even those."""
+    torch.manual_seed(SEED)
+    layer = nn.Conv2d(8, 8, **{"kernel_size": 3, **arguments}, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight[:4, 4:] = layer.weight[4:, :4] = 0.0
+    layer.to(memory_format=torch.channels_last).eval()
+    layer.weight.requires_grad_(False)
+    x = torch.randn(2, 8, 7, 6, dtype=torch.float64)
+    fits = conv in ("gc", "gc-2l")
+    model = convert(network(layer).eval(), conv=conv, groups=2, init="from_dense" if fits else "random")
+    new = model.get_submodule("1")
+    assert type(new) is KINDS[conv]
+    assert not new.training
+    assert new(x).shape == layer(x).shape
+    assert ("bias" in dict(new.named_parameters())) == (layer.bias is not None)
+    for key, param in new.named_parameters():
+        assert param.dtype == torch.float64, key
+        assert param.requires_grad == (key == "bias"), key
+        assert param.is_contiguous(memory_format=torch.channels_last) or param.dim() != 4, key
+    if fits:
+        torch.testing.assert_close(new(x), layer(x), rtol=0, atol=1e-12, msg=lambda m: f"seed {SEED}: {m}")
+
+
+@pytest.mark.parametrize("conv", KINDS)
+def test_random_weights_are_the_layers_own(conv: str) -> None:
+    model = network(nn.Conv2d(8, 8, 3, bias=False))
+    torch.manual_seed(SEED)
+    expected = KINDS[conv](8, 8, 3, groups=4, bias=False)
+    torch.manual_seed(SEED)
+    found = convert(model, conv=conv, groups=4).get_submodule("1")
+    for key, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value), key
+
+
+def test_fitting_draws_nothing_at_random() -> None:
+    model = network(nn.Conv2d(8, 8, 3))
+    state = torch.get_rng_state()
+    convert(model, groups=4, init="from_dense")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Subclass(nn.Conv2d):
+    pass
+
+
+def _with_hook() -> nn.Module:
+    layer = nn.Conv2d(8, 8, 3)
+    layer.register_forward_hook(lambda module, inputs, output: output)
+    return layer
+
+
+LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "groups": (lambda: nn.Conv2d(8, 8, 3, groups=2), "grouped already: groups=2"),
+    "depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8), "grouped already: groups=8"),
+    "inputs": (lambda: nn.Conv2d(6, 8, 3), "groups=4 does not divide its channels: 6 to 8"),
+    "outputs": (lambda: nn.Conv2d(8, 6, 3), "groups=4 does not divide its channels: 8 to 6"),
+    "reflected": (
+        lambda: nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
+        "padding is not of zeros: padding_mode='reflect'",
+    ),
+    "subclass": (lambda: Subclass(8, 8, 3), "not a plain Conv2d: Subclass"),
+    "lazy": (lambda: nn.LazyConv2d(8, 3), "not a plain Conv2d: LazyConv2d"),
+    "transposed": (lambda: nn.ConvTranspose2d(8, 8, 3), "not a plain Conv2d: ConvTranspose2d"),
+    "one-dimensional": (lambda: nn.Conv1d(8, 8, 3), "not a plain Conv2d: Conv1d"),
+    "converted": (lambda: TwoLevelConv2d(8, 8, 3, groups=2), "not a plain Conv2d: TwoLevelConv2d"),
+    "hooked": (_with_hook, "hooks or a parametrization would be lost"),
+    "weight norm": (
+        lambda: nn.utils.weight_norm(nn.Conv2d(8, 8, 3)),
+        "hooks or a parametrization would be lost",
+    ),
+    "parametrized": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)),
+        "not a plain Conv2d: ParametrizedConv2d",
+    ),
+    "cannot be centred": (
+        lambda: nn.Conv2d(8, 8, 2, padding="same"),
+        "no such gc-2l layer: padding='same' needs stride 1 and an even dilation * (kernel_size - 1), got "
+        "stride=(1, 1), kernel_size=(2, 2), dilation=(1, 1)",
+    ),
+}
+
+
+def test_what_is_left_and_why() -> None:
+    model = network(nn.Conv2d(8, 8, 3), *(make() for make, _ in LEFT.values()))
+    kept = dict(model.named_children())
+    convert(model, groups=4)
+    names = [str(index) for index in range(2, 2 + len(LEFT))]
+    reasons = {name: reason for name, (_, reason) in zip(names, LEFT.values(), strict=True)}
+    assert report(model).left == {"0": "the stem", **reasons}
+    assert report(model).replaced == {"1": (8 * 8 * 9 + 8, 8 * 8 * 9 // 4 + 8 * 9 + 8 * 4 + 8)}
+    assert all(model.get_submodule(name) is kept[name] for name in report(model).left)
+
+
+def test_the_report_is_a_table() -> None:
+    model = convert(network(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1, groups=8)), conv="gc", groups=4)
+    assert str(report(model)) == (
+        "1  gc, 4 groups: 584 -> 152 parameters\n"
+        "0  left: the stem\n"
+        "2  left: grouped already: groups=8\n"
+        "1 replaced, 2 left: 584 -> 152 parameters"
+    )
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["layer[34].*", lambda name, layer: name.startswith(("layer3.", "layer4."))],
+    ids=["pattern", "function"],
+)
+def test_where_selects(where: Any) -> None:
+    model = torchvision.models.resnet18()
+    expected = [name for name in dense_convolutions(model) if name[:6] in ("layer3", "layer4")]
+    convert(model, groups=2, where=where)
+    assert list(report(model).replaced) == expected
+    assert {reason for name, reason in report(model).left.items() if name != "conv1"} == {"not selected by where"}
+
+
+def test_where_is_asked_with_the_layer() -> None:
+    model = convert(torchvision.models.resnet18(), groups=2, where=lambda name, layer: layer.kernel_size == (1, 1))
+    assert list(report(model).replaced) == [f"layer{stage}.0.downsample.0" for stage in (2, 3, 4)]
+
+
+def test_a_part_can_be_converted_after_another() -> None:
+    model = convert(create_model("wrn-10-1", conv="sc"), groups=4, where="units.2.*")
+    convert(model, conv="gc", groups=2)
+    assert type(model.get_submodule("units.2.conv1")) is TwoLevelConv2d
+    expected = ["units.0.conv1", "units.0.conv2", "units.1.conv1", "units.1.conv2", "units.1.shortcut"]
+    assert list(report(model).replaced) == expected
+
+
+def test_a_head_that_is_a_convolution_is_left() -> None:
+    model = convert(torchvision.models.squeezenet1_1(), groups=2)
+    assert report(model).left == {"features.0": "the stem", "classifier.1": "the head"}
+
+
+def test_a_layer_used_twice_is_replaced_once() -> None:
+    shared = nn.Conv2d(8, 8, 3, padding=1)
+    model = network(shared, nn.ReLU(), nn.Sequential(shared))
+    convert(model, groups=2, where="3.0")
+    assert list(report(model).replaced) == ["1"]
+    assert type(model.get_submodule("1")) is TwoLevelConv2d
+    assert model.get_submodule("1") is model.get_submodule("3.0")
+
+
+@pytest.mark.parametrize("key", ["weight", "bias"])
+def test_a_parameter_of_two_layers_keeps_both_as_they_are(key: str) -> None:
+    first, second, third = (nn.Conv2d(8, 8, 3) for _ in range(3))
+    setattr(second, key, getattr(first, key))
+    model = convert(network(first, second, third), groups=2)
+    assert list(report(model).replaced) == ["3"]
+    assert report(model).left == {
+        "0": "the stem",
+        "1": f"tied to another layer: {key}",
+        "2": f"tied to another layer: {key}",
+    }
+
+
+@pytest.mark.parametrize("conv", KINDS)
+def test_meta_device(conv: str) -> None:
+    with torch.device("meta"):
+        model = torchvision.models.resnet18(num_classes=10)
+    convert(model, conv=conv, groups=4)
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    init_parameters(model.to_empty(device="cpu"), SEED)
+    assert model(torch.randn(2, 3, 32, 32)).isfinite().all()
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"conv": "dense"}, "conv='dense' is unknown; use one of gc, gc-2l, gc-2l-proto, shuffle, flgc"),
+    ({"conv": "sc"}, "conv='sc' is unknown; use one of gc, gc-2l, gc-2l-proto, shuffle, flgc"),
+    ({"groups": 0}, "groups=0 is not a number of groups; use 1 or more"),
+    ({"groups": 2.0}, "groups=2.0 is not a number of groups; use 1 or more"),
+    ({"groups": True}, "groups=True is not a number of groups; use 1 or more"),
+    ({"init": "dense"}, "init='dense' is unknown; use one of random, from_dense"),
+    (
+        {"init": "from_dense", "conv": "shuffle"},
+        "init='from_dense' does not know how to fit conv='shuffle'; use 'random', or one of gc, gc-2l",
+    ),
+    ({"where": 3}, "where=3 is neither a function of (name, layer) nor a pattern; use e.g. 'layer4.*'"),
+    (
+        {"groups": 3},
+        "groups=3: none of its 20 convolutions can be replaced: groups=3 does not divide its channels (19 of them); "
+        "use one of 1, 2, 4, 8, 16, 32, 64",
+    ),
+    (
+        {"where": "layer5.*"},
+        "where='layer5.*': none of its 20 convolutions can be replaced: not selected by where (19 of them); "
+        "use one that selects names such as 'layer1.0.conv1'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_refusal_changes_nothing(wrong: dict[str, Any], message: str) -> None:
+    model = torchvision.models.resnet18()
+    modules, state = dict(model.named_modules()), copy.deepcopy(model.state_dict())
+    with pytest.raises(UsageError) as caught:
+        convert(model, **{"groups": 2, **wrong})
+    assert str(caught.value) == message
+    assert_unchanged(model, modules, state)
+
+
+def assert_unchanged(model: nn.Module, modules: dict[str, nn.Module], state: dict[str, Tensor]) -> None:
+    found = dict(model.named_modules())
+    assert found.keys() == modules.keys()
+    assert all(found[name] is modules[name] for name in modules)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert not hasattr(model, "conversion")
+
+
+def test_weights_that_cannot_be_fitted_leave_the_model_as_it_is() -> None:
+    model = network(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    with torch.no_grad():
+        model[2].weight.fill_(torch.inf)
+    modules, state = dict(model.named_modules()), copy.deepcopy(model.state_dict())
+    with pytest.raises(torch.linalg.LinAlgError):
+        convert(model, groups=2, init="from_dense")
+    assert_unchanged(model, modules, state)
+
+
+NOTHING: dict[str, tuple[nn.Module, str]] = {
+    "no convolution": (
+        nn.Linear(3, 3),
+        "model: it has no convolution to replace; give one with torch.nn.Conv2d layers",
+    ),
+    "only a stem": (
+        network(),
+        "model: none of its 1 convolutions can be replaced: the stem (1 of them); use one with dense torch.nn.Conv2d "
+        "layers after the first",
+    ),
+    "grouped": (
+        network(nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 3, groups=8), Subclass(8, 8, 3)),
+        "model: none of its 4 convolutions can be replaced: grouped already (2 of them); use one with dense "
+        "torch.nn.Conv2d layers after the first",
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "message"), NOTHING.values(), ids=NOTHING)
+def test_nothing_to_replace(model: nn.Module, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        convert(model, groups=2)
+    assert str(caught.value) == message
+
+
+def test_the_meta_device_has_no_weights_to_fit() -> None:
+    model = create_model("wrn-10-1", conv="sc", device="meta")
+    with pytest.raises(UsageError, match=r"^init='from_dense': the model is on the meta device and holds no weights; "):
+        convert(model, groups=2, init="from_dense")
+
+
+def test_it_needs_no_deepspeed() -> None:
+    code = (
+        "import sys, torch, tlgc_mp; from torch import nn; "
+        "tlgc_mp.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3)), groups=2, init='from_dense'); "
+        "print([name for name in sys.modules if name.startswith(('deepspeed', 'tlgc_mp.parallel'))])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.strip() == "[]"

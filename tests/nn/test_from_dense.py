@@ -1,0 +1,157 @@
+"""Weights fitted to a dense convolution's: as close as any can be, and closer than a group convolution's.
+
+The operator that a fitted layer has is written out as one dense weight, block by block, and its error is compared with
+the singular values of the blocks, computed by numpy, and with what an optimizer finds. Weights are random, or those of
+a WideResNet trained on handwritten digits.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tlgc_mp import convert, create_model
+from tlgc_mp.data import load_datasets
+from tlgc_mp.nn import TwoLevelConv2d
+
+SEED = 11
+GROUPS = [2, 4, 8, 16]
+
+
+def fitted(dense: nn.Conv2d, conv: str, groups: int) -> nn.Module:
+    """What ``dense`` becomes as the second convolution of a network; it is itself not changed."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), dense, nn.Linear(1, 1))
+    return convert(network, conv=conv, groups=groups, init="from_dense").get_submodule("1")
+
+
+def operator(layer: nn.Module) -> Tensor:
+    """The dense weight (m, n, d, d) of a group or two-level convolution, in float64."""
+    weight = layer.weight.detach().double()
+    groups = layer.groups
+    rows, columns = weight.shape[0] // groups, weight.shape[1]
+    whole = torch.zeros(weight.shape[0], columns * groups, *weight.shape[2:], dtype=torch.float64)
+    for k in range(groups):
+        here = slice(k * rows, (k + 1) * rows)
+        whole[here, k * columns : (k + 1) * columns] = weight[here]
+    if isinstance(layer, TwoLevelConv2d):
+        prolongation, restriction = layer.prolongation.detach().double(), layer.restriction.detach().double()
+        for j in range(groups):
+            for row in range(weight.shape[0]):
+                whole[row, j * columns : (j + 1) * columns] += prolongation[row, j] * restriction[j]
+    return whole
+
+
+def squared_error(layer: nn.Module, dense: nn.Conv2d) -> float:
+    return (operator(layer) - dense.weight.detach().double()).square().sum().item()
+
+
+def least_squared_error(dense: nn.Conv2d, groups: int, rank: int) -> float:
+    """Of the exact diagonal blocks, and the best matrix of that rank for what each group gives to the others."""
+    weight = dense.weight.detach().double().numpy()
+    m, n = weight.shape[0] // groups, weight.shape[1] // groups
+    total = 0.0
+    for j in range(groups):
+        columns = weight[:, j * n : (j + 1) * n].reshape(weight.shape[0], -1)
+        others = np.delete(columns, slice(j * m, (j + 1) * m), axis=0)
+        total += (np.linalg.svd(others, compute_uv=False)[rank:] ** 2).sum()
+    return float(total)
+
+
+@functools.cache
+def random_layers() -> dict[str, nn.Conv2d]:
+    torch.manual_seed(SEED)
+    shapes = [(16, 32, 3), (64, 32, 1), (32, 64, (3, 5))]
+    return {f"random {n} to {m}, {d}": nn.Conv2d(n, m, d) for n, m, d in shapes}
+
+
+@functools.cache
+def trained_layers() -> dict[str, nn.Conv2d]:
+    """Every convolution but the stem of a dense WRN-10-1 that reads most handwritten digits right."""
+    torch.manual_seed(SEED)
+    model = create_model("wrn-10-1", conv="sc")
+    digits = load_datasets("digits", None, seed=SEED).train
+    images, labels = (torch.stack([torch.as_tensor(value) for value in values]) for values in zip(*digits, strict=True))  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for step in range(60):
+        batch = torch.randperm(len(labels))[:128]
+        loss = F.cross_entropy(model(images[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert step or loss.item() > 1.5
+    assert loss.item() < 0.5, f"not trained, seed {SEED}"
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)]
+    return {name: layer for name, layer in layers if name != "stem"}
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("layers", [random_layers, trained_layers], ids=["random", "trained"])
+def test_error_is_the_least_there_is_and_below_that_of_groups_alone(layers: object, groups: int) -> None:
+    for name, dense in layers().items():  # type: ignore[operator]
+        two_level, grouped = (squared_error(fitted(dense, conv, groups), dense) for conv in ("gc-2l", "gc"))
+        assert grouped == pytest.approx(least_squared_error(dense, groups, 0), rel=1e-6), f"{name}, seed {SEED}"
+        assert two_level == pytest.approx(least_squared_error(dense, groups, 1), rel=1e-6), f"{name}, seed {SEED}"
+        assert two_level < 0.999 * grouped, f"{name}, seed {SEED}"
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_no_optimizer_finds_better_weights(groups: int) -> None:
+    """Over all parameters, the prolongation's rows into their own group among them."""
+    torch.manual_seed(SEED)
+    dense = nn.Conv2d(8, 12, 2, dtype=torch.float64)
+    least = squared_error(fitted(dense, "gc-2l", groups), dense)
+    found = []
+    for _ in range(5):
+        layer = TwoLevelConv2d(8, 12, 2, groups=groups, dtype=torch.float64)
+        optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=400, line_search_fn="strong_wolfe")
+
+        def closure(layer: TwoLevelConv2d = layer, optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            coarse = torch.einsum("mj,jchw->mjchw", layer.prolongation, layer.restriction).flatten(1, 2)
+            own = layer.weight.unflatten(0, (groups, -1))
+            fine = torch.cat([F.pad(own[k], (0, 0, 0, 0, *_around(k, groups, own.shape[2]))) for k in range(groups)])
+            error = (coarse + fine - dense.weight.detach()).square().sum()
+            error.backward()
+            return error
+
+        optimizer.step(closure)
+        found.append(squared_error(layer, dense))
+    assert min(found) > least * (1 - 1e-9), f"seed {SEED}"
+    assert min(found) < least * 1.01, "the optimizer finds nothing as good: it says nothing about what is best"
+
+
+def _around(group: int, groups: int, width: int) -> tuple[int, int]:
+    """The channels before and after those of ``group``."""
+    return group * width, (groups - 1 - group) * width
+
+
+@pytest.mark.parametrize("conv", ["gc", "gc-2l"])
+@pytest.mark.parametrize("groups", [1, *GROUPS])
+def test_output_is_that_of_the_dense_weight_it_stands_for(groups: int, conv: str) -> None:
+    torch.manual_seed(SEED)
+    dense = nn.Conv2d(32, 16, 3, stride=2, padding=(1, 2), dilation=(2, 1), dtype=torch.float64)
+    layer = fitted(dense, conv, groups)
+    x = torch.randn(3, 32, 9, 8, dtype=torch.float64)
+    expected = F.conv2d(x, operator(layer), dense.bias, dense.stride, dense.padding, dense.dilation)  # type: ignore[arg-type]
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12, msg=lambda m: f"seed {SEED}: {m}")
+    if groups == 1:
+        torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-12, msg=lambda m: f"seed {SEED}: {m}")
+
+
+def test_a_group_that_gives_nothing_to_the_others_keeps_a_coarse_level_that_can_learn() -> None:
+    torch.manual_seed(SEED)
+    dense = nn.Conv2d(8, 8, 3, groups=2)
+    whole = nn.Conv2d(8, 8, 3)
+    with torch.no_grad():
+        whole.weight.zero_()
+        whole.weight[:4, :4], whole.weight[4:, 4:] = dense.weight[:4], dense.weight[4:]
+    layer = fitted(whole, "gc-2l", 2)
+    assert torch.equal(layer.prolongation, torch.zeros(8, 2))
+    layer(torch.randn(2, 8, 6, 6)).square().sum().backward()
+    assert layer.prolongation.grad is not None
+    assert layer.prolongation.grad.abs().min() > 0

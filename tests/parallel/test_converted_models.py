@@ -1,0 +1,151 @@
+"""Converted torchvision and timm networks split over two ranks, against the same networks on one device.
+
+Each takes two steps inside the DeepSpeed engine. In float64 all that comes out is compared; in float32, only what comes
+out before rounding at the kinks of ReLUs is trained on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from tests.parallel.common import SEED, assert_close, run_ranks_once
+from tlgc_mp import UsageError, convert
+from tlgc_mp.nn import TwoLevelConv2d
+from tlgc_mp.parallel import gather_state_dict, initialize
+from tlgc_mp.parallel.layers import GatheredConv2d
+from tlgc_mp.parallel.plan import plan
+
+RANKS, GROUPS = 2, 4
+DTYPES = (torch.float32, torch.float64)
+
+
+def _not_squeeze_and_excite(name: str, layer: nn.Module) -> bool:
+    return ".se." not in name
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "torchvision resnet18": (torchvision.models.resnet18, {}),
+    "torchvision mobilenet_v2": (functools.partial(torchvision.models.mobilenet_v2, dropout=0.0), {}),
+    "timm resnet10t": (functools.partial(timm.create_model, "resnet10t"), {"init": "from_dense"}),
+    "timm mobilenetv2_050": (functools.partial(timm.create_model, "mobilenetv2_050"), {}),
+    "timm seresnet18": (functools.partial(timm.create_model, "seresnet18"), {"where": _not_squeeze_and_excite}),
+}
+"""Name -> how it is made, and what it is converted with. timm's mobilenetv2 has BatchNorm with an activation; the
+squeeze-and-excite of seresnet18 stays dense, and is gathered."""
+
+
+def _model(name: str) -> nn.Module:
+    torch.manual_seed(SEED)
+    make, arguments = MODELS[name]
+    return convert(make(num_classes=10), groups=GROUPS, **arguments)  # type: ignore[call-arg]
+
+
+def _sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+
+
+@dataclass
+class Steps:
+    """Of each of two steps the loss and the logits before it; the whole model's state in the end; its layers."""
+
+    losses: list[float] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    state: dict[str, Tensor] = field(default_factory=dict)
+    two_level: int = 0
+    gathered: int = 0
+
+
+def _two_steps(model: Callable[[Tensor], Tensor], backward: Any, step: Any, dtype: torch.dtype) -> Steps:
+    generator = torch.Generator().manual_seed(SEED)
+    images = torch.randn(4, 3, 64, 64, generator=generator).to(dtype)
+    labels = torch.randint(0, 10, (4,), generator=generator)
+    steps = Steps()
+    for _ in range(2):
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels)
+        backward(loss)
+        step()
+        steps.losses.append(loss.item())
+        steps.logits.append(logits.detach())
+    return steps
+
+
+def _on_ranks() -> dict[Any, Steps]:
+    answers = {}
+    config = {
+        "train_batch_size": 4,
+        "tensor_parallel": {"autotp_size": RANKS},
+        "zero_allow_untested_optimizer": True,
+    }
+    for name in MODELS:
+        for dtype in DTYPES:
+            engine, *_ = initialize(model=_model(name).to(dtype), optimizer=_sgd, config=config)
+            steps = _two_steps(engine, engine.backward, engine.step, dtype)
+            steps.state = gather_state_dict(engine.module)
+            steps.two_level = sum(isinstance(module, TwoLevelConv2d) for module in engine.module.modules())
+            steps.gathered = sum(isinstance(module, GatheredConv2d) for module in engine.module.modules())
+            answers[name, dtype] = steps
+    return answers
+
+
+def _one_device(name: str, dtype: torch.dtype) -> Steps:
+    model = _model(name).to(dtype)
+    optimizer = _sgd(model.parameters())
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    steps = _two_steps(model, Tensor.backward, step, dtype)
+    steps.state = model.state_dict()
+    steps.two_level = len(model.conversion.replaced)  # type: ignore[union-attr, arg-type]
+    return steps
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_forward_pass_in_float32(name: str) -> None:
+    expected = _one_device(name, torch.float32)
+    for answers in run_ranks_once(RANKS, _on_ranks):
+        found = answers[name, torch.float32]
+        assert found.losses[0] == pytest.approx(expected.losses[0], rel=1e-4)
+        assert_close({"logits": found.logits[0]}, {"logits": expected.logits[0]}, 1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_steps_in_float64(name: str) -> None:
+    expected = _one_device(name, torch.float64)
+    assert abs(expected.losses[1] - expected.losses[0]) > 0.01, "nothing was trained"
+    for answers in run_ranks_once(RANKS, _on_ranks):
+        found = answers[name, torch.float64]
+        assert found.two_level == expected.two_level > 10
+        assert (found.gathered > 0) == (name == "timm seresnet18")
+        assert found.losses == pytest.approx(expected.losses, rel=1e-9)
+        assert set(found.state) == set(expected.state)
+        for key, value in {"logits": expected.logits[1], **expected.state}.items():
+            own = found.logits[1] if key == "logits" else found.state[key]
+            # Some are zero but for rounding: what stands before a BatchNorm has no mean, and needs no bias.
+            torch.testing.assert_close(own, value, rtol=1e-8, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("regnetx_002", r"^tensor_parallel=2 does not divide groups=3 of s1\.b1\.conv2\.conv; use one of 1, 3$"),
+        ("ecaresnet26t", r"^layer1\.0\.se\.conv: Conv1d mixes channels or holds parameters, .* is not known; "),
+    ],
+)
+def test_refused_by_name(name: str, message: str) -> None:
+    with torch.device("meta"):
+        model = convert(timm.create_model(name), groups=GROUPS)
+    with pytest.raises(UsageError, match=message):
+        plan(model, RANKS)

@@ -1,0 +1,271 @@
+"""Any torch CNN with its dense convolutions replaced. Knows nothing of ranks."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from tlgc_mp.errors import UsageError, divisors, one_of
+from tlgc_mp.models.factory import _CONVOLUTIONS
+from tlgc_mp.nn import FullyLearnableGroupConv2d, PermutedGroupConv2d, TwoLevelConv2d
+from tlgc_mp.nn.from_dense import coarse_filters, group_filters
+
+Where = Callable[[str, nn.Module], bool] | str
+"""Which convolutions: a function of a layer's name and the layer, or a pattern of names such as ``"layer4.*"``."""
+
+INITS = {
+    "random": tuple(conv for conv in _CONVOLUTIONS if conv != "sc"),
+    "from_dense": ("gc", "gc-2l"),
+}
+"""Where new weights can come from -> the convolutions that can take them from there."""
+
+STEM = "the stem"
+HEAD = "the head"
+NOT_SELECTED = "not selected by where"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What :func:`convert` did to a model; printed, it is a table.
+
+    Attributes:
+        conv: the convolution asked for.
+        groups: N.
+        replaced: name of each layer that was replaced -> its number of parameters before, and after.
+        left: name of each convolution that was not -> why.
+    """
+
+    conv: str
+    groups: int
+    replaced: dict[str, tuple[int, int]]
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        kind = f"{self.conv}, {self.groups} groups"
+        rows = {name: f"{kind}: {old:,} -> {new:,} parameters" for name, (old, new) in self.replaced.items()}
+        rows |= {name: f"left: {reason}" for name, reason in self.left.items()}
+        width = max(map(len, rows))
+        old, new = (sum(counts) for counts in zip(*self.replaced.values(), strict=True))
+        total = f"{len(self.replaced)} replaced, {len(self.left)} left: {old:,} -> {new:,} parameters"
+        return "\n".join([*(f"{name:{width}}  {text}" for name, text in rows.items()), total])
+
+
+class _Found(NamedTuple):
+    """A convolution of the model, and every name it has there."""
+
+    layer: nn.Module
+    names: list[str]
+
+
+def convert(
+    model: nn.Module, *, conv: str = "gc-2l", groups: int, where: Where | None = None, init: str = "random"
+) -> nn.Module:
+    """Replaces the dense convolutions of ``model``, in place, by ``conv`` with ``groups`` groups.
+
+    Replaced is every :class:`torch.nn.Conv2d` but the first, which is the stem. A layer keeps its stride, padding,
+    dilation, bias, type, device, memory format, training mode and whether it is trained. These are left as they are,
+    each with its reason in ``model.conversion``:
+
+    - the stem, and the head: a 1x1 convolution with bias that comes last in a model without a linear layer;
+    - layers that ``where`` does not select;
+    - layers that have groups already, whose channels ``groups`` does not divide, or whose padding is not of zeros;
+    - layers whose parameters another layer has too, or that carry hooks or a parametrization;
+    - subclasses of Conv2d, and convolutions of other kinds.
+
+    To convert a part of a model, select it by ``where``: of a part passed alone, the first convolution would be
+    taken for the stem.
+
+    Args:
+        model: any torch model, on any device. Parameters are new objects afterwards, so build the optimizer then.
+        conv: ``"gc"``, ``"gc-2l"``, ``"gc-2l-proto"``, ``"shuffle"`` or ``"flgc"``, as in
+            :func:`~tlgc_mp.models.create_model`.
+        groups: N.
+        where: which layers may be replaced: a function of (name, layer), or a pattern of names as in a shell, such as
+            ``"layer4.*"``. All where not given.
+        init: ``"random"``: new weights, drawn from torch's random state as each layer draws its own.
+            ``"from_dense"``: those that come closest to the dense weights, for ``"gc"`` (the diagonal blocks) and
+            ``"gc-2l"`` (:func:`~tlgc_mp.nn.from_dense.coarse_filters`); biases are kept.
+
+    Returns:
+        ``model``, whose attribute ``conversion`` is the :class:`Conversion`.
+
+    Raises:
+        UsageError: an argument that cannot work, or nothing that could be replaced; the model is then unchanged.
+    """
+    _check_arguments(conv, groups, where, init)
+    convolutions = _convolutions(model)
+    planned, left = _plan(model, convolutions, conv, groups, where)
+    if not planned:
+        raise UsageError(_why_nothing(convolutions, left, groups, where))
+    if init == "from_dense" and any(param.is_meta for found, _ in planned for param in found.layer.parameters()):
+        raise UsageError("init='from_dense': the model is on the meta device and holds no weights; use 'random'")
+    for found, new in planned:  # before any is put in its place: fitting fails where weights are not finite
+        _fill(new, found.layer, init)
+    for found, new in planned:
+        for name in found.names:
+            model.set_submodule(name, new)
+    replaced = {found.names[0]: (_count(found.layer), _count(new)) for found, new in planned}
+    model.conversion = Conversion(conv, groups, replaced, left)  # type: ignore[assignment]
+    return model
+
+
+def _check_arguments(conv: str, groups: int, where: Where | None, init: str) -> None:
+    if conv not in INITS["random"]:
+        raise UsageError(f"conv={conv!r} is unknown; use {one_of(INITS['random'])}")
+    if init not in INITS:
+        raise UsageError(f"init={init!r} is unknown; use {one_of(INITS)}")
+    if conv not in INITS[init]:
+        raise UsageError(
+            f"init={init!r} does not know how to fit conv={conv!r}; use 'random', or {one_of(INITS[init])}"
+        )
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
+        raise UsageError(f"groups={groups!r} is not a number of groups; use 1 or more")
+    if where is not None and not isinstance(where, str) and not callable(where):
+        raise UsageError(f"where={where!r} is neither a function of (name, layer) nor a pattern; use e.g. 'layer4.*'")
+
+
+def _convolutions(model: nn.Module) -> list[_Found]:
+    """Every convolution of ``model``, in the order of its modules; one that has several names stands once."""
+    kinds = (_ConvNd, TwoLevelConv2d, FullyLearnableGroupConv2d, PermutedGroupConv2d)
+    found: dict[int, _Found] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, kinds):
+            found.setdefault(id(module), _Found(module, [])).names.append(name)
+    return list(found.values())
+
+
+def _plan(
+    model: nn.Module, convolutions: list[_Found], conv: str, groups: int, where: Where | None
+) -> tuple[list[tuple[_Found, nn.Module]], dict[str, str]]:
+    """The convolutions to replace, each with its replacement on the meta device; and name -> reason of the others."""
+    owners = Counter(id(param) for module in model.modules() for param in module._parameters.values())
+    head = _head(model, convolutions)
+    planned: list[tuple[_Found, nn.Module]] = []
+    left: dict[str, str] = {}
+    for index, found in enumerate(convolutions):
+        if index == 0:
+            reason: str | None = STEM
+        elif found.layer is head:
+            reason = HEAD
+        elif not _selected(where, found):
+            reason = NOT_SELECTED
+        else:
+            reason = _obstacle(found.layer, groups, owners)
+        if reason is None:
+            try:
+                planned.append((found, _on_meta(found.layer, conv, groups)))
+            except UsageError as error:
+                reason = f"no such {conv} layer: {str(error).partition(';')[0]}"
+        if reason is not None:
+            left[found.names[0]] = reason
+    return planned, left
+
+
+def _head(model: nn.Module, convolutions: list[_Found]) -> nn.Module | None:
+    if not convolutions or any(isinstance(module, nn.Linear) for module in model.modules()):
+        return None
+    last = convolutions[-1].layer
+    is_head = type(last) is nn.Conv2d and last.kernel_size == (1, 1) and last.bias is not None
+    return last if is_head else None
+
+
+def _selected(where: Where | None, found: _Found) -> bool:
+    """A layer with several names is selected by any of them."""
+    if where is None:
+        return True
+    if isinstance(where, str):
+        return any(fnmatch.fnmatchcase(name, where) for name in found.names)
+    return any(where(name, found.layer) for name in found.names)
+
+
+def _obstacle(layer: nn.Module, groups: int, owners: Counter[int]) -> str | None:
+    """Why ``layer`` cannot be replaced, as ``kind: detail``; ``None`` where it can."""
+    if type(layer) is not nn.Conv2d:
+        return f"not a plain Conv2d: {type(layer).__name__}"
+    if layer.groups > 1:
+        return f"grouped already: groups={layer.groups}"
+    if layer.padding_mode != "zeros":
+        return f"padding is not of zeros: padding_mode={layer.padding_mode!r}"
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    if any(hooks) or set(layer._parameters) != {"weight", "bias"} or layer._buffers or layer._modules:
+        return "hooks or a parametrization would be lost"
+    shared = [key for key, param in layer._parameters.items() if param is not None and owners[id(param)] > 1]
+    if shared:
+        return f"tied to another layer: {' and '.join(shared)}"
+    if layer.in_channels % groups or layer.out_channels % groups:
+        return f"groups={groups} does not divide its channels: {layer.in_channels} to {layer.out_channels}"
+    return None
+
+
+def _on_meta(layer: nn.Module, conv: str, groups: int) -> nn.Module:
+    assert isinstance(layer, nn.Conv2d)
+    return _CONVOLUTIONS[conv](
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=groups,
+        bias=layer.bias is not None,
+        device="meta",
+        dtype=layer.weight.dtype,
+    )
+
+
+@torch.no_grad()
+def _fill(new: nn.Module, old: nn.Module, init: str) -> None:
+    """Gives ``new``, which is on the meta device, its weights; where and as ``old`` has its own."""
+    assert isinstance(old, nn.Conv2d)
+    if not old.weight.is_contiguous() and old.weight.is_contiguous(memory_format=torch.channels_last):
+        new.to(memory_format=torch.channels_last)
+    new.to_empty(device=old.weight.device)
+    if init == "random":
+        new.reset_parameters()  # type: ignore[operator]
+    else:
+        _fit(new, old)
+    for key, param in new.named_parameters():
+        like = old.bias if key == "bias" and old.bias is not None else old.weight
+        param.requires_grad_(like.requires_grad)
+    new.train(old.training)
+
+
+def _fit(new: nn.Module, dense: nn.Conv2d) -> None:
+    """Gives ``new`` the weights that come closest to those of ``dense``."""
+    assert isinstance(new, TwoLevelConv2d | nn.Conv2d)
+    new.weight.copy_(group_filters(dense.weight, new.groups))
+    if isinstance(new, TwoLevelConv2d):
+        restriction, prolongation = coarse_filters(dense.weight, new.groups)
+        new.restriction.copy_(restriction)
+        new.prolongation.copy_(prolongation)
+    if dense.bias is not None and new.bias is not None:
+        new.bias.copy_(dense.bias)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters())
+
+
+def _why_nothing(convolutions: list[_Found], left: dict[str, str], groups: int, where: Where | None) -> str:
+    """The message where no convolution can be replaced: the commonest reason, and what would work."""
+    if not convolutions:
+        return "model: it has no convolution to replace; give one with torch.nn.Conv2d layers"
+    candidates = {name: reason for name, reason in left.items() if reason != STEM} or left
+    (kind, count), *_ = Counter(reason.partition(":")[0] for reason in candidates.values()).most_common()
+    text = f"none of its {len(left)} convolutions can be replaced: {kind} ({count} of them)"
+    if kind == NOT_SELECTED:
+        return f"where={where!r}: {text}; use one that selects names such as {next(iter(candidates))!r}"
+    if kind.startswith("groups="):
+        layers = [found.layer for found in convolutions if left[found.names[0]].startswith(kind)]
+        counts = [count for layer in layers for count in (layer.in_channels, layer.out_channels)]
+        common = divisors(math.gcd(*counts))  # type: ignore[arg-type]
+        return f"groups={groups}: {text}; use {one_of(common)}"
+    return f"model: {text}; use one with dense torch.nn.Conv2d layers after the first"
