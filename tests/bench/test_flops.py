@@ -21,7 +21,7 @@ def test_flops_of_the_dense_network_are_those_that_torch_counts(name: str) -> No
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("conv", ["gc", "gc-2l"])
+@pytest.mark.parametrize("conv", ["gc", "gc-2l", "shuffle"])
 def test_flops_of_groups_are_those_of_the_formulas(conv: str, groups: int) -> None:
     """WRN-10-2, by hand: (n, m, d, h = w) of its convolutions."""
     layers = [

@@ -58,4 +58,4 @@ def _multiplications(dense: nn.Conv2d, conv: str, groups: int) -> int:
     if conv == "sc":
         return window * n * m
     fine = window * n * m // groups  # all A_k
-    return fine if conv == "gc" else fine + window * n + m * groups  # and R_0, S_k of Equation (3.5)
+    return fine + window * n + m * groups if conv == "gc-2l" else fine  # and R_0, S_k of Equation (3.5)

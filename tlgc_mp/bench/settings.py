@@ -13,6 +13,7 @@ from tlgc_mp.models.names import check_model, check_split
 STRATEGIES: dict[str, str] = {
     "gc-2l": "gc-2l",
     "gc": "gc",
+    "shuffle": "shuffle",
     "naive-mp": "sc",
     "pipeline": "sc",
     "channel-parallel": "sc",
@@ -23,7 +24,8 @@ STRATEGIES: dict[str, str] = {
 """Name of a strategy -> the convolution of the network that it trains.
 
 gc-2l: two-level group convolution. gc-2l-overlapped, gc-2l-fused: the same with every layer in that coarse mode, where
-gc-2l leaves each its own. gc: group convolution. naive-mp: the dense network split by layers, one rank busy at
+gc-2l leaves each its own. gc: group convolution. shuffle: group convolution, its output channels shuffled over all
+ranks. naive-mp: the dense network split by layers, one rank busy at
 a time. pipeline: the same with micro-batches. channel-parallel: the dense network, input channels gathered and output
 channels split. zero3: the dense network, data-parallel, parameters split (ZeRO stage 3).
 """
