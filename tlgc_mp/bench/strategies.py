@@ -24,6 +24,15 @@ LEARNING_RATE = 1e-3
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 
+ZERO3_LIMITS = {
+    "stage3_max_live_parameters": 120_000_000,
+    "stage3_max_reuse_distance": 120_000_000,
+    "reduce_bucket_size": 60_000_000,
+    "sub_group_size": 60_000_000,
+}
+"""In parameters: room for two of the widest layer at w = 40, and one in a bucket. DeepSpeed's own are a gigabyte and
+more each, which leaves every parameter of that network whole on every replica."""
+
 
 @dataclass
 class Workload:
@@ -104,7 +113,7 @@ def _engine(
     zero3 = request["strategy"] == "zero3"
     config: dict[str, Any] = {
         "train_batch_size": request["batch_size"],
-        "zero_optimization": {"stage": 3 if zero3 else 0},
+        "zero_optimization": {"stage": 3, **ZERO3_LIMITS} if zero3 else {"stage": 0},
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,
     }

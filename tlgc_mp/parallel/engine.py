@@ -27,6 +27,8 @@ SLOW_START_SECONDS = 3.0
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 """Parameters of glibc's ``mallopt``."""
+_KEEP_FREED = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 << 20}
+_RETURN_FREED = {_M_MMAP_MAX: 65536, _M_TRIM_THRESHOLD: 128 << 10, _M_TOP_PAD: 128 << 10}  # glibc's own
 
 
 def initialize(
@@ -88,6 +90,8 @@ def initialize(
     start_distributed(distributed_port)
     Topology(torch.distributed.get_world_size(), torch.distributed.get_rank(), ranks)
     device = torch.device(get_accelerator().current_device_name())
+    if stage == 3 and device.type == "cpu":
+        return_freed_memory()
 
     before = dict(model.named_parameters())
     mpu = None
@@ -205,11 +209,24 @@ def keep_freed_memory() -> None:
     Large blocks would be mapped afresh for every filter gradient and scratch buffer, and each of their pages cleared
     by the kernel on its first touch: a third of the time of a wide layer's step.
     """
+    _set_allocator(_KEEP_FREED)
+
+
+def return_freed_memory() -> None:
+    """Undoes :func:`keep_freed_memory`.
+
+    ZeRO 3 gathers and frees parameters of all sizes between what lives on: the holes that this leaves come to more than
+    the parameters themselves.
+    """
+    _set_allocator(_RETURN_FREED)
+
+
+def _set_allocator(values: dict[int, int]) -> None:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)):
+    for parameter, value in values.items():
         mallopt(parameter, value)
 
 
