@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tlgc_mp.nn import FullyLearnableGroupConv2d, init_parameters
 from tlgc_mp.parallel.layers import LAYERS, ShardedLayer
 from tlgc_mp.parallel.plan import plan
+from tlgc_mp.parallel.watch import watch_first_pass
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 """How long a rank waits for the others in one coarse collective before it gives up with an error."""
@@ -43,7 +44,8 @@ def shard(
         ``model``.
 
     Raises:
-        UsageError: a layer that cannot be split over that many ranks.
+        UsageError: a layer that cannot be split over that many ranks. The first forward pass raises one too, where the
+            model joins, cuts or reduces channels between its layers.
     """
     group = process_group if process_group is not None else dist.group.WORLD
     assert group is not None, "torch.distributed is not initialized"
@@ -63,6 +65,8 @@ def shard(
             setattr(model.get_submodule(parent), child, sharded)
     if meta:
         init_parameters(model, torch.initial_seed() if seed is None else seed, shard_index=dist.get_rank(group))
+    if dist.get_world_size(group) > 1:
+        watch_first_pass(model)
     return model
 
 
