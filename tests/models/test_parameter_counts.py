@@ -3,11 +3,13 @@
 The column "parameters per processor" of the paper's Table 1 holds the totals, as Table 3 calls them.
 """
 
+import json
 from collections.abc import Iterator
 
 import pytest
 
 from tlgc_mp.bench.paper import Printed, printed_rows
+from tlgc_mp.cli import main
 from tlgc_mp.models import create_model
 from tlgc_mp.parallel.plan import parameter_counts
 
@@ -23,10 +25,15 @@ def row_id(row: Printed) -> str:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=row_id)
-def test_printed_total(row: Printed) -> None:
-    model = create_model(row.model, conv=row.conv, groups=row.groups, num_classes=row.classes, device="meta")
+def test_printed_total(row: Printed, capsys: pytest.CaptureFixture[str]) -> None:
+    """And of N ranks each holds a share that is no total: an N-th but for the bias of the head."""
+    flags = ["--model", row.model, "--conv", row.conv, "--groups", str(row.groups), "--num-classes", str(row.classes)]
+    ranks = 1 if row.conv == "flgc" else row.groups
+    assert main(["params", *flags, "--tp", str(ranks)]) == 0
+    counts = json.loads(capsys.readouterr().out)
     decimals = len(row.parameters.partition(".")[2])
-    assert f"{parameter_counts(model, 1)['total'] / 1e6:.{decimals}f}" == row.parameters
+    assert f"{counts['total'] / 1e6:.{decimals}f}" == row.parameters
+    assert ranks * (counts["per_rank"] - row.classes) == counts["total"] - row.classes
 
 
 @pytest.mark.parametrize(("name", "count"), [("imagenet-wrn-34-2", 86_032_168), ("mobilenet_v2", 3_504_872)])

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tlgc_mp.errors import UsageError, divisors, one_of
-from tlgc_mp.models.factory import _CONVOLUTIONS
+from tlgc_mp.models.factory import CONVOLUTION_LAYERS
 from tlgc_mp.nn import FullyLearnableGroupConv2d, PermutedGroupConv2d, TwoLevelConv2d
 from tlgc_mp.nn.from_dense import coarse_filters, group_filters
 
@@ -22,7 +22,7 @@ Where = Callable[[str, nn.Module], bool] | str
 """Which convolutions: a function of a layer's name and the layer, or a pattern of names such as ``"layer4.*"``."""
 
 INITS = {
-    "random": tuple(conv for conv in _CONVOLUTIONS if conv != "sc"),
+    "random": tuple(conv for conv in CONVOLUTION_LAYERS if conv != "sc"),
     "from_dense": ("gc", "gc-2l"),
 }
 """Where new weights can come from -> the convolutions that can take them from there."""
@@ -207,7 +207,7 @@ def _obstacle(layer: nn.Module, groups: int, owners: Counter[int]) -> str | None
 
 def _on_meta(layer: nn.Module, conv: str, groups: int) -> nn.Module:
     assert isinstance(layer, nn.Conv2d)
-    return _CONVOLUTIONS[conv](
+    return CONVOLUTION_LAYERS[conv](
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,

@@ -25,7 +25,7 @@ from tlgc_mp.nn import (
     init_parameters,
 )
 
-_CONVOLUTIONS: dict[str, ConvFactory] = {
+CONVOLUTION_LAYERS: dict[str, ConvFactory] = {
     "sc": functools.partial(nn.Conv2d, bias=False),
     "gc": functools.partial(nn.Conv2d, bias=False),
     "gc-2l": TwoLevelConv2d,
@@ -33,6 +33,7 @@ _CONVOLUTIONS: dict[str, ConvFactory] = {
     "shuffle": ShuffleConv2d,
     "flgc": FullyLearnableGroupConv2d,
 }
+"""Name of a convolution -> what makes one, from arguments as torch.nn.Conv2d's."""
 
 
 def create_model(
@@ -73,8 +74,10 @@ def create_model(
     check_coarse_level(conv, coarse_kernel_size, coarse_init)
     classes = default_classes(name) if num_classes is None else num_classes
     coarse = {"coarse_kernel_size": coarse_kernel_size, "coarse_init": coarse_init} if conv in TWO_LEVEL else {}
-    replacement = functools.partial(_CONVOLUTIONS[conv], groups=groups, **coarse)
-    last = functools.partial(_CONVOLUTIONS["gc"], groups=groups) if coarse and not coarse_everywhere else replacement
+    replacement = functools.partial(CONVOLUTION_LAYERS[conv], groups=groups, **coarse)
+    last = (
+        functools.partial(CONVOLUTION_LAYERS["gc"], groups=groups) if coarse and not coarse_everywhere else replacement
+    )
     with torch.device("meta"):
         model = _build(name, classes, replacement, last)
     model.to(memory_format=torch.channels_last)  # filters as the activations, which a convolution need not reorder

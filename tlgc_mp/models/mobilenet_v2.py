@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision.models
 from torch import Tensor, nn
+from torchvision.models.mobilenetv2 import InvertedResidual
 
 from tlgc_mp.models.wide_resnet import ConvFactory
 
@@ -29,7 +30,12 @@ class MobileNetV2(torchvision.models.MobileNetV2):
         last_conv: makes the last one: a group convolution where the others are two-level, or else the counts are not
             those of the paper's Table 4.
         dropout: the share of the classifier's inputs that training drops.
+
+    Attributes:
+        block_types: the classes of its residual blocks.
     """
+
+    block_types: tuple[type[nn.Module], ...] = (InvertedResidual,)
 
     def __init__(self, num_classes: int, conv: ConvFactory, last_conv: ConvFactory, dropout: float = 0.2) -> None:
         super().__init__(num_classes=num_classes, dropout=dropout)

@@ -50,7 +50,12 @@ class WideResNet(nn.Module):
         stages: (channels, units) of each stage; the first unit of each but the first stage halves height and width.
         num_classes: C.
         conv: makes every convolution of the units.
+
+    Attributes:
+        block_types: the classes of its residual blocks.
     """
+
+    block_types: tuple[type[nn.Module], ...] = (ResidualUnit,)
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from deepspeed.runtime.activation_checkpointing import checkpointing
@@ -18,20 +18,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tlgc_mp.errors import UsageError
-from tlgc_mp.models.wide_resnet import ResidualUnit
+
+Blocks: TypeAlias = type[nn.Module] | tuple[type[nn.Module], ...]
 
 
-def checkpoint_activations(
-    model: nn.Module, blocks: type[nn.Module] | tuple[type[nn.Module], ...] = ResidualUnit
-) -> nn.Module:
+def checkpoint_activations(model: nn.Module, blocks: Blocks | None = None) -> nn.Module:
     """Has every block of ``model`` keep only its input for backward, in place, before or after ``model`` is split.
 
     Losses, gradients and BatchNorm's statistics stay bit for bit what they are; a step costs one more forward pass of
     the blocks, their collectives included. Names of parameters and modules stay as they are.
 
     Args:
-        blocks: the class or classes of the blocks, of which the outermost count: torchvision's ``BasicBlock``, say.
-            A block takes tensors by position, returns one, and does not change its inputs in place.
+        blocks: the class or classes of the blocks, of which the outermost count: torchvision's ``BasicBlock``, say;
+            the residual blocks of this package's models where not given. A block takes tensors by position, returns
+            one, and does not change its inputs in place.
 
     Returns:
         ``model``.
@@ -39,6 +39,10 @@ def checkpoint_activations(
     Raises:
         UsageError: ``model`` has no such block, or one that holds no layers.
     """
+    if blocks is None:
+        blocks = getattr(model, "block_types", None)
+        if blocks is None:
+            raise UsageError(f"blocks: {type(model).__name__} does not say which its blocks are; give their classes")
     found = list(_outermost(model, blocks))
     names = ", ".join(block.__name__ for block in (blocks if isinstance(blocks, tuple) else (blocks,)))
     if not found:
@@ -50,7 +54,7 @@ def checkpoint_activations(
     return model
 
 
-def _outermost(module: nn.Module, blocks: type[nn.Module] | tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
+def _outermost(module: nn.Module, blocks: Blocks) -> Iterator[nn.Module]:
     if isinstance(module, blocks):
         yield module
         return
