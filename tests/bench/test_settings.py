@@ -15,7 +15,7 @@ from tlgc_mp.models import create_model
 
 # name: (flags, what the line holds). In flags, {tmp} is the test's folder.
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
-    "strategy": (["--strategies", "gc2l"], ["--strategies='gc2l'", "gc-2l, gc, naive-mp", "@P"]),
+    "strategy": (["--strategies", "gc2l"], ["--strategies='gc2l'", "gc-2l, gc, shuffle, naive-mp", "@P"]),
     "strategy at no number": (["--strategies", "gc-2l@two"], ["--strategies='gc-2l@two'", "'two'", "gc-2l@2"]),
     "strategy at zero": (["--strategies", "gc-2l@0"], ["--strategies='gc-2l@0'", "number of ranks"]),
     "no ranks": (["--tp", "0"], ["--tp=0", "1 or more"]),
@@ -132,7 +132,7 @@ def test_quick_covers_every_strategy_and_yields_to_other_flags(tmp_path: Path) -
 def test_activation_checkpointing_is_of_the_strategies_it_applies_to(tmp_path: Path) -> None:
     settings = _settle(tmp_path, "--quick", "--activation-checkpointing")
     checkpointed = [case.strategy for case in settings.cases if case.activation_checkpointing]
-    assert checkpointed == ["gc-2l", "gc", "channel-parallel"]
+    assert checkpointed == ["gc-2l", "gc", "shuffle", "channel-parallel"]
     assert not any(case.activation_checkpointing for case in _settle(tmp_path, "--quick").cases)
     plain, less = (Case("gc-2l", 28, 40, 2, 2, 64, activation_checkpointing=on) for on in (False, True))
     assert capacity.needed_bytes(less, True) < 0.6 * capacity.needed_bytes(plain, True)
