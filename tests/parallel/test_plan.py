@@ -73,6 +73,13 @@ def test_a_subclass_of_batch_norm_with_more_to_it_is_refused_by_name() -> None:
         plan(_network(norm), 2)
 
 
+def test_tied_parameters_are_refused_by_name() -> None:
+    first, second = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+    second.weight = first.weight
+    with pytest.raises(UsageError, match=r"^2\.weight: it is the same parameter as 1\.weight, "):
+        plan(_network(first, second), 2)
+
+
 @pytest.mark.parametrize("name", ["wrn-28-10", "imagenet-wrn-34-2", "mobilenet_v2"])
 @pytest.mark.parametrize(("conv", "groups"), [("sc", 1), ("gc-2l", 4)])
 def test_a_rank_holds_its_part_of_all_but_the_bias_of_the_head(name: str, conv: str, groups: int) -> None:

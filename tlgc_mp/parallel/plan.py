@@ -52,6 +52,7 @@ def plan(model: nn.Module, tensor_parallel: int) -> dict[str, Placement]:
     Raises:
         UsageError: a layer that cannot be split over P ranks, by name, with what would work.
     """
+    _check_ties(model)
     placements: dict[str, Placement] = {}
     stem_found = False
     head_name = ""
@@ -135,6 +136,18 @@ _BATCH_NORM = {"weight", "bias", "running_mean", "running_var", "num_batches_tra
 
 def _names(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters(recurse=False)]
+
+
+def _check_ties(model: nn.Module) -> None:
+    """Raises :class:`UsageError` where two layers hold the same parameter, which would become two."""
+    holders: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for key, param in module._parameters.items():
+            if param is not None and holders.setdefault(id(param), f"{name}.{key}") != f"{name}.{key}":
+                raise UsageError(
+                    f"{name}.{key}: it is the same parameter as {holders[id(param)]}, and how to split what is tied is "
+                    "not known; give each layer its own"
+                )
 
 
 def _check_share(what: str, count: int, ranks: int, name: str) -> None:

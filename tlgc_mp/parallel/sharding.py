@@ -55,14 +55,17 @@ def shard(
     )
     meta = any(param.is_meta for param in model.parameters())
     target = None if device is None else torch.device(device)
+    names: dict[int, list[str]] = {}  # a layer that is used twice has two
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
     for name, placement in placements.items():
         layer = model.get_submodule(name)
         sharded = LAYERS[placement.kind](layer, placement, group, coarse_group, target)
         if name == "":
             model = sharded
         else:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, sharded)
+            for each in names[id(layer)]:
+                model.set_submodule(each, sharded)
     if meta:
         init_parameters(model, torch.initial_seed() if seed is None else seed, shard_index=dist.get_rank(group))
     if dist.get_world_size(group) > 1:
