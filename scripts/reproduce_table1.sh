@@ -6,11 +6,11 @@
 # DATA holds a folder for each data set: cifar10/, cifar100/ (downloaded where missing) and imagenet/.
 # Started again, it leaves finished rows and goes on with the others. LAUNCHER="srun -n {ranks} python -m tlgc_mp", say,
 # starts the rows on a cluster. SMALLEST=1 tries each row for one step on small made-up images. Then the table is written
-# to OUTPUT/report (OUTPUT is runs/table1 where not given).
+# to OUTPUT/report (OUTPUT is runs/tables where not given, for all four tables).
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 data=$(realpath -m "${1:?give the folder of the data sets}")
-output=$(realpath -m "${2:-runs/table1}")
+output=$(realpath -m "${2:-runs/tables}")
 prepare_environment
 source scripts/rows.sh
 
