@@ -1,6 +1,8 @@
 # Sourced by the other scripts: makes .venv in the repository's root and installs the package into it.
 #
 #   prepare_environment [EXTRA]     EXTRA is an optional set of dependencies, "test" for example
+#   accelerators                    prints how many there are
+#   free_port                       prints a port that nobody listens on
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -33,3 +35,12 @@ prepare_environment() {
     echo "$stamp" >".venv/installed-$extra"
     export PATH="$PWD/.venv/bin:$PATH"
 }
+
+accelerators() {
+    python -c 'import torch; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)'
+}
+
+free_port() {
+    python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+export -f free_port

@@ -6,14 +6,12 @@ set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 prepare_environment
 
-accelerators=$(python -c 'import torch; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)')
-case $accelerators in
+case $(accelerators) in
     0) ranks=2 && export DS_ACCELERATOR=cpu ;;
     1) ranks=1 ;;
     *) ranks=2 ;;
 esac
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 echo "Starting $ranks rank(s) with the deepspeed launcher ..."
-exec deepspeed --num_accelerators "$ranks" --master_port "$port" --log_level error --module tlgc_mp \
+exec deepspeed --num_accelerators "$ranks" --master_port "$(free_port)" --log_level error --module tlgc_mp \
     train --model wrn-10-4 --groups 4 --dataset digits --deepspeed_config ds_configs/zero1.json \
     --output-dir "runs/quickstart-$(date +%Y%m%d-%H%M%S)" "$@"

@@ -7,7 +7,8 @@ row() {
     shift
     if [ -z "$start" ]; then
         start="python -m tlgc_mp"
-        [ "${RANKS:-1}" = 1 ] || start="deepspeed --num_accelerators {ranks} --log_level error --module tlgc_mp"
+        [ "${RANKS:-1}" = 1 ] ||
+            start="deepspeed --num_accelerators {ranks} --master_port $(free_port) --log_level error --module tlgc_mp"
     fi
     [ ! -e "$folder/result.json" ] || return 0
     [ ! -e "$folder/checkpoints/latest" ] || resume=(--resume)
@@ -19,6 +20,10 @@ row() {
     }
 }
 export -f row
+
+if [ -z "${DS_ACCELERATOR:-}" ] && [ "$(accelerators)" = 0 ]; then
+    export DS_ACCELERATOR=cpu
+fi
 
 # table_row FOLDER MODEL CONV GROUPS DATASET: a row as the paper trained it, its images in $data/DATASET.
 # With SMALLEST=1 one step on two small made-up images instead, and WideResNets of a tenth of a width of 40 or more.
