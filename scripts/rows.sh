@@ -31,12 +31,12 @@ table_row() {
     local folder=$1 model=$2 conv=$3 groups=$4 dataset=$5 options=()
     if [ -n "${SMALLEST:-}" ]; then
         case $dataset in
-            cifar10) options=(--num-classes 10 --recipe cifar) ;;
-            cifar100) options=(--num-classes 100 --recipe cifar) ;;
-            imagenet) options=(--num-classes 1000 --recipe imagenet) ;;
+            cifar10) options=(--num-classes 10 --recipe cifar --image-size 8) ;;
+            cifar100) options=(--num-classes 100 --recipe cifar --image-size 8) ;;
+            imagenet) options=(--num-classes 1000 --recipe imagenet --image-size 32) ;;
         esac
         case $model in wrn-28-[4-9]0) model=${model%0} ;; esac
-        options+=(--dataset synthetic --image-size 32 --epochs 1 --limit-steps 1 --batch-size 2)
+        options+=(--dataset synthetic --epochs 1 --limit-steps 1 --batch-size 2)
     else
         options=(--dataset "$dataset" --data-dir "$data/$dataset")
     fi
