@@ -14,9 +14,8 @@ from tlgc_mp.parallel import shard
 def _model() -> nn.Module:
     torch.manual_seed(SEED)
     shared = TwoLevelConv2d(8, 8, 3, padding=1, groups=2)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), shared, nn.SiLU(), shared, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
-    ).double()
+    stem, head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 10)
+    return nn.Sequential(stem, shared, nn.SiLU(), shared, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).double()
 
 
 def _pass(model: nn.Module) -> Tensor:
