@@ -150,12 +150,12 @@ def _section(rows: list[Row], name: str) -> list[str]:
     """Everything that one setting's rows say."""
     first = rows[0]
     size = "" if first["image_size"] is None else f" at {first['image_size']} x {first['image_size']} pixels"
-    limit = "" if first["limit_steps"] is None else f" of {first['limit_steps']} steps"
+    limit = "" if first["limit_steps"] is None else f" of {_count(first['limit_steps'], 'step')}"
     variants = _variants(rows)
     parts = [
         f"## {first['model']} on {first['dataset']}{size}",
         "",
-        f"{first['epochs']} epochs{limit}, batch {first['batch_size']}, learning rate {first['learning_rate']}, recipe "
+        f"{_count(first['epochs'], 'epoch')}{limit}, batch {first['batch_size']}, learning rate {first['learning_rate']}, recipe "
         f"{first['recipe']}. Mean and standard deviation over the seeds. {_where(rows)}",
         "",
         *_table(
@@ -295,7 +295,7 @@ def _printed_line(row: Printed, dataset: str, measured: dict[Any, list[Row]]) ->
         own = [
             f"{found[0]['parameters'] / 1e6:.2f}",
             _spread([run["test_error_percent"] for run in found], 2),
-            f"{found[0]['epochs']}" if limit is None else f"{found[0]['epochs']} of {limit} steps",
+            f"{found[0]['epochs']}" if limit is None else f"{found[0]['epochs']} of {_count(limit, 'step')}",
             f"{statistics.mean(run['seconds'] for run in found) / 3600:.3g}",
         ]
     hours = "" if row.hours is None else f"{row.hours:.4f}"
@@ -388,7 +388,11 @@ def _plot_errors(rows: list[Row], path: str) -> None:
 
 def _title(row: Row) -> str:
     size = "" if row["image_size"] is None else f", {row['image_size']} x {row['image_size']}"
-    return f"{row['model']} on {row['dataset']}{size}, {row['epochs']} epochs"
+    return f"{row['model']} on {row['dataset']}{size}, {_count(row['epochs'], 'epoch')}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _pyplot() -> Any:
