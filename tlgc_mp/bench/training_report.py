@@ -155,8 +155,8 @@ def _section(rows: list[Row], name: str) -> list[str]:
     parts = [
         f"## {first['model']} on {first['dataset']}{size}",
         "",
-        f"{_count(first['epochs'], 'epoch')}{limit}, batch {first['batch_size']}, learning rate {first['learning_rate']}, recipe "
-        f"{first['recipe']}. Mean and standard deviation over the seeds. {_where(rows)}",
+        f"{_count(first['epochs'], 'epoch')}{limit}, batch {first['batch_size']}, learning rate "
+        f"{first['learning_rate']}, recipe {first['recipe']}. Mean and standard deviation over the seeds. {_where(rows)}",
         "",
         *_table(
             ("", "N", "seeds", "parameters", "test error, %", "training loss", "minutes", "waiting for data, %"),
