@@ -156,7 +156,8 @@ def _section(rows: list[Row], name: str) -> list[str]:
         f"## {first['model']} on {first['dataset']}{size}",
         "",
         f"{_count(first['epochs'], 'epoch')}{limit}, batch {first['batch_size']}, learning rate "
-        f"{first['learning_rate']}, recipe {first['recipe']}. Mean and standard deviation over the seeds. {_where(rows)}",
+        f"{first['learning_rate']}, recipe {first['recipe']}. Mean and standard deviation over the seeds. "
+        f"{_where(rows)}",
         "",
         *_table(
             ("", "N", "seeds", "parameters", "test error, %", "training loss", "minutes", "waiting for data, %"),
