@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tests.bench import fabricated
-from tlgc_mp.bench.training_report import read_rows, slope
+from tlgc_mp.bench.training_report import slope
+from tlgc_mp.bench.training_rows import read_rows
 from tlgc_mp.cli import main
 
 LOSSES = {"sc": 0.1, "gc": 0.5, "gc-2l": 0.3}

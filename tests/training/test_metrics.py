@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from tests.ranks import run_ranks
 from tests.training.runs import EPOCHS, STEPS, metrics, train
-from tlgc_mp.bench.training_report import read_rows
+from tlgc_mp.bench.training_rows import read_rows
 from tlgc_mp.models import create_model
 from tlgc_mp.nn import FullyLearnableGroupConv2d
 from tlgc_mp.parallel.plan import parameter_counts
