@@ -15,8 +15,8 @@ from tlgc_mp.errors import UsageError
 from tlgc_mp.nn import FullyLearnableGroupConv2d, ShuffleConv2d
 from tlgc_mp.parallel import shard
 
-CASES = [(2, 2, 8), (2, 2, 6), (2, 4, 12), (3, 3, 12), (3, 6, 6), (4, 4, 4), (4, 8, 24)]
-"""(P, N, m)"""
+CASES = [(2, 2, 8), (2, 2, 6), (2, 4, 12), (3, 3, 12), (3, 6, 6), (4, 4, 4), (4, 8, 24), (4, 4, 8)]
+"""(P, N, m); in the last a rank does not get as much from another as it gives to it."""
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 BATCH, HEIGHT, WIDTH = 3, 5, 4
