@@ -181,6 +181,22 @@ def test_image_size(shape: tuple[int, int], asked: int | None, side: int, make_f
     assert datasets.train[0][0].shape == datasets.test[0][0].shape == (3, side, side)
 
 
+def test_small_images_are_read_once_within_a_limit(make_folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = 4 * 20 * 30 + 1024  # resized to 20 x 30, four bytes a pixel, and what an image object takes
+    monkeypatch.setattr("tlgc_mp.data.datasets._KEPT_BYTES", 2 * held)
+    root = make_folders({"train/cat": 3, "test/cat": 2}, size=(40, 60))
+    datasets = load_datasets("imagefolder", str(root), seed=0, image_size=20)
+    before = [datasets.test[i][0] for i in range(2)]
+    for i in range(3):
+        datasets.train[i]
+    for path in root.rglob("*.png"):
+        path.unlink()
+    assert all(torch.equal(datasets.test[i][0], before[i]) for i in range(2))
+    assert datasets.train[0][0].shape == datasets.train[1][0].shape == (3, 20, 20)
+    with pytest.raises(UsageError, match="2.png"):  # past the limit: read each time
+        datasets.train[2]
+
+
 def test_imagenet_is_always_cropped_to_224(make_folders, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tlgc_mp.data.catalog._IMAGENET_CLASSES", 2)
     root = make_folders({"train/n01": 1, "train/n02": 1, "val/n01": 1, "val/n02": 1})

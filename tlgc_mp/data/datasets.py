@@ -37,6 +37,8 @@ _DIGITS_STATISTICS = ((0.3053,) * 3, (0.3760,) * 3)
 
 _DIGITS_TEST_LENGTH = 360
 _LARGEST_SMALL_IMAGE = 64
+_KEPT_BYTES = 1 << 30  # of decoded small images, of one split, a process
+_IMAGE_OBJECT_BYTES = 1024
 
 
 class ImageDataset(Protocol):
@@ -220,6 +222,8 @@ def _image_folders(name: str, data_dir: Path, image_size: int | None) -> Dataset
         shorter_side = min(_read_image(train.samples[0][0]).size)
         image_size = shorter_side if name == "imagefolder" and shorter_side <= _LARGEST_SMALL_IMAGE else 224
     small = name == "imagefolder" and image_size <= _LARGEST_SMALL_IMAGE
+    if small:
+        train.loader, test.loader = _KeptImages(image_size), _KeptImages(image_size)
     make_transforms = _small_image_transforms if small else _large_image_transforms
     train.transform, test.transform = make_transforms(image_size, _IMAGENET_STATISTICS)
     return Datasets(train, test, num_classes=len(train.classes), image_size=image_size)
@@ -232,6 +236,28 @@ def _read_image(path: str) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         reason = " ".join(str(error).split())
         raise UsageError(f"--data-dir: cannot read the image {path} ({reason}); replace or remove it") from error
+
+
+class _KeptImages:
+    """Reads images whose shorter side becomes ``size``, and keeps them for the next epoch, within a limit.
+
+    Decoding a small image costs more than all that is done with it. Each data worker keeps what it has read itself.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.resize = transforms.Resize(size)
+        self.kept: dict[str, Image.Image] = {}
+        self.bytes_left = _KEPT_BYTES
+
+    def __call__(self, path: str) -> Image.Image:
+        image = self.kept.get(path)
+        if image is None:
+            image = self.resize(_read_image(path))
+            held = 4 * image.width * image.height + _IMAGE_OBJECT_BYTES  # Pillow stores RGB in four bytes
+            if held <= self.bytes_left:
+                self.bytes_left -= held
+                self.kept[path] = image
+        return image
 
 
 def _small_image_transforms(size: int, statistics: Statistics) -> tuple[Transform, Transform]:
