@@ -193,7 +193,7 @@ def test_small_images_are_read_once_within_a_limit(make_folders, monkeypatch: py
         path.unlink()
     assert all(torch.equal(datasets.test[i][0], before[i]) for i in range(2))
     assert datasets.train[0][0].shape == datasets.train[1][0].shape == (3, 20, 20)
-    with pytest.raises(UsageError, match="2.png"):  # past the limit: read each time
+    with pytest.raises(UsageError, match=r"2\.png"):  # past the limit: read each time
         datasets.train[2]
 
 
