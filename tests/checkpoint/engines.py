@@ -1,0 +1,158 @@
+"""Engines over P x D ranks that train a little, save, and go on, for the ranks of :func:`tests.ranks.run_ranks`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tlgc_mp.checkpoint import load_checkpoint, save_checkpoint
+from tlgc_mp.nn import TwoLevelConv2d
+from tlgc_mp.parallel import gather_state_dict, initialize
+from tlgc_mp.parallel.topology import Topology
+
+SEED, GROUPS, CLASSES = 3, 4, 5
+MICRO_BATCHES, MICRO_BATCH = 4, 3  # of a step, over all replicas: BatchNorm sees the same images at every D
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=5e-4),
+    "plain-sgd": lambda p: torch.optim.SGD(p, lr=0.02),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.002),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.002, betas=(0.8, 0.95)),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a run is split."""
+
+    tensor_parallel: int
+    data_parallel: int
+    stage: int
+
+    @property
+    def world(self) -> int:
+        return self.tensor_parallel * self.data_parallel
+
+    def __str__(self) -> str:
+        return f"{self.tensor_parallel}x{self.data_parallel}-zero{self.stage}"
+
+
+def network() -> nn.Module:
+    """A stem, two-level layers, BatchNorm and a head, smooth, with a frozen parameter; on the meta device."""
+    with torch.device("meta"):
+        model = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.SiLU(),
+            TwoLevelConv2d(16, 32, 3, padding=1, stride=2, groups=GROUPS),
+            nn.BatchNorm2d(32),
+            nn.SiLU(),
+            TwoLevelConv2d(32, 32, 1, groups=GROUPS, bias=True),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(32, CLASSES),
+        )
+    model[4].weight.requires_grad_(False)
+    return model
+
+
+def engine_of(shape: Shape, optimizer: str = "sgd", bf16: bool = False, config: dict[str, Any] | None = None) -> Any:
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": MICRO_BATCH,
+        "gradient_accumulation_steps": MICRO_BATCHES // shape.data_parallel,
+        "tensor_parallel": {"autotp_size": shape.tensor_parallel},
+        "zero_optimization": {"stage": shape.stage},
+        "zero_allow_untested_optimizer": True,
+        **(config or {}),
+    }
+    if bf16:
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return initialize(
+        model=network(),
+        optimizer=OPTIMIZERS[optimizer],
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [3, 5], 0.5),
+        config=settings,
+        seed=SEED,
+    )[0]
+
+
+def micro_batches(step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    drawn = torch.Generator().manual_seed(1000 + step)
+    for _ in range(MICRO_BATCHES):
+        images = torch.randn(MICRO_BATCH, 3, 8, 8, generator=drawn)
+        yield images, torch.randint(CLASSES, (MICRO_BATCH,), generator=drawn)
+
+
+def train_steps(engine: Any, shape: Shape, steps: range) -> list[float]:
+    """The loss of each step, the mean over the micro-batches of all replicas."""
+    topology = Topology(dist.get_world_size(), dist.get_rank(), shape.tensor_parallel)
+    losses = []
+    for step in steps:
+        total = torch.zeros((), dtype=torch.float64)
+        for number, (images, labels) in enumerate(micro_batches(step)):
+            if number % shape.data_parallel == topology.dp_rank:
+                loss = F.cross_entropy(engine(images).float(), labels)
+                engine.backward(loss)
+                engine.step()
+                total += loss.detach()
+        dist.all_reduce(total)
+        losses.append(float(total) / MICRO_BATCHES / shape.tensor_parallel)
+    return losses
+
+
+@dataclass
+class Run:
+    """What came of a run: losses after the checkpoint, the rates then, and the whole model's state at the end."""
+
+    losses: list[float]
+    rate: float
+    state: dict[str, Tensor]
+
+
+def finish(engine: Any, shape: Shape, steps: range) -> Run:
+    losses = train_steps(engine, shape, steps)
+    return Run(losses, engine.optimizer.param_groups[0]["lr"], gather_state_dict(engine.module))
+
+
+def save_and_go_on(shape: Shape, optimizer: str, bf16: bool, folder: str, first: int, last: int) -> Run:
+    """Trains ``first`` steps, saves, and trains on to ``last``."""
+    engine = engine_of(shape, optimizer, bf16)
+    train_steps(engine, shape, range(first))
+    path = save_checkpoint(engine, folder, client_state={"step": first})
+    assert path.endswith(f"step-{first}"), path
+    return finish(engine, shape, range(first, last))
+
+
+def load_and_go_on(
+    shape: Shape, optimizer: str, bf16: bool, folder: str, last: int, config: dict[str, Any] | None = None
+) -> Run:
+    engine = engine_of(shape, optimizer, bf16, config)
+    first = load_checkpoint(engine, folder)["step"]
+    return finish(engine, shape, range(first, last))
+
+
+Kind = tuple[Shape, str, bool]
+"""Shape, optimizer, whether under bf16 autocast."""
+
+
+def save_and_load(kinds: list[Kind], folder: str, first: int, last: int) -> dict[Kind, tuple[Run, Run]]:
+    """For each kind of run, (the one that went on, the one that was loaded)."""
+    outcomes = {}
+    for kind in kinds:
+        path = f"{folder}/{kind}"
+        outcomes[kind] = (save_and_go_on(*kind, path, first, last), load_and_go_on(*kind, path, last))
+    return outcomes
+
+
+def load_all(kinds: list[Kind], others: list[Shape], folder: str, last: int) -> list[Run]:
+    """Each kind's checkpoint, loaded at another shape."""
+    return [
+        load_and_go_on(other, optimizer, bf16, f"{folder}/{(shape, optimizer, bf16)}", last)
+        for (shape, optimizer, bf16), other in zip(kinds, others, strict=True)
+    ]

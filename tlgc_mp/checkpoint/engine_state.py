@@ -1,0 +1,207 @@
+"""Where a DeepSpeed engine keeps its weights and its optimizer's state, at every ZeRO stage.
+
+Below ZeRO 1 each parameter is its own master copy and the key of its optimizer state. ZeRO 1 and 2 flatten each
+parameter group and give each replica a range of it in fp32; ZeRO 3 flattens the ranges themselves. Either way a rank's
+state is a number of *holders*, the tensors that the optimizer steps on, in which ranges of parameters lie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tlgc_mp.errors import UsageError
+from tlgc_mp.parallel.layers import ShardedLayer
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of a whole parameter or buffer a tensor-parallel rank holds.
+
+    Attributes:
+        shape: of the part.
+        dim: the dimension in which the whole is cut; ``None`` where it is not.
+        index, count: it is part ``index`` of ``count`` equal ones.
+    """
+
+    shape: tuple[int, ...]
+    dim: int | None
+    index: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A range of one parameter's part, in this rank's care.
+
+    Attributes:
+        name: of the parameter in the module.
+        part: what of the whole parameter this rank's replica holds.
+        start, numel: the range, in elements of the flattened part.
+        holder: the tensor that the optimizer steps on; ``None`` where the parameter is frozen.
+        values: this range's master weights: a view, of the part's shape where it is whole and flat otherwise.
+        offset: where the range begins in a flat holder; ``None`` where the holder is the parameter itself.
+        group: the optimizer's parameter group.
+    """
+
+    name: str
+    part: Part
+    start: int
+    numel: int
+    holder: Tensor | None
+    values: Tensor
+    offset: int | None
+    group: int | None
+
+
+class EngineState:
+    """The master weights, optimizer state and buffers that one rank of an engine holds.
+
+    Args:
+        engine: as :func:`tlgc_mp.initialize` or ``deepspeed.initialize`` returns it.
+
+    Raises:
+        UsageError: its optimizer keeps its state in a way that is not known.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.module: nn.Module = engine.module
+        self.stage = int(engine.zero_optimization_stage())
+        optimizer = engine.optimizer
+        self.optimizer: torch.optim.Optimizer = optimizer if self.stage == 0 else getattr(optimizer, "optimizer", None)
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise UsageError(
+                f"checkpoint: the engine's optimizer is a {type(optimizer).__name__} at ZeRO {self.stage}, whose state "
+                "is not known; use a torch or DeepSpeed optimizer in fp32 or under torch_autocast"
+            )
+        self.replicas = int(engine.dp_world_size)
+        self.replica = int(dist.get_rank(engine.data_parallel_group)) if self.replicas > 1 else 0
+        self.tensor_parallel = dist.get_world_size() // self.replicas
+        self.tensor_rank = dist.get_rank() % self.tensor_parallel
+        self.slots = list(self._slots())
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups."""
+        return list(self.optimizer.param_groups)
+
+    def parts(self) -> dict[str, Part]:
+        """Name -> part, of every parameter and every persistent buffer of the module."""
+        found = {}
+        for prefix, module in self.module.named_modules():
+            tensors = {**module._parameters, **module._buffers}
+            for key, tensor in tensors.items():
+                if tensor is None or key in module._non_persistent_buffers_set:
+                    continue
+                dim = module.placement.dims.get(key) if isinstance(module, ShardedLayer) else None
+                index, count = (0, 1) if dim is None else (module.tp_index, module.tp_world_size)
+                shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
+                found[f"{prefix}.{key}" if prefix else key] = Part(shape, dim, index, count)
+        return found
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Name -> every persistent buffer of the module."""
+        names = self.parts().keys()
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in names}
+
+    def states(self, slot: Slot) -> dict[str, Tensor]:
+        """Key -> the part of the optimizer's state that belongs to a slot, as views of the same shape as its values."""
+        if slot.holder is None:
+            return {}
+        return {
+            key: value if slot.offset is None else value.flatten().narrow(0, slot.offset, slot.numel)
+            for key, value in self.optimizer.state[slot.holder].items()
+            if torch.is_tensor(value) and value.shape == slot.holder.shape and value.dim() > 0
+        }
+
+    def scalars(self) -> list[dict[str, Any]]:
+        """For each parameter group, what the optimizer keeps beside tensors of the parameters' shape: counts of steps."""
+        found: list[dict[str, Any]] = [{} for _ in self.groups]
+        for slot in self.slots:
+            if slot.holder is None or slot.group is None:
+                continue
+            for key, value in self.optimizer.state[slot.holder].items():
+                scalar = value.item() if torch.is_tensor(value) and value.dim() == 0 else value
+                if isinstance(scalar, (bool, int, float)):
+                    found[slot.group][key] = {"value": scalar, "tensor": torch.is_tensor(value)}
+        return found
+
+    def make_states(self, keys: dict[str, list[str]], scalars: list[dict[str, Any]]) -> None:
+        """Gives the holders state of the keys that each parameter has, zero where there is none, and those scalars."""
+        for slot in self.slots:
+            if slot.holder is None or slot.group is None or not keys.get(slot.name):
+                continue
+            state = self.optimizer.state[slot.holder]
+            for key in keys[slot.name]:
+                if not torch.is_tensor(state.get(key)):
+                    state[key] = torch.zeros_like(slot.holder)
+            for key, saved in scalars[slot.group].items():
+                kept = state.get(key)
+                if torch.is_tensor(kept):
+                    kept.fill_(saved["value"])
+                else:
+                    state[key] = torch.tensor(float(saved["value"])) if saved["tensor"] else saved["value"]
+
+    def publish(self) -> None:
+        """Brings the weights that the module computes with in line with the master weights. Collective from ZeRO 1 on."""
+        optimizer = self.engine.optimizer
+        if self.stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self.stage == 3:
+            for flat, master in zip(
+                optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True
+            ):
+                if master.numel() > 0:
+                    flat.data.copy_(master.data)
+            for flat, parameters in zip(
+                optimizer.fp16_partitioned_groups_flat, optimizer.fp16_partitioned_groups, strict=True
+            ):
+                for parameter, values in zip(parameters, optimizer.unflatten(flat, parameters), strict=True):
+                    parameter.data = values.data
+            persistent = optimizer.persistent_parameters
+            if len(persistent) > 0:
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
+
+    def _slots(self) -> Iterator[Slot]:
+        parts = self.parts()
+        group_of = {id(p): i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+        for name, param in self.module.named_parameters():
+            part = parts[name]
+            if self.stage == 3:
+                yield from self._slot_at_stage_3(name, param, part)
+            elif self.stage == 0 or not param.requires_grad:
+                group = group_of.get(id(param))
+                holder = param if group is not None and param.requires_grad else None
+                yield Slot(name, part, 0, param.numel(), holder, param.data, None, group)
+            elif getattr(param, "_hp_mapping", None) is not None:
+                fragment = param._hp_mapping
+                holder = self.engine.optimizer.single_partition_of_fp32_groups[fragment.param_group_index]
+                offset, numel = fragment.hp_fragment_address.start, fragment.hp_fragment_address.numel
+                values = holder.data.narrow(0, offset, numel)
+                start = fragment.lp_fragment_address.start
+                yield Slot(name, part, start, numel, holder, values, offset, fragment.param_group_index)
+
+    def _slot_at_stage_3(self, name: str, param: Any, part: Part) -> Iterator[Slot]:
+        share = param.ds_tensor.numel()  # padded, so that all replicas hold as many
+        start = share * self.replica
+        numel = min(share, math.prod(part.shape) - start)
+        if numel <= 0:
+            return
+        if not param.requires_grad:
+            yield Slot(name, part, start, numel, None, param.ds_tensor.data.narrow(0, 0, numel), None, None)
+            return
+        optimizer = self.engine.optimizer
+        subgroup, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
+        holder = optimizer.fp32_partitioned_groups_flat[subgroup]
+        if optimizer.fp16_partitioned_groups_flat[subgroup] is None or optimizer._swappable_optimizer_subgroup(subgroup):
+            raise UsageError("checkpoint: state that ZeRO 3 has offloaded to NVMe is not read; offload it to the CPU")
+        values = holder.data.narrow(0, offset, numel)
+        yield Slot(name, part, start, numel, holder, values, offset, optimizer.sub_group_to_group_id[subgroup])

@@ -1,0 +1,243 @@
+"""The folder of checkpoints: what lies where, what is whole, and which one is the newest. Loads no torch.
+
+FOLDER/TAG/checkpoint.json       what it is a checkpoint of, and the size and SHA-256 of every other file
+FOLDER/TAG/shard-P-D.safetensors what tensor-parallel rank P of replica D wrote
+FOLDER/TAG/scheduler.pt          the state of the learning-rate schedule
+FOLDER/latest                    the tag of the newest checkpoint
+FOLDER/best                      the tag of the one with the smallest test error, where somebody says which it is
+FOLDER/TAG.partial/              one that is being written, or was when its run was killed
+
+A checkpoint is written as TAG.partial and takes its name when every byte of it is on the disk; ``latest`` moves after
+that. So what has a name was whole once, and nothing that is written later touches it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from typing import Any
+
+from tlgc_mp.errors import UsageError
+
+CHECKPOINTS = "checkpoints"
+DESCRIPTION = "checkpoint.json"
+LATEST = "latest"
+BEST = "best"
+PARTIAL = ".partial"
+FORMAT = 1
+_BLOCK = 1 << 22
+
+
+def find_checkpoint(path: str) -> tuple[str, str]:
+    """The newest checkpoint of the run in ``path``, as (folder of checkpoints, tag); its files are all there.
+
+    ``path`` is a run's output folder, its folder of checkpoints, or one checkpoint in it. Sizes are compared,
+    contents are not: see :func:`damage`.
+
+    Raises:
+        UsageError: there is no checkpoint, or the newest is damaged; the message names the newest whole one before it.
+    """
+    path = os.path.normpath(path)
+    if os.path.isfile(os.path.join(path, DESCRIPTION)):
+        folder, tag = os.path.dirname(os.path.abspath(path)), os.path.basename(path)
+    else:
+        folder = next((f for f in (os.path.join(path, CHECKPOINTS), path) if _latest(f) or tags(f)), "")
+        if not folder:
+            raise UsageError(f"--resume: {path!r} holds no checkpoint; give the --output-dir of a run that saved one")
+        tag = _latest(folder) or tags(folder)[0]
+    problem = missing(folder, tag)
+    if problem is not None:
+        raise UsageError(f"--resume: {problem}; {offer(folder, tag)}")
+    return folder, tag
+
+
+def newest_whole(folder: str, before: str | None = None) -> str | None:
+    """The tag of the newest checkpoint in ``folder`` whose every byte is as it was written; ``None`` without one.
+
+    Args:
+        before: only checkpoints older than this one.
+    """
+    candidates = tags(folder)
+    if before in candidates:
+        candidates = candidates[candidates.index(before) + 1 :]
+    return next((tag for tag in candidates if tag != before and damage(folder, tag) is None), None)
+
+
+def offer(folder: str, tag: str) -> str:
+    """The end of a message about a damaged checkpoint: which one to go on from instead."""
+    other = newest_whole(folder, before=tag)
+    if other is None:
+        return "no whole checkpoint lies before it"
+    return f"the newest whole one before it is {os.path.join(folder, other)!r}: give --resume that"
+
+
+def tags(folder: str) -> list[str]:
+    """The checkpoints in ``folder``, the newest first. None of a folder that is not there."""
+    saved = {}
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        return []
+    for entry in entries:
+        if not entry.name.endswith(PARTIAL):
+            try:
+                saved[entry.name] = os.stat(os.path.join(entry.path, DESCRIPTION)).st_mtime_ns
+            except OSError:
+                continue
+    return sorted(saved, key=lambda tag: saved[tag], reverse=True)
+
+
+def read_description(folder: str, tag: str) -> dict[str, Any]:
+    """The contents of the checkpoint's ``checkpoint.json``.
+
+    Raises:
+        UsageError: it cannot be read, or is of another format.
+    """
+    path = os.path.join(folder, tag, DESCRIPTION)
+    try:
+        with open(path, encoding="utf-8") as file:
+            description = json.load(file)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--resume: {path!r} cannot be read: {error}") from None
+    if not isinstance(description, dict) or not isinstance(description.get("files"), dict):
+        raise UsageError(f"--resume: {path!r} does not describe a checkpoint")
+    if description.get("format") != FORMAT:
+        raise UsageError(
+            f"--resume: {path!r} is of format {description.get('format')!r}, and this version reads format {FORMAT}"
+        )
+    return description
+
+
+def missing(folder: str, tag: str) -> str | None:
+    """What is wrong with the names and sizes of a checkpoint's files, or ``None``."""
+    try:
+        files = read_description(folder, tag)["files"]
+    except UsageError as error:
+        return str(error).removeprefix("--resume: ")
+    for name, entry in files.items():
+        path = os.path.join(folder, tag, name)
+        try:
+            size = os.path.getsize(path)
+        except OSError:
+            return f"{path!r} is missing"
+        if size != entry["bytes"]:
+            return f"{path!r} is damaged: it holds {size:,} of {entry['bytes']:,} bytes"
+    return None
+
+
+def damage(folder: str, tag: str, names: list[str] | None = None) -> str | None:
+    """What is wrong with a checkpoint's files, every byte read, or ``None``.
+
+    Args:
+        names: of the files to read; all where not given.
+    """
+    problem = missing(folder, tag)
+    if problem is not None:
+        return problem
+    files = read_description(folder, tag)["files"]
+    for name in sorted(files) if names is None else names:
+        path = os.path.join(folder, tag, name)
+        try:
+            found = checksum(path)
+        except OSError as error:
+            return f"{path!r} cannot be read: {error.strerror}"
+        if found != files[name]["sha256"]:
+            return f"{path!r} is damaged: its checksum is not the one it was written with"
+    return None
+
+
+def checksum(path: str) -> str:
+    """The SHA-256 of a file, as ``sha256sum`` prints it."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            total.update(block)
+    return total.hexdigest()
+
+
+def sealed(path: str) -> dict[str, Any]:
+    """Puts a file on the disk for good; returns its entry in ``checkpoint.json``."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": os.path.getsize(path), "sha256": checksum(path)}
+
+
+def free_tag(folder: str, tag: str) -> str:
+    """``tag``, or ``tag`` with a number where a checkpoint has that name already: none is ever written over."""
+    name, number = tag, 1
+    while os.path.exists(os.path.join(folder, name)):
+        number += 1
+        name = f"{tag}.{number}"
+    return name
+
+
+def begin(folder: str, tag: str) -> None:
+    """Makes TAG.partial, and clears away what killed runs left of theirs."""
+    os.makedirs(folder, exist_ok=True)
+    for entry in os.scandir(folder):
+        if entry.name.endswith(PARTIAL):
+            shutil.rmtree(entry.path, ignore_errors=True)
+    os.mkdir(os.path.join(folder, tag + PARTIAL))
+
+
+def commit(folder: str, tag: str, description: dict[str, Any]) -> None:
+    """Names a checkpoint whose files are all on the disk, and moves ``latest`` to it."""
+    partial = os.path.join(folder, tag + PARTIAL)
+    replace_file(os.path.join(partial, DESCRIPTION), json.dumps({"format": FORMAT, **description}, indent=1) + "\n")
+    os.rename(partial, os.path.join(folder, tag))
+    _sync(folder)
+    replace_file(os.path.join(folder, LATEST), tag + "\n")
+
+
+def abandon(folder: str, tag: str) -> None:
+    """Clears away a checkpoint that could not be written."""
+    shutil.rmtree(os.path.join(folder, tag + PARTIAL), ignore_errors=True)
+
+
+def mark_best(folder: str, tag: str) -> None:
+    """Makes ``best`` name ``tag``."""
+    replace_file(os.path.join(folder, BEST), tag + "\n")
+
+
+def forget_old(folder: str, keep: int) -> None:
+    """Removes all but the ``keep`` newest checkpoints and the best."""
+    stay = {_tag_in(os.path.join(folder, BEST)), _latest(folder)}
+    for tag in tags(folder)[keep:]:
+        if tag not in stay:
+            shutil.rmtree(os.path.join(folder, tag), ignore_errors=True)
+
+
+def replace_file(path: str, text: str) -> None:
+    """Writes ``text`` to ``path`` so that a reader finds the old content or the new, never a part."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync(os.path.dirname(path) or ".")
+
+
+def _latest(folder: str) -> str | None:
+    """The tag that ``latest`` names, if a checkpoint of that name is there."""
+    tag = _tag_in(os.path.join(folder, LATEST))
+    return tag if tag and os.path.isfile(os.path.join(folder, tag, DESCRIPTION)) else None
+
+
+def _tag_in(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _sync(folder: str) -> None:
+    """Puts the names in a folder on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,158 @@
+"""Reading any part of any tensor of a checkpoint, whatever the shape of the run that wrote it.
+
+A file holds ranges of parts: a whole tensor is cut in equal parts along one dimension, and a flattened part in ranges.
+Where the parts that are asked for are those that were written, or are cut along dimension 0, a range of theirs is a few
+ranges of the files; else the parts are put together first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tlgc_mp.checkpoint.engine_state import Part
+from tlgc_mp.checkpoint.folder import read_description
+from tlgc_mp.errors import UsageError
+
+INDEX = "index"
+"""The key of a file's metadata under which, as JSON, stands where each of its tensors belongs."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a stored tensor belongs: a range of the flattened ``part``, from ``start`` on, as ``replica`` held it."""
+
+    part: Part
+    start: int
+    replica: int
+
+    def entry(self) -> dict[str, Any]:
+        part = self.part
+        return {
+            **{"shape": part.shape, "dim": part.dim, "part": part.index, "parts": part.count},
+            **{"start": self.start, "replica": self.replica},
+        }
+
+    @staticmethod
+    def from_entry(entry: dict[str, Any]) -> Piece:
+        part = Part(tuple(entry["shape"]), entry["dim"], entry["part"], entry["parts"])
+        return Piece(part, entry["start"], entry["replica"])
+
+
+class CheckpointReader:
+    """The tensors of one checkpoint.
+
+    Tensors are named ``weights/NAME``, ``optimizer/KEY/NAME``, ``buffers/NAME`` and ``replica/NAME``. The last two kinds
+    every replica keeps for itself.
+
+    Args:
+        folder, tag: which checkpoint.
+
+    Raises:
+        UsageError: its files cannot be read.
+    """
+
+    def __init__(self, folder: str, tag: str) -> None:
+        self.where = os.path.join(folder, tag)
+        self.description = read_description(folder, tag)
+        self._files: dict[str, Any] = {}
+        self._pieces: dict[str, list[tuple[str, Piece, int]]] = {}  # tensor -> (file, where it belongs, elements)
+        for name in sorted(self.description["files"]):
+            if not name.endswith(".safetensors"):
+                continue
+            file = self._files[name] = safe_open(os.path.join(self.where, name), framework="pt")
+            for tensor, entry in json.loads(file.metadata()[INDEX]).items():
+                elements = math.prod(file.get_slice(tensor).get_shape())
+                self._pieces.setdefault(tensor, []).append((name, Piece.from_entry(entry), elements))
+
+    def names(self, kind: str) -> list[str]:
+        """The names of all tensors of a kind, ``"weights"`` for example."""
+        return [name.removeprefix(f"{kind}/") for name in self._pieces if name.startswith(f"{kind}/")]
+
+    def whole_shape(self, tensor: str) -> tuple[int, ...]:
+        """The shape of the whole tensor."""
+        part = self._of(tensor)[0][1].part
+        return tuple(n * part.count if dim == part.dim else n for dim, n in enumerate(part.shape))
+
+    def read(self, tensor: str, part: Part, start: int = 0, numel: int | None = None, replica: int = 0) -> Tensor:
+        """Elements ``start .. start + numel - 1`` of the flattened ``part`` of a tensor, or the part in its shape.
+
+        Of what each replica keeps for itself, what ``replica`` wrote; the mean over the replicas where there were
+        more or fewer of them than there are now, which is for :meth:`read_replicas` to say.
+
+        Raises:
+            UsageError: the checkpoint does not hold it, or in another shape.
+        """
+        pieces = self._of(tensor)
+        replicas = {piece.replica for _, piece, _ in pieces}
+        if tensor.startswith(("buffers/", "replica/")):
+            pieces = [p for p in pieces if p[1].replica == (replica if replica in replicas else min(replicas))]
+        written = pieces[0][1].part
+        whole = tuple(n * part.count if dim == part.dim else n for dim, n in enumerate(part.shape))
+        if whole != self.whole_shape(tensor):
+            raise UsageError(f"{tensor} is {self.whole_shape(tensor)} in the checkpoint {self.where!r}, not {whole}")
+        length = math.prod(part.shape) - start if numel is None else numel
+        dim = written.dim if part.dim is None else part.dim
+        if written.count == part.count:
+            flat = self._range(tensor, pieces, part.index, start, length)
+        elif dim == 0:
+            share = math.prod(written.shape)
+            at = math.prod(part.shape) * part.index + start
+            end, ranges = at + length, []
+            while at < end:
+                index = at // share
+                here = min(end, (index + 1) * share) - at
+                ranges.append(self._range(tensor, pieces, index, at - index * share, here))
+                at += here
+            flat = torch.cat(ranges)
+        else:
+            assert dim is not None
+            parts = [
+                self._range(tensor, pieces, index, 0, math.prod(written.shape)).view(written.shape)
+                for index in range(written.count)
+            ]
+            cut = torch.cat(parts, dim).narrow(dim, part.index * part.shape[dim], part.shape[dim])
+            flat = cut.flatten().narrow(0, start, length)
+        return flat.view(part.shape) if numel is None and start == 0 else flat
+
+    def read_replicas(self, tensor: str, part: Part, replica: int, replicas: int) -> Tensor:
+        """What ``replica`` of ``replicas`` kept for itself; the mean over those who wrote, where they were not as many.
+
+        Integers are not averaged: those of the first are taken.
+        """
+        written = sorted({piece.replica for _, piece, _ in self._of(tensor)})
+        if len(written) == replicas:
+            return self.read(tensor, part, replica=replica)
+        found = [self.read(tensor, part, replica=each) for each in written]
+        return torch.stack(found).mean(0) if found[0].is_floating_point() else found[0]
+
+    def _of(self, tensor: str) -> list[tuple[str, Piece, int]]:
+        if tensor not in self._pieces:
+            raise UsageError(f"the checkpoint {self.where!r} holds no {tensor}")
+        return self._pieces[tensor]
+
+    def _range(self, tensor: str, pieces: list[tuple[str, Piece, int]], index: int, start: int, numel: int) -> Tensor:
+        """A range of the flattened part ``index``, as it was cut when it was written."""
+        ranges = []
+        at = start
+        for name, piece, elements in sorted(pieces, key=lambda p: p[1].start):
+            end = piece.start + elements
+            if piece.part.index != index or not piece.start <= at < end or at == start + numel:
+                continue
+            stored = self._files[name].get_slice(tensor)
+            until = min(end, start + numel)
+            if len(stored.get_shape()) == 1:
+                ranges.append(stored[at - piece.start : until - piece.start])
+            else:
+                ranges.append(self._files[name].get_tensor(tensor).flatten()[at - piece.start : until - piece.start])
+            at = until
+        if at != start + numel:
+            raise UsageError(f"the checkpoint {self.where!r} holds {tensor} in part only")
+        return ranges[0] if len(ranges) == 1 else torch.cat(ranges)

@@ -1,0 +1,417 @@
+"""Writing checkpoints beside the training, and reading them back into an engine.
+
+A rank copies its share of the state, which is all that training waits for, and a thread writes it. The threads agree
+over the job's key-value store, so no collective is added: rank 0 makes the folder, every rank writes its file and
+posts size and checksum, and rank 0 names the checkpoint when all have. One save is under way at a time.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+import os
+import pickle
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tlgc_mp.checkpoint import folder as folders
+from tlgc_mp.checkpoint.engine_state import EngineState, Part
+from tlgc_mp.checkpoint.reader import INDEX, CheckpointReader, Piece
+from tlgc_mp.errors import UsageError
+from tlgc_mp.provenance import describe_run
+
+SAVE_SECONDS = 1800.0
+"""How long ranks wait for each other's files before a save has failed."""
+
+_SCHEDULER = "scheduler.pt"
+_POLL_SECONDS = 0.02
+_saves = 0
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written. Those before it stand. The message is one line, the same on every rank."""
+
+
+@dataclass
+class _Save:
+    """One save, as its thread knows it."""
+
+    number: int
+    tag: str
+    best: bool = False
+    error: str | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class CheckpointSaver:
+    """Saves an engine's state into a folder of checkpoints.
+
+    Every rank makes one, and calls the same methods in the same order.
+
+    Args:
+        engine: of :func:`tlgc_mp.initialize`.
+        folder: of the checkpoints; one that all ranks see.
+        keep: the newest checkpoints that stay; the best stays too.
+        background: whether :meth:`save` copies the state and returns while a thread writes it. It costs that copy in
+            host memory: as much again as this rank's weights and optimizer state.
+    """
+
+    def __init__(self, engine: Any, folder: str, *, keep: int = 3, background: bool = True) -> None:
+        self.folder, self.keep, self.background = folder, keep, background
+        self._state = EngineState(engine)
+        self._store: Any = dist.distributed_c10d._get_default_store()
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._saved_by = describe_run() if self._rank == 0 else None
+        self._copies: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
+        self._last: _Save | None = None
+
+    @property
+    def path(self) -> str:
+        """Of the newest checkpoint of this saver; written when :meth:`wait` has returned."""
+        return "" if self._last is None else os.path.join(self.folder, self._last.tag)
+
+    def save(
+        self, tag: str, client_state: dict[str, Any], replica_state: dict[str, Tensor] | None = None
+    ) -> None:
+        """Begins to save the state of this moment. Waits for the save before it.
+
+        Args:
+            tag: the checkpoint's name; where there is one of that name already, it gets a number.
+            client_state: what else to keep, as JSON can hold it: the same on every rank.
+            replica_state: tensors that each replica keeps for itself.
+
+        Raises:
+            SaveError: the save before could not be written.
+        """
+        global _saves
+        self.wait()
+        _saves += 1
+        save = self._last = _Save(_saves, tag)
+        tensors, index = self._snapshot(replica_state or {})
+        description, scheduler = self._describe(client_state)
+        thread = threading.Thread(
+            target=self._write, args=(save, tensors, index, description, scheduler), name="checkpoint", daemon=True
+        )
+        thread.start()
+        if not self.background:
+            self.wait()
+
+    def check(self) -> None:
+        """Raises :class:`SaveError` where the save under way has failed; costs nothing."""
+        if self._last is not None and self._last.error is not None:
+            raise SaveError(self._last.error)
+
+    def wait(self) -> None:
+        """Returns when the last save is on the disk and has its name.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        if self._last is not None:
+            if not self._last.done.wait(2 * SAVE_SECONDS):
+                raise SaveError(f"checkpoint {self.path!r}: not written within {2 * SAVE_SECONDS:.0f} s")
+            self.check()
+
+    def mark_best(self) -> None:
+        """Makes the newest checkpoint the best one, as soon as it has its name."""
+        with self._lock:
+            if self._last is None or self._rank != 0:
+                return
+            if not self._last.done.is_set():
+                self._last.best = True
+            elif self._last.error is None:
+                folders.mark_best(self.folder, self._last.tag)
+
+    def _snapshot(self, replica_state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(this rank's file, where each tensor of it belongs), the tensors in memory that training does not touch."""
+        tensors, index = {}, {}
+        for name, piece, tensor in _pieces(self._state, replica_state):
+            index[name] = piece.entry()
+            if not self.background and tensor.device.type == "cpu" and tensor.is_contiguous():
+                tensors[name] = tensor
+                continue
+            copy = self._copies.get(name)
+            if copy is None:
+                copy = self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            tensors[name] = copy.copy_(tensor)
+        return tensors, index
+
+    def _describe(self, client_state: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        state, engine = self._state, self._state.engine
+        description = {
+            "client_state": client_state,
+            "tensor_parallel": state.tensor_parallel,
+            "data_parallel": state.replicas,
+            "zero_stage": state.stage,
+            "optimizer": {
+                "type": type(state.optimizer).__name__,
+                "scalars": state.scalars(),
+                "groups": [_plain(group) for group in state.groups],
+            },
+            "engine": {name: int(getattr(engine, name)) for name in _COUNTERS},
+            "saved_by": self._saved_by,
+        }
+        scheduler = io.BytesIO()
+        if engine.lr_scheduler is not None:
+            torch.save(engine.lr_scheduler.state_dict(), scheduler)
+        return description, scheduler.getvalue()
+
+    def _write(
+        self,
+        save: _Save,
+        tensors: dict[str, Tensor],
+        index: dict[str, Any],
+        description: dict[str, Any],
+        scheduler: bytes,
+    ) -> None:
+        """The thread of one save. Whatever goes wrong becomes ``save.error``, on every rank."""
+        try:
+            tag = self._agree(save, "folder", lambda: self._begin(save.tag))
+            mine = self._attempt(lambda: self._write_files(tag, tensors, index, scheduler))
+            self._post(save, f"rank-{self._rank}", mine)
+            save.tag = self._agree(save, "end", lambda: self._finish(save, tag, description))
+        except Exception as error:
+            save.error = f"checkpoint {os.path.join(self.folder, save.tag)!r} was not written: {_told(error)}"
+        finally:
+            with self._lock:
+                if save.best and save.error is None and self._rank == 0:
+                    try:
+                        folders.mark_best(self.folder, save.tag)
+                    except OSError as error:
+                        save.error = f"{os.path.join(self.folder, folders.BEST)!r} was not written: {_told(error)}"
+                save.done.set()
+
+    def _begin(self, tag: str) -> str:
+        tag = folders.free_tag(self.folder, tag)
+        folders.begin(self.folder, tag)
+        return tag
+
+    def _write_files(
+        self, tag: str, tensors: dict[str, Tensor], index: dict[str, Any], scheduler: bytes
+    ) -> dict[str, Any]:
+        state, partial = self._state, os.path.join(self.folder, tag + folders.PARTIAL)
+        name = f"shard-{state.tensor_rank:02d}-{state.replica:02d}.safetensors"
+        path = os.path.join(partial, name)
+        save_file(tensors, path, metadata={INDEX: json.dumps(index)})
+        files = {name: folders.sealed(path)}
+        if self._rank == 0 and scheduler:
+            path = os.path.join(partial, _SCHEDULER)
+            with open(path, "wb") as file:
+                file.write(scheduler)
+            files[_SCHEDULER] = folders.sealed(path)
+        return files
+
+    def _finish(self, save: _Save, tag: str, description: dict[str, Any]) -> str:
+        """On rank 0: names the checkpoint once every rank has written its file."""
+        try:
+            files: dict[str, Any] = {}
+            for rank in range(self._world):
+                files.update(self._wait_for(save, f"rank-{rank}"))
+            folders.commit(self.folder, tag, {**description, "files": files})
+        except BaseException:
+            folders.abandon(self.folder, tag)
+            raise
+        folders.forget_old(self.folder, self.keep)
+        return tag
+
+    def _agree(self, save: _Save, step: str, act: Any) -> Any:
+        """What ``act`` returns on rank 0, which alone calls it; raises on every rank where it raises there."""
+        if self._rank == 0:
+            self._post(save, step, self._attempt(act))
+        return self._wait_for(save, step)
+
+    def _attempt(self, act: Any) -> Any:
+        try:
+            return {"result": act()}
+        except Exception as error:
+            return {"error": f"rank {self._rank}: {_told(error)}"}
+
+    def _post(self, save: _Save, step: str, outcome: Any) -> None:
+        self._store.set(f"tlgc_mp/checkpoint/{save.number}/{step}", json.dumps(outcome))
+
+    def _wait_for(self, save: _Save, step: str) -> Any:
+        key, deadline = f"tlgc_mp/checkpoint/{save.number}/{step}", time.monotonic() + SAVE_SECONDS
+        while not self._store.check([key]):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no word of {step} within {SAVE_SECONDS:.0f} s")
+            time.sleep(_POLL_SECONDS)
+        outcome = json.loads(self._store.get(key))
+        if "error" in outcome:
+            raise SaveError(outcome["error"])
+        return outcome["result"]
+
+
+def save_checkpoint(
+    engine: Any,
+    folder: str,
+    tag: str | None = None,
+    *,
+    client_state: dict[str, Any] | None = None,
+    keep: int = 3,
+) -> str:
+    """Saves an engine's state so that it loads at any other split over ranks and ZeRO stage. Collective.
+
+    Args:
+        engine: of :func:`tlgc_mp.initialize`.
+        folder: of the checkpoints; one that all ranks see.
+        tag: the checkpoint's name; the count of steps where not given.
+        client_state: what else to keep, as JSON can hold it: the same on every rank.
+        keep: the newest checkpoints that stay in the folder.
+
+    Returns:
+        The checkpoint's path.
+
+    Raises:
+        SaveError: it could not be written; those before it stand.
+        UsageError: the engine's optimizer keeps its state in a way that is not known.
+    """
+    saver = CheckpointSaver(engine, folder, keep=keep, background=False)
+    saver.save(tag or f"step-{engine.global_steps}", client_state or {})
+    return saver.path
+
+
+def load_checkpoint(engine: Any, path: str, replica_state: dict[str, Tensor] | None = None) -> dict[str, Any]:
+    """Loads a checkpoint into an engine of any split over ranks and any ZeRO stage. Collective.
+
+    Weights, buffers, the optimizer's state, the learning-rate schedule and the engine's counts of steps. Every file is
+    read once and held against its checksum before anything is loaded. No pickled code runs.
+
+    Args:
+        engine: of :func:`tlgc_mp.initialize`, over the same model and the same kind of optimizer.
+        path: a checkpoint, or a folder of them: its newest.
+        replica_state: tensors to fill with what each replica kept for itself; with the mean over the replicas where
+            there were more or fewer of them.
+
+    Returns:
+        The ``client_state`` it was saved with.
+
+    Raises:
+        UsageError: a file is damaged or missing, or the checkpoint is of another model or optimizer. On every rank.
+    """
+    folder, tag = folders.find_checkpoint(path)
+    names = sorted(folders.read_description(folder, tag)["files"])
+    _all_or_none(lambda: folders.damage(folder, tag, names[dist.get_rank() :: dist.get_world_size()]), folder, tag)
+    state = EngineState(engine)
+    reader = CheckpointReader(folder, tag)
+
+    def fill() -> str | None:
+        try:
+            _fill(state, reader, replica_state or {})
+        except (UsageError, OSError, SafetensorError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+            return _told(error)
+        return None
+
+    _all_or_none(fill, folder, tag)
+    state.publish()
+    return dict(reader.description["client_state"])
+
+
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+@torch.no_grad()
+def _fill(state: EngineState, reader: CheckpointReader, replica_state: dict[str, Tensor]) -> None:
+    saved = reader.description["optimizer"]
+    if _family(saved["type"]) != _family(type(state.optimizer).__name__):
+        raise UsageError(f"it was saved with the optimizer {saved['type']}, not {type(state.optimizer).__name__}")
+    if len(saved["groups"]) != len(state.groups):
+        raise UsageError(f"its optimizer has {len(saved['groups'])} parameter groups, not {len(state.groups)}")
+    parts = state.parts()
+    buffers = state.buffers()
+    for kind, wanted in (("weights", parts.keys() - buffers.keys()), ("buffers", buffers.keys())):
+        if odd := sorted(wanted ^ set(reader.names(kind))):
+            raise UsageError(f"it is of another model: {odd[0]} is in one of them only")
+    keys: dict[str, list[str]] = {}
+    for key, _, name in (entry.partition("/") for entry in reader.names("optimizer")):
+        keys.setdefault(name, []).append(key)
+    state.make_states(keys, saved["scalars"])
+    for slot in state.slots:
+        for tensor, target in (
+            (f"weights/{slot.name}", slot.values),
+            *((f"optimizer/{key}/{slot.name}", state.states(slot)[key]) for key in keys.get(slot.name, ())),
+        ):
+            target.copy_(reader.read(tensor, slot.part, slot.start, slot.numel).view(target.shape))
+    for name, buffer in buffers.items():
+        buffer.copy_(reader.read_replicas(f"buffers/{name}", parts[name], state.replica, state.replicas))
+    for name, target in replica_state.items():
+        part = Part(tuple(target.shape), None, 0, 1)
+        target.copy_(reader.read_replicas(f"replica/{name}", part, state.replica, state.replicas))
+    for group, values in zip(state.groups, saved["groups"], strict=True):
+        group.update({key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+    engine = state.engine
+    for name in _COUNTERS:
+        setattr(engine, name, reader.description["engine"][name])
+    if engine.lr_scheduler is not None and _SCHEDULER in reader.description["files"]:
+        path = os.path.join(reader.where, _SCHEDULER)
+        engine.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
+
+
+def _pieces(state: EngineState, replica_state: dict[str, Tensor]) -> Iterator[tuple[str, Piece, Tensor]]:
+    """(name, where it belongs, tensor) of all that this rank writes.
+
+    What several ranks hold alike, one of them writes: what no tensor-parallel rank has cut, the first of them; what
+    ZeRO has not split, the replicas in turn, the one with the least to write so far.
+    """
+    parts = state.parts()
+    written = [0] * state.replicas
+    for slot in state.slots:
+        states = state.states(slot)
+        if slot.offset is None and slot.numel == slot.values.numel() and slot.start == 0 and _is_whole(state, slot):
+            writer = written.index(min(written))
+            written[writer] += slot.numel * (1 + len(states))
+            if writer != state.replica:
+                continue
+        if slot.part.dim is None and state.tensor_rank > 0:
+            continue
+        piece = Piece(slot.part, slot.start, state.replica)
+        yield f"weights/{slot.name}", piece, slot.values
+        for key, value in states.items():
+            yield f"optimizer/{key}/{slot.name}", piece, value
+    for name, buffer in state.buffers().items():
+        if parts[name].dim is not None or state.tensor_rank == 0:
+            yield f"buffers/{name}", Piece(parts[name], 0, state.replica), buffer
+    if state.tensor_rank == 0:
+        for name, tensor in replica_state.items():
+            yield f"replica/{name}", Piece(Part(tuple(tensor.shape), None, 0, 1), 0, state.replica), tensor
+
+
+def _is_whole(state: EngineState, slot: Any) -> bool:
+    """Whether every replica holds this slot's parameter in full."""
+    return state.stage == 0 or (slot.holder is None and state.stage < 3)
+
+
+def _all_or_none(act: Any, folder: str, tag: str) -> None:
+    """Calls ``act`` on every rank; where one of them returns a problem, all raise it. Collective."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, act())
+    for problem in filter(None, problems):
+        raise UsageError(f"--resume: the checkpoint {os.path.join(folder, tag)!r}: {problem}; {folders.offer(folder, tag)}")
+
+
+def _plain(group: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a parameter group; not how they are computed, which is the device's affair."""
+    kinds = (bool, int, float, str, list, tuple)
+    computed = ("params", "foreach", "fused", "capturable", "differentiable", "name")
+    return {k: v for k, v in group.items() if k not in computed and (v is None or isinstance(v, kinds))}
+
+
+def _family(optimizer: str) -> str:
+    """DeepSpeed's CPU and fused optimizers keep the state of the torch one that they compute."""
+    name = optimizer.lower().removeprefix("deepspeed").removeprefix("fused").removeprefix("cpu")
+    return "adam" if name in ("adam", "adamw") else name
+
+
+def _told(error: BaseException) -> str:
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
+    return reason or type(error).__name__
