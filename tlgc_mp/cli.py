@@ -89,6 +89,13 @@ def _parser() -> argparse.ArgumentParser:
         "--keep", type=int, default=2, metavar="K", help="checkpoints to keep, the newest ones (default: %(default)s)"
     )
     train.add_argument(
+        "--rank-timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="end the run when a rank has given no sign of life for so long (default: %(default)g)",
+    )
+    train.add_argument(
         "--deepspeed_config", "--deepspeed-config", metavar="JSON", help="a DeepSpeed configuration (default: ZeRO 1)"
     )
     train.set_defaults(run=_train)
@@ -221,7 +228,7 @@ def entry() -> NoReturn:
 
         if dist.is_initialized():
             dist.destroy_process_group()  # its threads must not outlive the interpreter
-    if status == 0 or Launch.detect().world == 1:
+    if status == 0 or (status != 1 and Launch.detect().world == 1):
         sys.exit(status)
     if status == 2 and Launch.detect().rank != 0:
         time.sleep(1.0)  # a launcher that sees this rank leave ends rank 0, which has something to say
@@ -277,13 +284,19 @@ def _train(options: Any, launch: Launch) -> int:
     from tlgc_mp.parallel.engine import quiet_start, use_huge_pages
 
     use_huge_pages()
+    # A rank whose peer is gone says so itself, in one line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if launch.rank == 0:
         print("Loading torch and deepspeed ...", flush=True)
     with quiet_start():
         from tlgc_mp.training.interrupt import Interrupted
         from tlgc_mp.training.loop import train
+        from tlgc_mp.training.watchdog import Failed, Watchdog
     try:
-        train(settings, launch)
+        with Watchdog(settings.topology, settings.output_dir, settings.rank_timeout) as watchdog:
+            train(settings, launch, watchdog)
     except Interrupted as stopped:
         return 128 + stopped.signal
+    except Failed as failed:
+        return failed.status
     return 0
