@@ -31,6 +31,7 @@ from tlgc_mp.models.names import (
 )
 from tlgc_mp.parallel.topology import Launch
 from tlgc_mp.training.recipes import RECIPES
+from tlgc_mp.training.verdicts import leave_verdict
 
 
 class _Parser(argparse.ArgumentParser):
@@ -99,6 +100,20 @@ def _parser() -> argparse.ArgumentParser:
         "--deepspeed_config", "--deepspeed-config", metavar="JSON", help="a DeepSpeed configuration (default: ZeRO 1)"
     )
     train.set_defaults(run=_train)
+
+    again = commands.add_parser(
+        "launch",
+        help="start a launch of training, and start it again from its newest checkpoint when it fails",
+        description="Run COMMAND, any launch of tlgc-mp train under any launcher, and when it fails make sure that "
+        "nothing of it is left and run it again, with --resume where its output folder holds a checkpoint. A run that "
+        "ended well, has a mistake in its options (status 2) or was asked to stop is not run again. SIGINT, SIGTERM "
+        "and SIGUSR1 are passed on. The exit status is the last attempt's.",
+        usage="tlgc-mp launch [--max-restarts N] -- COMMAND ...",
+        allow_abbrev=False,
+    )
+    again.add_argument("--max-restarts", type=int, default=3, metavar="N", help="at most (default: %(default)s)")
+    again.add_argument("launch", nargs=argparse.REMAINDER, metavar="COMMAND", help="deepspeed, mpirun, torchrun, ...")
+    again.set_defaults(run=_launch)
 
     params = commands.add_parser(
         "params",
@@ -203,6 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options, launch))
     except UsageError as error:
         if launch.rank == 0:
+            leave_verdict(2, f"error: {error}")
             print(f"tlgc-mp: error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
@@ -256,6 +272,13 @@ def _params(options: Any, launch: Launch) -> int:
     )
     print(json.dumps(parameter_counts(model, options.tp)))
     return 0
+
+
+def _launch(options: Any, launch: Launch) -> int:
+    from tlgc_mp.training import restarts
+
+    command = options.launch[1:] if options.launch[:1] == ["--"] else options.launch
+    return restarts.run(command, options.max_restarts, lambda words: _parser().parse_args(words))
 
 
 def _report(options: Any, launch: Launch) -> int:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,9 +20,6 @@ _CONNECTION = re.compile(
 )
 _PORT_TAKEN = re.compile(r"port: (\d+).*EADDRINUSE", re.DOTALL)
 _LONGEST = 300
-
-VERDICT_FILE = "TLGC_MP_VERDICT_FILE"
-"""The environment variable with the path where a rank leaves, for ``tlgc-mp launch``, how its job ended."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -78,28 +73,3 @@ def cause_of(error: BaseException) -> Cause:
         isinstance(error, RuntimeError) and _CONNECTION.search(said) is not None
     )
     return Cause(text, echo=connection)
-
-
-def leave_verdict(status: int, text: str) -> None:
-    """Leaves how the job ended for ``tlgc-mp launch``, where it started this job; the first to do so is heard.
-
-    A launcher may end with a status of its own: torchrun ends with 1 whatever its ranks ended with.
-    """
-    path = os.environ.get(VERDICT_FILE)
-    if path is None:
-        return
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            json.dump({"status": status, "text": text}, file)
-    except OSError:
-        pass
-
-
-def read_verdict(path: str) -> dict[str, Any]:
-    """What a rank left at ``path``; empty where none did."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            verdict = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return verdict if isinstance(verdict, dict) else {}

@@ -35,8 +35,9 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from tlgc_mp.parallel.topology import Topology
-from tlgc_mp.training.faults import cause_of, leave_verdict
+from tlgc_mp.training.faults import cause_of
 from tlgc_mp.training.interrupt import Interrupted
+from tlgc_mp.training.verdicts import leave_verdict
 
 BEAT_SECONDS = 2.0
 MEETING_SECONDS = 300.0
