@@ -31,6 +31,7 @@ from tlgc_mp.models.names import (
 )
 from tlgc_mp.parallel.topology import Launch
 from tlgc_mp.training.recipes import RECIPES
+from tlgc_mp.training.verdicts import leave_verdict
 
 
 class _Parser(argparse.ArgumentParser):
@@ -89,9 +90,30 @@ def _parser() -> argparse.ArgumentParser:
         "--keep", type=int, default=2, metavar="K", help="checkpoints to keep, the newest ones (default: %(default)s)"
     )
     train.add_argument(
+        "--rank-timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="end the run when a rank has given no sign of life for so long (default: %(default)g)",
+    )
+    train.add_argument(
         "--deepspeed_config", "--deepspeed-config", metavar="JSON", help="a DeepSpeed configuration (default: ZeRO 1)"
     )
     train.set_defaults(run=_train)
+
+    again = commands.add_parser(
+        "launch",
+        help="start a launch of training, and start it again from its newest checkpoint when it fails",
+        description="Run COMMAND, any launch of tlgc-mp train under any launcher, and when it fails make sure that "
+        "nothing of it is left and run it again, with --resume where its output folder holds a checkpoint. A run that "
+        "ended well, has a mistake in its options (status 2) or was asked to stop is not run again. SIGINT, SIGTERM "
+        "and SIGUSR1 are passed on. The exit status is the last attempt's.",
+        usage="tlgc-mp launch [--max-restarts N] -- COMMAND ...",
+        allow_abbrev=False,
+    )
+    again.add_argument("--max-restarts", type=int, default=3, metavar="N", help="at most (default: %(default)s)")
+    again.add_argument("launch", nargs=argparse.REMAINDER, metavar="COMMAND", help="deepspeed, mpirun, torchrun, ...")
+    again.set_defaults(run=_launch)
 
     params = commands.add_parser(
         "params",
@@ -196,6 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options, launch))
     except UsageError as error:
         if launch.rank == 0:
+            leave_verdict(2, f"error: {error}")
             print(f"tlgc-mp: error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
@@ -221,7 +244,7 @@ def entry() -> NoReturn:
 
         if dist.is_initialized():
             dist.destroy_process_group()  # its threads must not outlive the interpreter
-    if status == 0 or Launch.detect().world == 1:
+    if status == 0 or (status != 1 and Launch.detect().world == 1):
         sys.exit(status)
     if status == 2 and Launch.detect().rank != 0:
         time.sleep(1.0)  # a launcher that sees this rank leave ends rank 0, which has something to say
@@ -251,6 +274,13 @@ def _params(options: Any, launch: Launch) -> int:
     return 0
 
 
+def _launch(options: Any, launch: Launch) -> int:
+    from tlgc_mp.training import restarts
+
+    command = options.launch[1:] if options.launch[:1] == ["--"] else options.launch
+    return restarts.run(command, options.max_restarts, lambda words: _parser().parse_args(words))
+
+
 def _report(options: Any, launch: Launch) -> int:
     from tlgc_mp.bench import training_report
 
@@ -277,13 +307,19 @@ def _train(options: Any, launch: Launch) -> int:
     from tlgc_mp.parallel.engine import quiet_start, use_huge_pages
 
     use_huge_pages()
+    # A rank whose peer is gone says so itself, in one line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if launch.rank == 0:
         print("Loading torch and deepspeed ...", flush=True)
     with quiet_start():
         from tlgc_mp.training.interrupt import Interrupted
         from tlgc_mp.training.loop import train
+        from tlgc_mp.training.watchdog import Failed, Watchdog
     try:
-        train(settings, launch)
+        with Watchdog(settings.topology, settings.output_dir, settings.rank_timeout) as watchdog:
+            train(settings, launch, watchdog)
     except Interrupted as stopped:
         return 128 + stopped.signal
+    except Failed as failed:
+        return failed.status
     return 0

@@ -14,29 +14,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
+_MARK = "TLGC_MP_TEST_JOB"
 
 
-def command(launcher: str) -> list[str]:
-    """What starts two ranks of the module under ``launcher``, or one process where it is ``"plain"``."""
-    port = free_port()
+def command(launcher: str, module: str = "tlgc_mp", port: str | None = None) -> list[str]:
+    """What starts two ranks of ``module`` under ``launcher``, or one process where it is ``"plain"``."""
+    port = port or free_port()
     return {
-        "plain": [sys.executable, "-m", "tlgc_mp"],
+        "plain": [sys.executable, "-m", module],
         "deepspeed": [
             *(str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", port),
-            *("--log_level", "error", "--module", "tlgc_mp"),
+            *("--log_level", "error", "--module", module),
         ],
         # As scripts/train_mpi.sh starts it.
         "mpirun": [
             *(str(BIN / "mpirun"), "-n", "2", "--oversubscribe", "--bind-to", "none", "--allow-run-as-root"),
-            *(sys.executable, "-m", "tlgc_mp"),
+            *(sys.executable, "-m", module),
         ],
-        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", port, "-m", "tlgc_mp"],
+        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", port, "-m", module],
     }[launcher]
 
 
@@ -49,15 +50,27 @@ def free_port() -> str:
 class Job:
     """A running launch of ``tlgc-mp train``; see :func:`started`."""
 
-    def __init__(self, launcher: str, options: list[str], output_dir: Path, stdout: TextIO, stderr: TextIO) -> None:
+    def __init__(
+        self,
+        launcher: str,
+        options: list[str],
+        output_dir: Path,
+        stdout: TextIO,
+        stderr: TextIO,
+        before: list[str],
+        module: str,
+        port: str | None,
+        variables: dict[str, str],
+    ) -> None:
         self.output_dir = output_dir
         self._stdout, self._stderr = stdout, stderr
         self._launcher = launcher
         launched = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "PMI")
         environment = {key: value for key, value in os.environ.items() if not key.startswith(launched)}
         environment.update(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+        environment.update({_MARK: str(output_dir), **variables})
         self.process = subprocess.Popen(
-            [*command(launcher), "train", *options, "--output-dir", str(output_dir)],
+            [*before, *command(launcher, module, port), "train", *options, "--output-dir", str(output_dir)],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -122,6 +135,17 @@ class Job:
                         found[int(entry.name)] = words
         return found
 
+    def everything(self) -> dict[int, list[str]]:
+        """Every process that inherited this job's environment, data workers too: pid -> the command line."""
+        found, mark = {}, f"{_MARK}={self.output_dir}".encode()
+        for entry in os.scandir("/proc"):
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    if mark in Path(entry.path, "environ").read_bytes().split(b"\0"):
+                        words = Path(entry.path, "cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+                        found[int(entry.name)] = words
+        return found
+
     def ranks(self) -> list[int]:
         """The pids of its ranks: the processes that no other process of the job comes from."""
         pids = self.processes()
@@ -131,27 +155,40 @@ class Job:
     def left(self, seconds: float = 5.0) -> dict[int, list[str]]:
         """What of it still runs ``seconds`` after the launcher has ended."""
         deadline = time.monotonic() + seconds
-        while (found := self.processes()) and time.monotonic() < deadline:
+        while (found := self.everything()) and time.monotonic() < deadline:
             time.sleep(0.05)
         return found
 
     def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        for pid in self.processes():
+        for pid in self.everything():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
 
 @contextlib.contextmanager
-def started(launcher: str, options: list[str], output_dir: Path) -> Iterator[Job]:
-    """A job in a session of its own, all of which is killed on leaving."""
+def started(
+    launcher: str,
+    options: list[str],
+    output_dir: Path,
+    *,
+    before: Sequence[str] = (),
+    module: str = "tlgc_mp",
+    port: str | None = None,
+    **variables: str,
+) -> Iterator[Job]:
+    """A job in a session of its own, all of which is killed on leaving.
+
+    ``before`` are words in front of its command, ``module`` is what its ranks run, and ``variables`` go into their
+    environment.
+    """
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as stdout,
         tempfile.TemporaryFile("w+", encoding="utf-8") as stderr,
     ):
-        job = Job(launcher, options, output_dir, stdout, stderr)
+        job = Job(launcher, options, output_dir, stdout, stderr, list(before), module, port, variables)
         try:
             yield job
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -25,21 +26,26 @@ from tlgc_mp.parallel.plan import parameter_counts
 from tlgc_mp.parallel.sharding import effective_parameters
 from tlgc_mp.parallel.topology import Launch, usable_cores
 from tlgc_mp.training import checkpoint
+from tlgc_mp.training.faults import NonFiniteError
 from tlgc_mp.training.interrupt import StopRequest
 from tlgc_mp.training.metrics import Metrics, peak_memory_bytes, print_summary
 from tlgc_mp.training.settings import TrainSettings
+from tlgc_mp.training.watchdog import Watchdog
 
 EVALUATION_BATCH = 250
+LOSS_CHECK_STEPS = 50
+"""Steps between two looks at the loss on an accelerator, each of which waits for it; on a CPU every step is one."""
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 
 
-def train(settings: TrainSettings, launch: Launch) -> None:
+def train(settings: TrainSettings, launch: Launch, watchdog: Watchdog) -> None:
     """Trains a model as ``settings`` say, evaluating and saving it every epoch; rank 0 reports.
 
     Args:
         settings: equal on every rank but for the rank in their topology.
         launch: this rank's place on its node.
+        watchdog: entered; it watches from here on until the run ends.
 
     Raises:
         UsageError: something that only shows now is the user's to mend, a damaged image, say.
@@ -71,7 +77,9 @@ def train(settings: TrainSettings, launch: Launch) -> None:
             f"{settings.accumulation} of one step; lower the batch size or gradient_accumulation_steps"
         )
 
-    start_distributed()
+    with watchdog.meeting():
+        start_distributed()
+    watchdog.start()
     with torch.device("meta"):
         model = create_model(
             settings.model,
@@ -107,6 +115,7 @@ def train(settings: TrainSettings, launch: Launch) -> None:
     run = _Run(settings, engine, batches, tests, steps, progress)
     with StopRequest() as stop:
         saved = run.train(stop)
+    watchdog.workers_may_end()
     peak = torch.tensor(peak_memory_bytes(), dtype=torch.int64)
     peak = _reduced(peak.to(engine.device), dist.ReduceOp.MAX)
     effective = effective_parameters(engine.module) if settings.conv == "flgc" else None
@@ -192,6 +201,7 @@ class _Run:
         engine, first = self.engine, self.progress["step"]
         engine.train()
         loss_sum = torch.tensor(self.progress["loss_sum"], dtype=torch.float64, device=engine.device)
+        on_cpu = loss_sum.device.type == "cpu"
         accumulation = self.settings.accumulation
         stream = self.batches.epoch(epoch, start=first * accumulation)
         bar = tqdm(
@@ -217,6 +227,8 @@ class _Run:
                     engine.backward(loss)
                     engine.step()
                     loss_sum += loss.detach() / accumulation
+                if on_cpu or step % LOSS_CHECK_STEPS == LOSS_CHECK_STEPS - 1:
+                    _check_finite(float(loss_sum), epoch, step + 1)
                 self.train_seconds += time.perf_counter() - step_began
                 bar.update()
         return self._averaged(loss_sum)
@@ -258,6 +270,8 @@ class _Run:
         return loss / count, 100.0 * errors / count
 
     def _save(self, tag: str, epoch: int, step: int, loss_sum: Tensor, began: float) -> str:
+        _check_finite(float(loss_sum), epoch, step)
+        _check_weights(self.engine.module, epoch, step)
         progress = {
             "epoch": epoch,
             "step": step,
@@ -267,6 +281,28 @@ class _Run:
             "data_seconds": self.data_seconds,
         }
         return checkpoint.save(self.engine, self.settings, progress, tag)
+
+
+def _check_finite(loss_sum: float, epoch: int, step: int) -> None:
+    """The sum of an epoch's losses stays NaN or infinite once it is."""
+    if not math.isfinite(loss_sum):
+        raise NonFiniteError(_not_finite(f"the loss is {loss_sum}", epoch, step))
+
+
+@torch.no_grad()
+def _check_weights(model: torch.nn.Module, epoch: int, step: int) -> None:
+    """The last step before a checkpoint may have spoilt weights that no loss has shown yet."""
+    for name, param in model.named_parameters():
+        held = getattr(param, "ds_tensor", param)  # under ZeRO 3 this rank's part
+        if not torch.isfinite(held).all():
+            raise NonFiniteError(_not_finite(f"the weights {name} are not finite", epoch, step))
+
+
+def _not_finite(what: str, epoch: int, step: int) -> str:
+    return (
+        f"{what} in epoch {epoch + 1} after step {step}; nothing of it is saved; lower --learning-rate, or --resume "
+        "from an earlier checkpoint"
+    )
 
 
 @torch.no_grad()

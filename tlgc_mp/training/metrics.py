@@ -52,8 +52,11 @@ class Metrics:
             return
         line = {"epoch": epoch, "step": step, "samples": samples, **figures}
         self.lines.append(line)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.path) from error  # what fails to write does not say where
         self._monitor.write_events([(f"Epoch/{key}", value, step) for key, value in figures.items()])
 
     def write_result(self, num_classes: int, figures: dict[str, Any]) -> None:

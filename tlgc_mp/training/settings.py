@@ -33,6 +33,7 @@ class TrainSettings:
         micro_batch: samples a replica works on at once.
         accumulation: micro-batches an optimizer step.
         limit_steps: optimizer steps after which an epoch ends, where it is not over before.
+        rank_timeout: seconds without a sign of life after which a rank is lost, and the run ends.
         resume_from: the checkpoint to go on from, as (folder of checkpoints, tag); ``None`` starts afresh.
     """
 
@@ -58,6 +59,7 @@ class TrainSettings:
     activation_checkpointing: bool
     output_dir: str
     keep: int
+    rank_timeout: float
     topology: Topology
     config: dict[str, Any]
     resume_from: tuple[str, str] | None
@@ -114,15 +116,15 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
             raise UsageError(f"{flag}={value} is too small; use {least} or more")
     if options.learning_rate is not None and not 0 < options.learning_rate < float("inf"):
         raise UsageError(f"--learning-rate={options.learning_rate} is not a positive number; use one, 0.1 say")
+    if not 1 <= options.rank_timeout < float("inf"):
+        raise UsageError(f"--rank-timeout={options.rank_timeout:g} is no time to wait; use 1 second or more")
 
     config = dict(DEFAULT_CONFIG) if options.deepspeed_config is None else read_config(options.deepspeed_config)
     zero_stage(config)
     topology = _topology(options, config, launch)
     micro_batch, accumulation = _batches(options, config, recipe, topology)
     learning_rate = _learning_rate(options, config, recipe)
-    output_dir = options.output_dir or os.path.join(
-        "runs", f"{options.model}-{options.conv}-{options.groups}-{options.dataset}"
-    )
+    output_dir = output_folder(options)
 
     settings = TrainSettings(
         model=options.model,
@@ -147,12 +149,19 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         activation_checkpointing=options.activation_checkpointing,
         output_dir=output_dir,
         keep=options.keep,
+        rank_timeout=options.rank_timeout,
         topology=topology,
         config=config,
         resume_from=None if options.resume is None else find_checkpoint(options.resume or output_dir),
     )
     _check_output(settings)
     return settings
+
+
+def output_folder(options: Any) -> str:
+    """Where a run with the parsed ``options`` writes."""
+    named = os.path.join("runs", f"{options.model}-{options.conv}-{options.groups}-{options.dataset}")
+    return options.output_dir or named
 
 
 def _topology(options: Any, config: dict[str, Any], launch: Launch) -> Topology:

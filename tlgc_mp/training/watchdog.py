@@ -1,0 +1,485 @@
+"""Ends the whole job, and says why once, when one of its ranks fails, dies or stops.
+
+Two daemon threads a rank, beside the training: one *beats* in the job's key-value store and looks there whether the
+next rank does too (a ring, so that a thousand ranks cost the store two thousand short requests a beat); the other
+*judges*: it sleeps until a process of this machine's ranks ends, which the kernel tells at once, until somebody has
+told why the job ends, or until the store or the next rank has not answered for ``rank_timeout`` seconds. It never waits
+for the store itself, which a stopped process may hold. The training's own thread does nothing for any of this.
+
+Whoever finds a cause first puts it into the store (compare-and-set) and prints it; everybody else finds it there, says
+nothing and leaves. A broken connection is what the end of another rank looks like from here: it is told only if no
+better cause shows within some seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from tlgc_mp.parallel.topology import Topology
+from tlgc_mp.training.faults import cause_of
+from tlgc_mp.training.interrupt import Interrupted
+from tlgc_mp.training.verdicts import leave_verdict
+
+BEAT_SECONDS = 2.0
+MEETING_SECONDS = 300.0
+"""In which all ranks must have met, from the moment when one begins to wait for the others."""
+ECHO_SECONDS = 6.0
+"""What a broken connection waits for its cause, and what the rank with the store waits for others to read theirs."""
+FAREWELL_SECONDS = 10.0
+"""What rank 0, at the end of a run, waits for others to be done with the store."""
+_FIRST_WORD_SECONDS = 0.5
+_UNJOINED_SECONDS = 3.0
+_TURN_SECONDS = 2.0
+_ANSWER_SECONDS = 1.0
+_GLANCE_SECONDS = 0.1
+
+_runs = itertools.count()
+
+
+class Failed(Exception):
+    """The run has failed, and that has been told. ``status`` is the exit status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class Watchdog:
+    """Watches over one run while it is entered; see the module.
+
+    Left by an exception, it tells the cause and raises :class:`Failed` in its place, unless the run was stopped
+    (:class:`~tlgc_mp.training.interrupt.Interrupted`, KeyboardInterrupt, SystemExit), which passes. Left in peace, it
+    sees to it that no other rank takes this one for lost; rank 0, whose process holds the store, then waits for the
+    others up to 10 s.
+
+    Args:
+        topology: of the run.
+        output_dir: where the traceback of an unexpected exception goes, as ``rank-K.traceback``.
+        rank_timeout: seconds without a sign of life after which a rank is lost.
+    """
+
+    def __init__(self, topology: Topology, output_dir: str, rank_timeout: float) -> None:
+        self._rank, self._world = topology.rank, topology.world
+        self._output_dir = output_dir
+        self._timeout = rank_timeout
+        self._beat = min(BEAT_SECONDS, rank_timeout / 5)
+        self._next = (self._rank + 1) % self._world
+        # Under torchrun the launcher's agent holds the store, else rank 0 does.
+        self._holder = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
+        self._store: Any = None
+        self._threads: list[threading.Thread] = []
+        self._wake_read, self._wake_write = -1, -1
+        self._look = threading.Event()
+        self._failing = self._closing = False
+        self._print_lock = threading.Lock()
+        self._printed = False
+        # What the beating thread finds for the judging one.
+        self._answered_at = self._next_seen_at = self._round_began = 0.0
+        self._next_beat = b""
+        self._members: list[_Member] = []
+        self._left: set[int] = set()
+        self._verdict: _Verdict | None = None
+        self._lost_at: float | None = None  # when the store was found gone
+        # Of the judging thread.
+        self._descriptors: dict[int, int] = {}  # rank: what the kernel tells the end of its process by
+        self._ended: dict[int, float] = {}  # rank: when its process ended
+        self._workers: dict[int, BaseProcess] = {}
+        self._minds_workers = True
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._close()
+        elif isinstance(error, Interrupted):
+            if self._rank == 0:
+                leave_verdict(128 + error.signal, f"stopped by {signal.Signals(error.signal).name}")
+            self._close()
+        elif isinstance(error, (KeyboardInterrupt, SystemExit)):
+            self._failing = True
+            if self._threads and not self._silent():
+                self._post(_Verdict(self._rank, self._rank, "", 128 + signal.SIGINT))
+            self._stop()
+        else:
+            raise Failed(self._fail(error)) from error
+
+    @contextlib.contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Bounds what is done in it, which waits for every rank to come up, to 300 s."""
+
+        def give_up() -> None:
+            if self._rank:
+                time.sleep(_UNJOINED_SECONDS)
+            place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+            self._print(
+                self._rank,
+                f"not all of the {self._world} ranks came to {place} within {MEETING_SECONDS:.0f} s; one of them "
+                "hangs, or was not started",
+                1,
+            )
+            os._exit(1)
+
+        timer = threading.Timer(MEETING_SECONDS, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def start(self) -> None:
+        """Begins to watch; every rank calls it as soon as torch.distributed is up."""
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        if self._world > 1:
+            store = dist.distributed_c10d._get_default_store()
+            # A connection of its own: the training's thread may wait for a key on the other, as long as it takes.
+            store = store.clone() if hasattr(store, "clone") else store
+            self._store = dist.PrefixStore(f"tlgc_mp/watchdog/{next(_runs)}", store)
+            self._threads.append(threading.Thread(target=self._keep_beating, name="tlgc_mp beat", daemon=True))
+        self._answered_at = self._next_seen_at = time.monotonic()
+        self._threads.append(threading.Thread(target=self._judge, name="tlgc_mp judge", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def workers_may_end(self) -> None:
+        """To be called before data worker processes are let go."""
+        self._minds_workers = False
+
+    # The beating thread.
+
+    def _keep_beating(self) -> None:
+        for beat in itertools.count():
+            if self._closing:
+                return
+            self._look.clear()
+            began = time.monotonic()
+            try:
+                self._exchange(beat)
+            except Exception:
+                self._lost_at = time.monotonic()
+                self._wake()
+                return
+            self._answered_at, self._round_began = time.monotonic(), began
+            if self._verdict is not None or self._ended:
+                self._wake()
+            self._look.wait(self._beat)
+
+    def _exchange(self, beat: int) -> None:
+        store, following = self._store, self._next
+        store.set(f"beat/{self._rank}", str(beat))
+        if beat == 0:
+            store.set(f"member/{self._rank}", json.dumps([_machine(), socket.gethostname(), os.getpid()]))
+        if not self._members:
+            keys = [f"member/{rank}" for rank in range(self._world)]
+            if store.check(keys):
+                self._members = [_Member(*json.loads(store.get(key))) for key in keys]
+                self._wake()
+        if store.check([f"beat/{following}"]):
+            seen = store.get(f"beat/{following}")
+            if seen != self._next_beat:
+                self._next_beat, self._next_seen_at = seen, time.monotonic()
+        self._left.update(rank for rank in {following, *self._ended} if store.check([f"left/{rank}"]))
+        if self._verdict is None and store.check(["verdict"]):
+            self._verdict = _Verdict(*json.loads(store.get("verdict")))
+            store.set(f"left/{self._rank}", "")
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, b"\0")
+
+    # The judging thread.
+
+    def _judge(self) -> None:
+        poll = select.poll()
+        poll.register(self._wake_read, select.POLLIN)
+        ranks: dict[int, int] = {}
+        last = time.monotonic()
+        while not self._closing:
+            pause = _GLANCE_SECONDS if self._ended or self._lost_at else self._beat
+            for descriptor, _ in poll.poll(pause * 1000):
+                if descriptor == self._wake_read:
+                    os.read(self._wake_read, 4096)
+                    continue
+                poll.unregister(descriptor)
+                self._ended[ranks[descriptor]] = time.monotonic()
+                self._look.set()
+            now = time.monotonic()
+            if now - last > self._beat + self._timeout / 2:
+                # This process itself was stopped, and maybe the others with it: their silence counts from now on.
+                self._answered_at = self._next_seen_at = now
+            last = now
+            if self._members and not self._descriptors:
+                self._descriptors = self._open_processes()
+                ranks = {descriptor: rank for rank, descriptor in self._descriptors.items()}
+                for descriptor in ranks:
+                    poll.register(descriptor, select.POLLIN)
+            verdict = self._verdict or self._find(now)
+            if verdict is not None and not self._closing:
+                self._end(verdict)
+
+    def _open_processes(self) -> dict[int, int]:
+        """Descriptors of the processes of the other ranks on this machine, by rank."""
+        opened = {}
+        for rank, member in enumerate(self._members):
+            if rank != self._rank and member.machine == _machine():
+                with contextlib.suppress(OSError):
+                    opened[rank] = os.pidfd_open(member.pid)
+        return opened
+
+    def _find(self, now: float) -> _Verdict | None:
+        """What has gone wrong, if anything."""
+        if self._minds_workers:
+            for process in multiprocessing.active_children():
+                self._workers.setdefault(process.pid or 0, process)
+            for pid, process in self._workers.items():
+                if not process.is_alive():
+                    return self._about(self._rank, f"data worker process {pid} {_ending(process.exitcode)}")
+        if self._store is None:
+            return None
+        for rank, when in self._ended.items():
+            # The store knows whether that rank was done, or has told why not, unless it went with that rank.
+            asked = self._round_began > when or now - when > _ANSWER_SECONDS
+            if rank not in self._left and (asked or rank == self._holder):
+                return self._about(rank, f"{self._process(rank)} has died; killed, since it left no message")
+        if self._lost_at is not None and now - self._lost_at > _ANSWER_SECONDS:
+            return self._store_failed("is gone")
+        silence = now - self._answered_at
+        if silence > self._timeout:
+            return self._store_failed(f"has not answered for {silence:.0f} s")
+        if now - self._answered_at < 2 * self._beat and self._next not in self._left:
+            silence = now - self._next_seen_at
+            if silence > self._timeout:
+                who = f"{self._process(self._next)}{self._state(self._next)}"
+                return self._about(self._next, f"{who} has not answered for {silence:.0f} s", lost=True)
+        return None
+
+    def _store_failed(self, how: str) -> _Verdict:
+        if self._holder is None:
+            return self._about(self._rank, f"the launcher's key-value store {how}")
+        who = f"{self._process(self._holder)}{self._state(self._holder)}"
+        return self._about(self._holder, f"{who} {how}", lost=True)
+
+    def _end(self, verdict: _Verdict) -> None:
+        """Ends this process, for the cause that ``verdict`` names or for one that was told before."""
+        self._verdict = standing = self._tell(verdict)
+        if standing.lost and standing.rank in self._descriptors:  # a stopped process does not hear SIGTERM
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self._descriptors[standing.rank], signal.SIGKILL)
+        self._farewell(ECHO_SECONDS)
+        deadline = time.monotonic() + ECHO_SECONDS
+        while self._failing and not self._closing and time.monotonic() < deadline:
+            time.sleep(_GLANCE_SECONDS)  # the training's thread has failed too, and is about to leave by itself
+        if not self._closing:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            os._exit(standing.status)
+
+    # The training's thread, and whichever else ends the run.
+
+    def _fail(self, error: BaseException) -> int:
+        """Tells what ``error`` means, unless something else explains it; the exit status."""
+        self._failing = True
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, which would cut the telling short
+        cause = cause_of(error)
+        started = bool(self._threads)
+        if not started and self._rank:
+            time.sleep(_UNJOINED_SECONDS)  # what every rank finds alike ends the job before that
+        elif cause.echo and self._world > 1:
+            deadline = time.monotonic() + ECHO_SECONDS
+            while self._verdict is None and time.monotonic() < deadline:
+                time.sleep(_GLANCE_SECONDS)
+        elif cause.shared and self._rank:
+            time.sleep(_FIRST_WORD_SECONDS)
+        standing = self._verdict
+        if standing is None:
+            text = cause.text
+            if cause.traced and (path := self._write_traceback(error)):
+                text = f"{text} (traceback: {path})"
+            standing = self._tell(self._about(self._rank, text, cause.status))
+        self._farewell(ECHO_SECONDS)
+        self._stop()
+        return standing.status
+
+    def _tell(self, verdict: _Verdict) -> _Verdict:
+        """Prints ``verdict``, unless another stands; the one that stands."""
+        if self._store is None:
+            standing = verdict
+        elif self._silent() or (posted := self._post(verdict)) is None:
+            standing = self._verdict or verdict
+            if self._verdict is None and not self._has_the_word():
+                return verdict
+        else:
+            standing = posted
+        if standing.teller == self._rank and standing.text:
+            self._print(standing.rank, standing.text, standing.status)
+        return standing
+
+    def _silent(self) -> bool:
+        return self._lost_at is not None or time.monotonic() - self._answered_at > self._timeout
+
+    def _post(self, verdict: _Verdict) -> _Verdict | None:
+        """Puts ``verdict`` into the store unless one is there; the one that is there. ``None`` without a store.
+
+        Where the store is stopped, this waits until the judging thread ends the process.
+        """
+        try:
+            return _Verdict(*json.loads(self._store.compare_set("verdict", "", json.dumps(verdict))))
+        except Exception:
+            return None
+
+    def _has_the_word(self) -> bool:
+        """Where no store can settle it: whether this is the lowest rank that lives. Others give that one time."""
+        lower = [rank for rank in range(self._rank) if rank != self._holder and not self._has_ended(rank)]
+        deadline = time.monotonic() + _TURN_SECONDS * min(len(lower), 4)
+        while time.monotonic() < deadline:
+            if any(self._has_ended(rank) for rank in lower):
+                return False
+            time.sleep(_GLANCE_SECONDS)
+        return True
+
+    def _has_ended(self, rank: int) -> bool:
+        descriptor = self._descriptors.get(rank)
+        return descriptor is not None and bool(select.select([descriptor], [], [], 0)[0])
+
+    def _farewell(self, seconds: float) -> None:
+        """Keeps the store up, where this process holds it, until the ranks that live have read what is in it."""
+        if self._rank != self._holder or self._store is None or self._silent():
+            return
+        deadline = time.monotonic() + seconds
+        for rank in range(self._world):
+            while rank != self._rank and time.monotonic() < deadline and not self._has_ended(rank):
+                if self._verdict is not None and self._verdict.lost and self._verdict.rank == rank:
+                    break
+                try:
+                    if self._store.check([f"left/{rank}"]):
+                        break
+                except Exception:
+                    return
+                time.sleep(_GLANCE_SECONDS)
+
+    def _close(self) -> None:
+        """Leaves in peace."""
+        if self._threads and self._store is not None:
+            self._closing = True
+            with contextlib.suppress(Exception):
+                self._store.set(f"left/{self._rank}", "")
+                self._farewell(FAREWELL_SECONDS)
+        self._stop()
+
+    def _stop(self) -> None:
+        self._closing = True
+        self._look.set()
+        self._wake()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(_ANSWER_SECONDS)
+        if not any(thread.is_alive() for thread in self._threads):
+            for descriptor in (self._wake_read, self._wake_write, *self._descriptors.values()):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            self._wake_read = self._wake_write = -1
+            self._descriptors = {}
+
+    def _about(self, rank: int, text: str, status: int = 1, lost: bool = False) -> _Verdict:
+        return _Verdict(self._rank, rank, text, status, lost)
+
+    def _process(self, rank: int) -> str:
+        if not self._members:
+            return "its process"
+        return f"process {self._members[rank].pid} on {self._members[rank].host}"
+
+    def _state(self, rank: int) -> str:
+        """What the kernel says about a rank of this machine that does not answer."""
+        if rank not in self._descriptors:
+            return ""
+        try:
+            with open(f"/proc/{self._members[rank].pid}/stat", encoding="utf-8") as file:
+                state = file.read().rpartition(")")[2].split()[0]
+        except OSError:
+            return ""
+        return {
+            "T": " is stopped (SIGSTOP) and",
+            "t": " is stopped by a debugger and",
+            "D": " waits for a disk and",
+        }.get(state, "")
+
+    def _print(self, rank: int, text: str, status: int) -> None:
+        with self._print_lock:
+            if self._printed:
+                return
+            self._printed = True
+            line = f"error: {text}" if status == 2 else f"rank {rank}: {text}"
+            leave_verdict(status, line)
+            with contextlib.suppress(OSError):
+                print(f"tlgc-mp: {line}", file=sys.stderr, flush=True)
+
+    def _write_traceback(self, error: BaseException) -> str | None:
+        """The path of the file that ``error``'s traceback was written to; ``None`` where none could be."""
+        text = "".join(traceback.format_exception(error))
+        for folder in (self._output_dir, tempfile.gettempdir()):
+            path = os.path.join(folder, f"rank-{self._rank}.traceback")
+            try:
+                os.makedirs(folder, exist_ok=True)
+                with open(path, "w", encoding="utf-8") as file:
+                    file.write(text)
+            except OSError:
+                continue
+            return path
+        return None
+
+
+class _Member(NamedTuple):
+    machine: str
+    host: str
+    pid: int
+
+
+class _Verdict(NamedTuple):
+    """Why the job ends: what ``teller`` found out about ``rank``. ``lost``: that one lives, and cannot be asked to
+    leave. An empty text is not printed."""
+
+    teller: int
+    rank: int
+    text: str
+    status: int
+    lost: bool = False
+
+
+@functools.cache
+def _machine() -> str:
+    """What tells this machine, and this container's process numbers, from others."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+        with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
+            parts.append(file.read().strip())
+    return "/".join(parts)
+
+
+def _ending(exit_code: int | None) -> str:
+    if exit_code is None or exit_code >= 0:
+        return f"has ended with status {exit_code}"
+    return f"was killed by {signal.Signals(-exit_code).name}"
