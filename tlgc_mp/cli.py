@@ -87,7 +87,16 @@ def _parser() -> argparse.ArgumentParser:
         help="go on from the newest checkpoint of the run in DIR (default: in the output folder)",
     )
     train.add_argument(
-        "--keep", type=int, default=2, metavar="K", help="checkpoints to keep, the newest ones (default: %(default)s)"
+        "--keep",
+        type=int,
+        default=2,
+        metavar="K",
+        help="checkpoints to keep: the newest ones, and the best (default: %(default)s)",
+    )
+    train.add_argument(
+        "--blocking-save",
+        action="store_true",
+        help="write a checkpoint before training goes on, which saves the copy that is written beside it otherwise",
     )
     train.add_argument(
         "--rank-timeout",

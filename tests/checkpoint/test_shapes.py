@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(folder: Path) -> Saved:
-    """A kind of run -> (the run that went on, the one that was loaded at the same shape); runs all of its P x D once."""
+    """A kind of run -> (the run that went on, the one that was loaded at its own shape); runs its P x D once."""
 
     @functools.cache
     def outcomes(tensor_parallel: int, data_parallel: int) -> dict[Kind, tuple[Run, Run]]:
@@ -75,7 +75,13 @@ def test_at_another_shape_to_rounding(saved: Saved, folder: Path, split: tuple[i
             assert loaded.losses == pytest.approx(whole.losses, rel=TOLERANCE), kind
             assert loaded.rate == whole.rate
             for name, value in whole.state.items():
-                if "running" not in name and "num_batches" not in name:  # see an image more often, or less, at another D
+                if (
+                    "running" not in name and "num_batches" not in name
+                ):  # see an image more often, or less, at another D
                     torch.testing.assert_close(
-                        loaded.state[name], value, rtol=1e-3, atol=1e-6, msg=functools.partial("{}, {}: {}".format, kind, name)
+                        loaded.state[name],
+                        value,
+                        rtol=1e-3,
+                        atol=1e-6,
+                        msg=functools.partial("{}, {}: {}".format, kind, name),
                     )

@@ -12,8 +12,8 @@ from typing import Any
 
 from tlgc_mp.bench import growth
 from tlgc_mp.bench.paper import printed_rows
+from tlgc_mp.files import replace_file
 from tlgc_mp.models.names import parse_model
-from tlgc_mp.training.runs import replace_file
 
 Row = dict[str, Any]
 

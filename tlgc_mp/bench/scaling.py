@@ -20,8 +20,8 @@ from tlgc_mp.bench import capacity, launch, report
 from tlgc_mp.bench.rows import Record, make_row, median_seconds
 from tlgc_mp.bench.settings import BenchSettings, Case
 from tlgc_mp.bench.worker import CORE_RATE
+from tlgc_mp.files import replace_file
 from tlgc_mp.provenance import describe_run
-from tlgc_mp.training.runs import replace_file
 
 
 def run(settings: BenchSettings) -> int:

@@ -21,8 +21,8 @@ from tlgc_mp.bench.paper import Printed, printed_rows
 from tlgc_mp.bench.training_plots import count, plot_errors, plot_losses
 from tlgc_mp.bench.training_rows import LABELS, Row, Variant, grouped, read_rows, setting_of, variant_of, variants_of
 from tlgc_mp.errors import UsageError
+from tlgc_mp.files import replace_file
 from tlgc_mp.models.names import CONVOLUTIONS
-from tlgc_mp.training.runs import replace_file
 
 
 def write(sources: Sequence[str], folder: str) -> None:

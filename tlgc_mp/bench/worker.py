@@ -16,8 +16,8 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Any
 
+from tlgc_mp.files import replace_file
 from tlgc_mp.parallel.engine import use_huge_pages
-from tlgc_mp.training.runs import replace_file
 
 if TYPE_CHECKING:
     import torch

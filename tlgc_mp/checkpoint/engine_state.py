@@ -75,7 +75,7 @@ class EngineState:
         self.module: nn.Module = engine.module
         self.stage = int(engine.zero_optimization_stage())
         optimizer = engine.optimizer
-        self.optimizer: torch.optim.Optimizer = optimizer if self.stage == 0 else getattr(optimizer, "optimizer", None)
+        self.optimizer: Any = optimizer if self.stage == 0 else getattr(optimizer, "optimizer", None)
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise UsageError(
                 f"checkpoint: the engine's optimizer is a {type(optimizer).__name__} at ZeRO {self.stage}, whose state "
@@ -122,7 +122,7 @@ class EngineState:
         }
 
     def scalars(self) -> list[dict[str, Any]]:
-        """For each parameter group, what the optimizer keeps beside tensors of the parameters' shape: counts of steps."""
+        """For each parameter group, what the optimizer keeps beside tensors of their shape: counts of steps."""
         found: list[dict[str, Any]] = [{} for _ in self.groups]
         for slot in self.slots:
             if slot.holder is None or slot.group is None:
@@ -150,7 +150,10 @@ class EngineState:
                     state[key] = torch.tensor(float(saved["value"])) if saved["tensor"] else saved["value"]
 
     def publish(self) -> None:
-        """Brings the weights that the module computes with in line with the master weights. Collective from ZeRO 1 on."""
+        """Brings the weights that the module computes with in line with the master weights.
+
+        Collective from ZeRO 1 on.
+        """
         optimizer = self.engine.optimizer
         if self.stage in (1, 2):
             optimizer.update_lp_params()
@@ -173,6 +176,7 @@ class EngineState:
     def _slots(self) -> Iterator[Slot]:
         parts = self.parts()
         group_of = {id(p): i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+        param: Any
         for name, param in self.module.named_parameters():
             part = parts[name]
             if self.stage == 3:
@@ -182,7 +186,7 @@ class EngineState:
                 holder = param if group is not None and param.requires_grad else None
                 yield Slot(name, part, 0, param.numel(), holder, param.data, None, group)
             elif getattr(param, "_hp_mapping", None) is not None:
-                fragment = param._hp_mapping
+                fragment: Any = param._hp_mapping
                 holder = self.engine.optimizer.single_partition_of_fp32_groups[fragment.param_group_index]
                 offset, numel = fragment.hp_fragment_address.start, fragment.hp_fragment_address.numel
                 values = holder.data.narrow(0, offset, numel)
@@ -201,7 +205,9 @@ class EngineState:
         optimizer = self.engine.optimizer
         subgroup, offset, _ = optimizer.grad_position[optimizer.get_param_id(param)]
         holder = optimizer.fp32_partitioned_groups_flat[subgroup]
-        if optimizer.fp16_partitioned_groups_flat[subgroup] is None or optimizer._swappable_optimizer_subgroup(subgroup):
+        if optimizer.fp16_partitioned_groups_flat[subgroup] is None or optimizer._swappable_optimizer_subgroup(
+            subgroup
+        ):
             raise UsageError("checkpoint: state that ZeRO 3 has offloaded to NVMe is not read; offload it to the CPU")
         values = holder.data.narrow(0, offset, numel)
         yield Slot(name, part, start, numel, holder, values, offset, optimizer.sub_group_to_group_id[subgroup])

@@ -20,6 +20,7 @@ import shutil
 from typing import Any
 
 from tlgc_mp.errors import UsageError
+from tlgc_mp.files import replace_file, sync_folder
 
 CHECKPOINTS = "checkpoints"
 DESCRIPTION = "checkpoint.json"
@@ -187,7 +188,7 @@ def commit(folder: str, tag: str, description: dict[str, Any]) -> None:
     partial = os.path.join(folder, tag + PARTIAL)
     replace_file(os.path.join(partial, DESCRIPTION), json.dumps({"format": FORMAT, **description}, indent=1) + "\n")
     os.rename(partial, os.path.join(folder, tag))
-    _sync(folder)
+    sync_folder(folder)
     replace_file(os.path.join(folder, LATEST), tag + "\n")
 
 
@@ -209,17 +210,6 @@ def forget_old(folder: str, keep: int) -> None:
             shutil.rmtree(os.path.join(folder, tag), ignore_errors=True)
 
 
-def replace_file(path: str, text: str) -> None:
-    """Writes ``text`` to ``path`` so that a reader finds the old content or the new, never a part."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync(os.path.dirname(path) or ".")
-
-
 def _latest(folder: str) -> str | None:
     """The tag that ``latest`` names, if a checkpoint of that name is there."""
     tag = _tag_in(os.path.join(folder, LATEST))
@@ -232,12 +222,3 @@ def _tag_in(path: str) -> str:
             return file.read().strip()
     except (OSError, UnicodeDecodeError):
         return ""
-
-
-def _sync(folder: str) -> None:
-    """Puts the names in a folder on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -49,8 +49,8 @@ class Piece:
 class CheckpointReader:
     """The tensors of one checkpoint.
 
-    Tensors are named ``weights/NAME``, ``optimizer/KEY/NAME``, ``buffers/NAME`` and ``replica/NAME``. The last two kinds
-    every replica keeps for itself.
+    Tensors are named ``weights/NAME``, ``optimizer/KEY/NAME``, ``buffers/NAME`` and ``replica/NAME``. Of the last two
+    kinds every replica keeps its own.
 
     Args:
         folder, tag: which checkpoint.

@@ -7,7 +7,6 @@ posts size and checksum, and rank 0 names the checkpoint when all have. One save
 
 from __future__ import annotations
 
-import datetime
 import io
 import json
 import os
@@ -81,9 +80,7 @@ class CheckpointSaver:
         """Of the newest checkpoint of this saver; written when :meth:`wait` has returned."""
         return "" if self._last is None else os.path.join(self.folder, self._last.tag)
 
-    def save(
-        self, tag: str, client_state: dict[str, Any], replica_state: dict[str, Tensor] | None = None
-    ) -> None:
+    def save(self, tag: str, client_state: dict[str, Any], replica_state: dict[str, Tensor] | None = None) -> None:
         """Begins to save the state of this moment. Waits for the save before it.
 
         Args:
@@ -396,7 +393,9 @@ def _all_or_none(act: Any, folder: str, tag: str) -> None:
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, act())
     for problem in filter(None, problems):
-        raise UsageError(f"--resume: the checkpoint {os.path.join(folder, tag)!r}: {problem}; {folders.offer(folder, tag)}")
+        raise UsageError(
+            f"--resume: the checkpoint {os.path.join(folder, tag)!r}: {problem}; {folders.offer(folder, tag)}"
+        )
 
 
 def _plain(group: dict[str, Any]) -> dict[str, Any]:

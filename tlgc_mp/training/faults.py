@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from tlgc_mp.checkpoint import SaveError
 from tlgc_mp.errors import UsageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -50,7 +51,7 @@ def cause_of(error: BaseException) -> Cause:
     said = " ".join(str(error).split())
     if isinstance(error, UsageError):
         return Cause(said, status=2, traced=False, shared=True)
-    if isinstance(error, NonFiniteError):
+    if isinstance(error, (NonFiniteError, SaveError)):
         return Cause(said, traced=False, shared=True)
     said = said[:_LONGEST]
     if isinstance(error, OSError) and error.errno in _FULL:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from tlgc_mp.checkpoint import CheckpointSaver, load_checkpoint
+from tlgc_mp.checkpoint.folder import CHECKPOINTS, read_description
 from tlgc_mp.data import EvaluationBatches, TrainingBatches, load_datasets
 from tlgc_mp.data.streams import stream_seed
 from tlgc_mp.errors import UsageError
@@ -25,7 +27,6 @@ from tlgc_mp.parallel.engine import start_distributed
 from tlgc_mp.parallel.plan import parameter_counts
 from tlgc_mp.parallel.sharding import effective_parameters
 from tlgc_mp.parallel.topology import Launch, usable_cores
-from tlgc_mp.training import checkpoint
 from tlgc_mp.training.faults import NonFiniteError
 from tlgc_mp.training.interrupt import StopRequest
 from tlgc_mp.training.metrics import Metrics, peak_memory_bytes, print_summary
@@ -102,17 +103,18 @@ def train(settings: TrainSettings, launch: Launch, watchdog: Watchdog) -> None:
         config=settings.config,
         seed=settings.seed,
     )
-    progress = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0, "train_seconds": 0.0, "data_seconds": 0.0}
+    progress = {"epoch": 0, "step": 0, "seconds": 0.0, "train_seconds": 0.0, "data_seconds": 0.0}
+    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     if settings.resume_from is not None:
-        progress = checkpoint.load(engine, settings)
-        _say(
-            speaks,
-            f"Resuming in epoch {progress['epoch'] + 1}, step {progress['step'] + 1}, of {settings.resume_from[1]}",
-        )
+        path = os.path.join(*settings.resume_from)
+        progress = load_checkpoint(engine, path, {"loss_sum": loss_sum})["progress"]
+        _say(speaks, f"Resuming in epoch {progress['epoch'] + 1}, after step {progress['step']}, from {path}")
+        if respread := _respread(settings):
+            _say(speaks, respread)
     if speaks:
         os.makedirs(settings.output_dir, exist_ok=True)
     dist.barrier()
-    run = _Run(settings, engine, batches, tests, steps, progress)
+    run = _Run(settings, engine, batches, tests, steps, progress, loss_sum, data.num_classes)
     with StopRequest() as stop:
         saved = run.train(stop)
     watchdog.workers_may_end()
@@ -152,23 +154,30 @@ class _Run:
         tests: EvaluationBatches,
         steps: int,
         progress: dict[str, Any],
+        loss_sum: Tensor,
+        num_classes: int,
     ) -> None:
         self.settings, self.engine, self.batches, self.tests = settings, engine, batches, tests
         self.steps = steps
         self.progress = progress
+        self.loss_sum = loss_sum  # of this replica, over the steps of the epoch under way
+        self.num_classes = num_classes
+        folder = os.path.join(settings.output_dir, CHECKPOINTS)
+        self.saver = CheckpointSaver(engine, folder, keep=settings.keep, background=settings.background_save)
         self.train_seconds, self.data_seconds = progress["train_seconds"], progress["data_seconds"]
         self.metrics = Metrics(engine, settings, first_epoch=progress["epoch"] + 1)
         self.speaks = settings.topology.rank == 0
 
     def train(self, stop: StopRequest) -> str:
         """Trains to the last epoch; returns the path of the last checkpoint."""
-        saved = ""
         for epoch in range(self.progress["epoch"], self.settings.epochs):
             began = time.monotonic() - self.progress["seconds"]
-            loss = self._train_epoch(epoch, stop, began)
-            average_running_statistics(self.engine.module, self.settings.topology.data_parallel)
-            saved = self._save(f"epoch-{epoch + 1}", epoch, self.steps, loss, began)
-            test_loss, test_error = self._evaluate(stop, saved)
+            if self.progress["step"] < self.steps:
+                self._train_epoch(epoch, stop, began)
+                average_running_statistics(self.engine.module, self.settings.topology.data_parallel)
+                self._save(f"epoch-{epoch + 1}", epoch, self.steps, began)
+            loss = _reduced(self.loss_sum) / self.settings.topology.world  # the ranks of one replica hold the same
+            test_loss, test_error = self._evaluate(stop)
             samples = (epoch + 1) * self.steps * self.settings.config["train_batch_size"]
             figures = {
                 "train_loss": float(loss) / self.steps,
@@ -186,21 +195,17 @@ class _Run:
                 f"loss {figures['train_loss']:.4f}  test loss {test_loss:.4f}  test error {test_error:.2f} %  "
                 f"{figures['seconds']:.1f} s",
             )
-            self.progress = {
-                "epoch": epoch + 1,
-                "step": 0,
-                "loss_sum": 0.0,
-                "seconds": figures["seconds"],
-                "train_seconds": self.train_seconds,
-                "data_seconds": self.data_seconds,
-            }
-        return saved
+            if self.speaks and self.metrics.best()["epoch"] == epoch + 1:
+                self.saver.mark_best()
+            self.progress = {**self.progress, "epoch": epoch + 1, "step": 0, "seconds": figures["seconds"]}
+            self.loss_sum.zero_()
+        self.saver.wait()
+        return self._newest()
 
-    def _train_epoch(self, epoch: int, stop: StopRequest, began: float) -> Tensor:
-        """Runs what is left of an epoch; returns the sum over its steps of the loss, averaged over the replicas."""
-        engine, first = self.engine, self.progress["step"]
+    def _train_epoch(self, epoch: int, stop: StopRequest, began: float) -> None:
+        """Runs what is left of an epoch."""
+        engine, first, loss_sum = self.engine, self.progress["step"], self.loss_sum
         engine.train()
-        loss_sum = torch.tensor(self.progress["loss_sum"], dtype=torch.float64, device=engine.device)
         on_cpu = loss_sum.device.type == "cpu"
         accumulation = self.settings.accumulation
         stream = self.batches.epoch(epoch, start=first * accumulation)
@@ -216,12 +221,12 @@ class _Run:
         with bar:
             for step in range(first, self.steps):
                 if stop.before_step(epoch * self.steps + step):
-                    loss = self._averaged(loss_sum)
-                    average_running_statistics(engine.module, self.settings.topology.data_parallel)
-                    stop.leave(self._save(f"epoch-{epoch + 1}-step-{step}", epoch, step, loss, began))
+                    self._save(f"epoch-{epoch + 1}-step-{step}", epoch, step, began)
+                    self._leave(stop)
+                self.saver.check()
                 step_began = time.perf_counter()
-                self._seed_dropout(epoch * self.steps + step)
-                for images, labels in islice(self._timed(stream), accumulation):
+                for number, (images, labels) in enumerate(islice(self._timed(stream), accumulation)):
+                    self._seed_dropout((epoch * self.steps + step) * accumulation + number)
                     images, labels = _to_device(images, labels, engine.device)
                     loss = F.cross_entropy(engine(images).float(), labels)
                     engine.backward(loss)
@@ -231,7 +236,6 @@ class _Run:
                     _check_finite(float(loss_sum), epoch, step + 1)
                 self.train_seconds += time.perf_counter() - step_began
                 bar.update()
-        return self._averaged(loss_sum)
 
     def _timed(self, stream: Iterator[Batch]) -> Iterator[Batch]:
         """The batches of ``stream``; the time in which this rank waits for them is added up."""
@@ -243,23 +247,31 @@ class _Run:
                 return
             yield batch
 
-    def _seed_dropout(self, step: int) -> None:
-        """Seeds what a step draws by itself, so that a resumed run draws the same. Replicas draw differently."""
-        torch.manual_seed(stream_seed(self.settings.seed, "step", step, self.settings.topology.dp_rank))
+    def _seed_dropout(self, micro_batch: int) -> None:
+        """Seeds what a micro-batch draws by itself, from its number over all replicas: so a resumed run draws the
+        same, with more or fewer replicas too, and replicas draw differently."""
+        topology = self.settings.topology
+        number = micro_batch * topology.data_parallel + topology.dp_rank
+        torch.manual_seed(stream_seed(self.settings.seed, "micro-batch", number))
 
-    def _averaged(self, loss_sum: Tensor) -> Tensor:
-        """Mean over the replicas; the ranks of one replica hold the same already."""
-        return _reduced(loss_sum) / self.settings.topology.world
+    def _newest(self) -> str:
+        """The path of the checkpoint that stands for where this run is."""
+        return self.saver.path or os.path.join(*(self.settings.resume_from or ("",)))
+
+    def _leave(self, stop: StopRequest) -> NoReturn:
+        """Leaves when the checkpoint under way is on the disk."""
+        self.saver.wait()
+        stop.leave(self._newest())
 
     @torch.no_grad()
-    def _evaluate(self, stop: StopRequest, saved: str) -> tuple[float, float]:
+    def _evaluate(self, stop: StopRequest) -> tuple[float, float]:
         """(mean loss, error in percent) over the test set, each image counted once."""
         engine = self.engine
         engine.eval()
         totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
         for images, labels, weights in self.tests:
             if stop.asked(engine.device):
-                stop.leave(saved)
+                self._leave(stop)
             images, labels = _to_device(images, labels, engine.device)
             weights = weights.to(engine.device)
             logits = engine(images).float()
@@ -269,18 +281,18 @@ class _Run:
         loss, errors, count = _reduced(totals).tolist()
         return loss / count, 100.0 * errors / count
 
-    def _save(self, tag: str, epoch: int, step: int, loss_sum: Tensor, began: float) -> str:
-        _check_finite(float(loss_sum), epoch, step)
+    def _save(self, tag: str, epoch: int, step: int, began: float) -> None:
+        _check_finite(float(self.loss_sum), epoch, step)
         _check_weights(self.engine.module, epoch, step)
         progress = {
             "epoch": epoch,
             "step": step,
-            "loss_sum": float(loss_sum),
             "seconds": time.monotonic() - began,
             "train_seconds": self.train_seconds,
             "data_seconds": self.data_seconds,
         }
-        return checkpoint.save(self.engine, self.settings, progress, tag)
+        client_state = {"run": self.settings.description(), "num_classes": self.num_classes, "progress": progress}
+        self.saver.save(tag, client_state, {"loss_sum": self.loss_sum})
 
 
 def _check_finite(loss_sum: float, epoch: int, step: int) -> None:
@@ -352,6 +364,23 @@ def _use_cores(launch: Launch) -> None:
     """Shares a node's cores among its ranks, unless the launcher has set OMP_NUM_THREADS."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, usable_cores() // launch.local_world))
+
+
+def _respread(settings: TrainSettings) -> str:
+    """What a resumed run says where it is spread over ranks otherwise than the run that was saved."""
+    assert settings.resume_from is not None
+    saved, now = read_description(*settings.resume_from)["client_state"]["run"], settings.description()
+    spread = [
+        f"{run['tensor_parallel']} tensor-parallel x {run['data_parallel']} data-parallel at ZeRO {run['zero_stage']}"
+        for run in (saved, now)
+    ]
+    micro = [run["batch_size"] // (run["accumulation"] * run["data_parallel"]) for run in (saved, now)]
+    said = []
+    if spread[0] != spread[1]:
+        said.append(f"It was saved as {spread[0]}, and goes on as {spread[1]}")
+    if micro[0] != micro[1]:
+        said.append(f"BatchNorm now sees {micro[1]} images at once, where it saw {micro[0]}: the losses will differ")
+    return "; ".join(said)
 
 
 def _headline(settings: TrainSettings, counts: dict[str, int]) -> str:

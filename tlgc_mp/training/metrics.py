@@ -8,8 +8,9 @@ import resource
 import sys
 from typing import Any
 
+from tlgc_mp.files import replace_file
 from tlgc_mp.provenance import describe_run
-from tlgc_mp.training.runs import RESULT, replace_file
+from tlgc_mp.training.runs import METRICS, RESULT
 from tlgc_mp.training.settings import TrainSettings
 
 
@@ -29,7 +30,7 @@ class Metrics:
         from deepspeed.monitor.config import DeepSpeedMonitorConfig
         from deepspeed.monitor.monitor import MonitorMaster
 
-        self.path = os.path.join(settings.output_dir, "metrics.jsonl")
+        self.path = os.path.join(settings.output_dir, METRICS)
         self.lines: list[dict[str, Any]] = []
         self._settings = settings
         self._speaks = settings.topology.rank == 0

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+from tlgc_mp.checkpoint.folder import CHECKPOINTS, newest_whole
 from tlgc_mp.errors import UsageError
-from tlgc_mp.training.runs import find_checkpoint
 from tlgc_mp.training.settings import output_folder
 from tlgc_mp.training.verdicts import VERDICT_FILE, read_verdict
 
@@ -90,12 +90,13 @@ def _training(command: list[str]) -> list[str]:
 
 
 def _newest(output_dir: str) -> tuple[list[str], str]:
-    """(what goes on from the newest checkpoint in ``output_dir``, where that is, in words)."""
-    try:
-        folder, tag = find_checkpoint(output_dir)
-    except UsageError:
-        return [], "from the beginning, as there is no checkpoint yet"
-    return ["--resume"], f"from {os.path.join(folder, tag)}"
+    """(what goes on from the newest whole checkpoint in ``output_dir``, where that is, in words)."""
+    folder = os.path.join(output_dir, CHECKPOINTS)
+    tag = newest_whole(folder)
+    if tag is None:
+        return [], "from the beginning, as there is no whole checkpoint yet"
+    path = os.path.join(folder, tag)
+    return ["--resume", path], f"from {path}"
 
 
 class _Attempt:

@@ -11,16 +11,20 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from tlgc_mp.checkpoint.folder import find_checkpoint, read_description
 from tlgc_mp.data import check_dataset
 from tlgc_mp.errors import UsageError
 from tlgc_mp.models.names import check_coarse_level, check_model, check_split
 from tlgc_mp.parallel.config import read_config, tensor_parallel_size, zero_stage
 from tlgc_mp.parallel.topology import Launch, Topology, default_tensor_parallel, usable_cores
 from tlgc_mp.training.recipes import Recipe, default_recipe, find_recipe
-from tlgc_mp.training.runs import find_checkpoint, read_description
+from tlgc_mp.training.runs import METRICS
 
 DEFAULT_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 """The DeepSpeed configuration where none is given."""
+
+_SPLIT = ("tensor_parallel", "data_parallel", "zero_stage", "accumulation")
+"""How a run is spread over ranks: a resumed one may be spread otherwise."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,11 @@ class TrainSettings:
     rank_timeout: float
     topology: Topology
     config: dict[str, Any]
+    background_save: bool
     resume_from: tuple[str, str] | None
 
     def description(self) -> dict[str, Any]:
-        """What a checkpoint of this run fits: the model, how it is split, and what it trains on."""
+        """What the run is: the model, what it trains on and how, and how it is spread over ranks."""
         return {
             "model": self.model,
             "conv": self.conv,
@@ -122,9 +127,11 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
     config = dict(DEFAULT_CONFIG) if options.deepspeed_config is None else read_config(options.deepspeed_config)
     zero_stage(config)
     topology = _topology(options, config, launch)
-    micro_batch, accumulation = _batches(options, config, recipe, topology)
-    learning_rate = _learning_rate(options, config, recipe)
     output_dir = output_folder(options)
+    resume_from = None if options.resume is None else find_checkpoint(options.resume or output_dir)
+    saved = None if resume_from is None else _saved_run(*resume_from)
+    micro_batch, accumulation = _batches(options, config, recipe, topology, saved)
+    learning_rate = _learning_rate(options, config, recipe)
 
     settings = TrainSettings(
         model=options.model,
@@ -152,9 +159,13 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         rank_timeout=options.rank_timeout,
         topology=topology,
         config=config,
-        resume_from=None if options.resume is None else find_checkpoint(options.resume or output_dir),
+        background_save=not options.blocking_save,
+        resume_from=resume_from,
     )
-    _check_output(settings)
+    if saved is None:
+        _check_output(output_dir)
+    else:
+        _check_resumed(settings, saved)
     return settings
 
 
@@ -184,8 +195,22 @@ def _topology(options: Any, config: dict[str, Any], launch: Launch) -> Topology:
     return topology
 
 
-def _batches(options: Any, config: dict[str, Any], recipe: Recipe, topology: Topology) -> tuple[int, int]:
-    """(micro-batch a replica, micro-batches a step), from --batch-size and the configuration, which must agree."""
+def _saved_run(folder: str, tag: str) -> dict[str, Any]:
+    """The description of the run that saved a checkpoint."""
+    run = read_description(folder, tag).get("client_state", {}).get("run")
+    if not isinstance(run, dict):
+        raise UsageError(f"--resume: the checkpoint {os.path.join(folder, tag)!r} is not one of tlgc-mp train")
+    return run
+
+
+def _batches(
+    options: Any, config: dict[str, Any], recipe: Recipe, topology: Topology, saved: dict[str, Any] | None
+) -> tuple[int, int]:
+    """(micro-batch a replica, micro-batches a step), from --batch-size and the configuration, which must agree.
+
+    Where neither says how a step is divided, a resumed run keeps its micro-batch, over which BatchNorm's statistics go,
+    however many replicas there are now.
+    """
     replicas = topology.data_parallel
     given = {}
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
@@ -216,6 +241,10 @@ def _batches(options: Any, config: dict[str, Any], recipe: Recipe, topology: Top
             "sets; give one of them, or the same in both"
         )
     batch = options.batch_size or configured or recipe.batch_size
+    if saved is not None and not {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps"} & given.keys():
+        kept = saved["batch_size"] // (saved["accumulation"] * saved["data_parallel"])
+        if batch % (replicas * kept) == 0:
+            accumulation = batch // (replicas * kept)
     if batch % (replicas * accumulation):
         raise UsageError(
             f"a batch of {batch} does not divide among {replicas} replicas x {accumulation} accumulation steps; "
@@ -260,21 +289,22 @@ def _workers(options: Any, launch: Launch) -> int:
     return max(1, min(4, usable_cores() // launch.local_world))
 
 
-def _check_output(settings: TrainSettings) -> None:
-    if settings.resume_from is not None:
-        folder, tag = settings.resume_from
-        saved, wanted = read_description(folder, tag), settings.description()
-        for key, value in wanted.items():
-            if saved.get(key) != value:
-                raise UsageError(
-                    f"--resume: the checkpoint in {os.path.join(folder, tag)!r} is of a run with "
-                    f"{key}={saved.get(key)!r}, not {value!r}; give the same, or another --output-dir"
-                )
-        return
-    path = settings.output_dir
+def _check_resumed(settings: TrainSettings, saved: dict[str, Any]) -> None:
+    """Refuses to go on with a run that is another one; how it is spread over ranks may change."""
+    assert settings.resume_from is not None
+    for key, value in settings.description().items():
+        if key not in _SPLIT and saved.get(key) != value:
+            raise UsageError(
+                f"--resume: the checkpoint in {os.path.join(*settings.resume_from)!r} is of a run with "
+                f"{key}={saved.get(key)!r}, not {value!r}; give the same, or another --output-dir"
+            )
+
+
+def _check_output(path: str) -> None:
+    """Refuses an output folder that cannot take a new run."""
     if os.path.exists(path) and not os.path.isdir(path):
         raise UsageError(f"--output-dir={path!r} is a file; give a folder")
-    metrics = os.path.join(path, "metrics.jsonl")
+    metrics = os.path.join(path, METRICS)
     if os.path.exists(metrics) and os.path.getsize(metrics):  # one cut off in its first epoch has written no line
         raise UsageError(f"--output-dir={path!r} holds a run already; give --resume to continue it, or another folder")
     existing = path
