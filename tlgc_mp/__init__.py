@@ -8,11 +8,21 @@ from tlgc_mp import lazy
 from tlgc_mp.errors import UsageError
 
 if TYPE_CHECKING:
+    from tlgc_mp.checkpoint import load_checkpoint, load_model, save_checkpoint
     from tlgc_mp.models import convert, create_model
     from tlgc_mp.parallel import initialize, shard
 
 __version__ = "0.1.0"
-__all__ = ["UsageError", "convert", "create_model", "initialize", "shard"]
+__all__ = [
+    "UsageError",
+    "convert",
+    "create_model",
+    "initialize",
+    "load_checkpoint",
+    "load_model",
+    "save_checkpoint",
+    "shard",
+]
 
 __getattr__ = lazy.attributes(
     __name__,
@@ -20,6 +30,9 @@ __getattr__ = lazy.attributes(
         "convert": "tlgc_mp.models",
         "create_model": "tlgc_mp.models",
         "initialize": "tlgc_mp.parallel",
+        "load_checkpoint": "tlgc_mp.checkpoint",
+        "load_model": "tlgc_mp.checkpoint",
+        "save_checkpoint": "tlgc_mp.checkpoint",
         "shard": "tlgc_mp.parallel",
     },
 )

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from tlgc_mp import __version__
 from tlgc_mp.bench.settings import CHECKPOINTED, DTYPES, STRATEGIES
 from tlgc_mp.bench.settings import resolve as resolve_benchmark
+from tlgc_mp.checkpoint.folder import find_checkpoint
 from tlgc_mp.data.catalog import DATASETS
 from tlgc_mp.errors import UsageError
 from tlgc_mp.models.names import (
@@ -123,6 +124,28 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--max-restarts", type=int, default=3, metavar="N", help="at most (default: %(default)s)")
     again.add_argument("launch", nargs=argparse.REMAINDER, metavar="COMMAND", help="deepspeed, mpirun, torchrun, ...")
     again.set_defaults(run=_launch)
+
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint's weights as one safetensors file, for one device and torch alone",
+        description="Write the weights and running statistics of a checkpoint, of any number of ranks, as one "
+        "safetensors file. tlgc_mp.load_model makes the model from it, without deepspeed.",
+        allow_abbrev=False,
+    )
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, or one of its checkpoints")
+    export.add_argument("output", metavar="OUT", help="the file to write")
+    export.set_defaults(run=_export)
+    reshard = commands.add_parser(
+        "reshard",
+        help="cut a checkpoint for another number of tensor-parallel ranks",
+        description="Cut a checkpoint for P tensor-parallel ranks and one replica, into another run's folder. "
+        "train --resume takes a checkpoint of any number of ranks as it is; this saves its ranks the reading.",
+        allow_abbrev=False,
+    )
+    reshard.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, or one of its checkpoints")
+    reshard.add_argument("output", metavar="OUT", help="the run's output folder to write it to")
+    reshard.add_argument("--tp", type=int, required=True, metavar="P", help="tensor-parallel ranks")
+    reshard.set_defaults(run=_reshard)
 
     params = commands.add_parser(
         "params",
@@ -280,6 +303,23 @@ def _params(options: Any, launch: Launch) -> int:
         device="meta",
     )
     print(json.dumps(parameter_counts(model, options.tp)))
+    return 0
+
+
+def _export(options: Any, launch: Launch) -> int:
+    find_checkpoint(options.checkpoint)  # before torch is loaded
+    from tlgc_mp.checkpoint.offline import export_checkpoint
+
+    arguments = export_checkpoint(options.checkpoint, options.output)
+    print(f"Wrote {arguments['name']}, {arguments['conv']}, {arguments['groups']} groups, to {options.output}")
+    return 0
+
+
+def _reshard(options: Any, launch: Launch) -> int:
+    find_checkpoint(options.checkpoint)  # before torch is loaded
+    from tlgc_mp.checkpoint.offline import reshard_checkpoint
+
+    print(f"Wrote {reshard_checkpoint(options.checkpoint, options.output, options.tp)}")
     return 0
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import resource
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tlgc_mp.checkpoint import load_checkpoint, save_checkpoint
+import tlgc_mp.checkpoint.saver
+from tlgc_mp.checkpoint import CheckpointSaver, SaveError, load_checkpoint, save_checkpoint
 from tlgc_mp.nn import TwoLevelConv2d
 from tlgc_mp.parallel import gather_state_dict, initialize
 from tlgc_mp.parallel.topology import Topology
@@ -156,3 +162,87 @@ def load_all(kinds: list[Kind], others: list[Shape], folder: str, last: int) -> 
         load_and_go_on(other, optimizer, bf16, f"{folder}/{(shape, optimizer, bf16)}", last)
         for (shape, optimizer, bf16), other in zip(kinds, others, strict=True)
     ]
+
+
+# Saves that go wrong, and what stands then.
+
+
+def save_until_killed(folder: str, after_first: float) -> None:
+    """Saves again and again, and is killed that many seconds after the first checkpoint stands."""
+    engine = engine_of(Shape(1, 1, 0))
+    train_steps(engine, Shape(1, 1, 0), range(1))
+    saver = CheckpointSaver(engine, folder, keep=2)
+    saver.save("save-0", {"number": 0})
+    saver.wait()
+    killer = threading.Timer(after_first, os.kill, (os.getpid(), signal.SIGKILL))
+    killer.start()
+    for number in itertools.count(1):
+        saver.save(f"save-{number}", {"number": number})
+
+
+def fill_the_disk(folder: str) -> list[str]:
+    """What saving says on each rank when rank 1 may write no more, and what its folder holds then."""
+    shape = Shape(1, 2, 1)
+    engine = engine_of(shape)
+    train_steps(engine, shape, range(1))
+    saver = CheckpointSaver(engine, folder)
+    saver.save("good", {})
+    saver.wait()
+    saver.save("better", {})
+    saver.wait()
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))  # leaves room for the ranks' store
+    saver.save("bad", {}, {"ballast": torch.zeros(1 << 19)})
+    said = []
+    for _ in range(2):
+        try:
+            saver.wait()
+        except SaveError as error:
+            said.append(str(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return said
+
+
+def save_where_a_file_is(folder: str) -> str:
+    engine = engine_of(Shape(1, 1, 0))
+    try:
+        save_checkpoint(engine, folder)
+    except SaveError as error:
+        return str(error)
+    return ""
+
+
+def train_on_while_it_is_written(folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the weights when the save began, those that a fresh engine loads), the writing held up until steps were made."""
+    shape = Shape(1, 1, 0)
+    engine = engine_of(shape)
+    train_steps(engine, shape, range(2))
+    go_on = threading.Event()
+    write = tlgc_mp.checkpoint.saver.save_file
+
+    def held_up(*arguments: Any, **options: Any) -> None:
+        assert go_on.wait(60.0)
+        write(*arguments, **options)
+
+    tlgc_mp.checkpoint.saver.save_file = held_up
+    before = gather_state_dict(engine.module)
+    saver = CheckpointSaver(engine, folder)
+    saver.save("first", {})
+    train_steps(engine, shape, range(2, 4))
+    assert not os.path.exists(os.path.join(folder, "latest"))
+    go_on.set()
+    saver.wait()
+    tlgc_mp.checkpoint.saver.save_file = write
+    fresh = engine_of(shape)
+    load_checkpoint(fresh, folder)
+    return before, gather_state_dict(fresh.module)
+
+
+def save_several(folder: str, keep: int, tags: list[str], best: str) -> None:
+    engine = engine_of(Shape(1, 1, 0))
+    saver = CheckpointSaver(engine, folder, keep=keep)
+    for tag in tags:
+        saver.save(tag, {})
+        if tag == best:
+            saver.mark_best()
+    saver.wait()

@@ -187,7 +187,7 @@ def test_damaged_checkpoint_is_refused(
     errors = [line for line in outcomes[0].stderr.splitlines() if line.startswith("tlgc-mp: error:")]
     assert len(errors) == 1, outcomes[0].stderr
     assert str(output_dir / "checkpoints" / f"epoch-{EPOCHS}" / name) in errors[0]
-    assert f"{str(output_dir / 'checkpoints' / 'epoch-1')!r}: give --resume that" in errors[0]
+    assert f"{str(output_dir / 'checkpoints' / 'epoch-1')!r}: go on from that" in errors[0]
     assert outcomes[1].stderr == ""
 
     resumed = run_ranks(2, train, str(output_dir), "--tp", "2", "--resume", str(output_dir / "checkpoints" / "epoch-1"))

@@ -7,8 +7,25 @@ from typing import TYPE_CHECKING
 from tlgc_mp import lazy
 
 if TYPE_CHECKING:
+    from tlgc_mp.checkpoint.offline import export_checkpoint, load_model, reshard_checkpoint
     from tlgc_mp.checkpoint.saver import CheckpointSaver, SaveError, load_checkpoint, save_checkpoint
 
-__all__ = ["CheckpointSaver", "SaveError", "load_checkpoint", "save_checkpoint"]
+_OFFLINE = ("export_checkpoint", "load_model", "reshard_checkpoint")
+_BESIDE_TRAINING = ("CheckpointSaver", "SaveError", "load_checkpoint", "save_checkpoint")
+__all__ = [
+    "CheckpointSaver",
+    "SaveError",
+    "export_checkpoint",
+    "load_checkpoint",
+    "load_model",
+    "reshard_checkpoint",
+    "save_checkpoint",
+]
 
-__getattr__ = lazy.attributes(__name__, dict.fromkeys(__all__, "tlgc_mp.checkpoint.saver"))
+__getattr__ = lazy.attributes(
+    __name__,
+    {
+        **dict.fromkeys(_BESIDE_TRAINING, "tlgc_mp.checkpoint.saver"),
+        **dict.fromkeys(_OFFLINE, "tlgc_mp.checkpoint.offline"),
+    },
+)

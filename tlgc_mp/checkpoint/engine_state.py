@@ -16,24 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tlgc_mp.checkpoint.reader import Part
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.layers import ShardedLayer
-
-
-@dataclass(frozen=True)
-class Part:
-    """Which part of a whole parameter or buffer a tensor-parallel rank holds.
-
-    Attributes:
-        shape: of the part.
-        dim: the dimension in which the whole is cut; ``None`` where it is not.
-        index, count: it is part ``index`` of ``count`` equal ones.
-    """
-
-    shape: tuple[int, ...]
-    dim: int | None
-    index: int
-    count: int
 
 
 @dataclass(frozen=True)

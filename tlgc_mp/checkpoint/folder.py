@@ -46,11 +46,11 @@ def find_checkpoint(path: str) -> tuple[str, str]:
     else:
         folder = next((f for f in (os.path.join(path, CHECKPOINTS), path) if _latest(f) or tags(f)), "")
         if not folder:
-            raise UsageError(f"--resume: {path!r} holds no checkpoint; give the --output-dir of a run that saved one")
+            raise UsageError(f"{path!r} holds no checkpoint; give the --output-dir of a run that saved one")
         tag = _latest(folder) or tags(folder)[0]
     problem = missing(folder, tag)
     if problem is not None:
-        raise UsageError(f"--resume: {problem}; {offer(folder, tag)}")
+        raise UsageError(f"{problem}; {offer(folder, tag)}")
     return folder, tag
 
 
@@ -71,7 +71,7 @@ def offer(folder: str, tag: str) -> str:
     other = newest_whole(folder, before=tag)
     if other is None:
         return "no whole checkpoint lies before it"
-    return f"the newest whole one before it is {os.path.join(folder, other)!r}: give --resume that"
+    return f"the newest whole one before it is {os.path.join(folder, other)!r}: go on from that"
 
 
 def tags(folder: str) -> list[str]:
@@ -101,14 +101,24 @@ def read_description(folder: str, tag: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             description = json.load(file)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--resume: {path!r} cannot be read: {error}") from None
+        raise UsageError(f"{path!r} cannot be read: {error}") from None
     if not isinstance(description, dict) or not isinstance(description.get("files"), dict):
-        raise UsageError(f"--resume: {path!r} does not describe a checkpoint")
+        raise UsageError(f"{path!r} does not describe a checkpoint")
     if description.get("format") != FORMAT:
-        raise UsageError(
-            f"--resume: {path!r} is of format {description.get('format')!r}, and this version reads format {FORMAT}"
-        )
+        raise UsageError(f"{path!r} is of format {description.get('format')!r}, and this version reads format {FORMAT}")
     return description
+
+
+def saved_run(folder: str, tag: str) -> dict[str, Any]:
+    """The description of the run of ``tlgc-mp train`` that saved a checkpoint.
+
+    Raises:
+        UsageError: something else saved it.
+    """
+    run = read_description(folder, tag).get("client_state", {}).get("run")
+    if not isinstance(run, dict):
+        raise UsageError(f"{os.path.join(folder, tag)!r} is not a checkpoint of tlgc-mp train")
+    return run
 
 
 def missing(folder: str, tag: str) -> str | None:
@@ -116,7 +126,7 @@ def missing(folder: str, tag: str) -> str | None:
     try:
         files = read_description(folder, tag)["files"]
     except UsageError as error:
-        return str(error).removeprefix("--resume: ")
+        return str(error)
     for name, entry in files.items():
         path = os.path.join(folder, tag, name)
         try:

@@ -17,12 +17,31 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tlgc_mp.checkpoint.engine_state import Part
 from tlgc_mp.checkpoint.folder import read_description
 from tlgc_mp.errors import UsageError
 
 INDEX = "index"
 """The key of a file's metadata under which, as JSON, stands where each of its tensors belongs."""
+
+
+_OWN = ("buffers/", "replica/")
+"""The kinds of tensors of which every replica keeps its own."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of a whole parameter or buffer a tensor-parallel rank holds.
+
+    Attributes:
+        shape: of the part.
+        dim: the dimension in which the whole is cut; ``None`` where it is not.
+        index, count: it is part ``index`` of ``count`` equal ones.
+    """
+
+    shape: tuple[int, ...]
+    dim: int | None
+    index: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -72,6 +91,10 @@ class CheckpointReader:
                 elements = math.prod(file.get_slice(tensor).get_shape())
                 self._pieces.setdefault(tensor, []).append((name, Piece.from_entry(entry), elements))
 
+    def tensors(self) -> list[str]:
+        """The full names of all tensors."""
+        return list(self._pieces)
+
     def names(self, kind: str) -> list[str]:
         """The names of all tensors of a kind, ``"weights"`` for example."""
         return [name.removeprefix(f"{kind}/") for name in self._pieces if name.startswith(f"{kind}/")]
@@ -84,15 +107,14 @@ class CheckpointReader:
     def read(self, tensor: str, part: Part, start: int = 0, numel: int | None = None, replica: int = 0) -> Tensor:
         """Elements ``start .. start + numel - 1`` of the flattened ``part`` of a tensor, or the part in its shape.
 
-        Of what each replica keeps for itself, what ``replica`` wrote; the mean over the replicas where there were
-        more or fewer of them than there are now, which is for :meth:`read_replicas` to say.
+        Of what each replica keeps for itself, what ``replica`` wrote.
 
         Raises:
             UsageError: the checkpoint does not hold it, or in another shape.
         """
         pieces = self._of(tensor)
         replicas = {piece.replica for _, piece, _ in pieces}
-        if tensor.startswith(("buffers/", "replica/")):
+        if tensor.startswith(_OWN):
             pieces = [p for p in pieces if p[1].replica == (replica if replica in replicas else min(replicas))]
         written = pieces[0][1].part
         whole = tuple(n * part.count if dim == part.dim else n for dim, n in enumerate(part.shape))
@@ -128,10 +150,15 @@ class CheckpointReader:
         Integers are not averaged: those of the first are taken.
         """
         written = sorted({piece.replica for _, piece, _ in self._of(tensor)})
-        if len(written) == replicas:
-            return self.read(tensor, part, replica=replica)
+        return self.read(tensor, part, replica=replica) if len(written) == replicas else self.read_mean(tensor, part)
+
+    def read_mean(self, tensor: str, part: Part) -> Tensor:
+        """A part of a tensor; the mean over the replicas of what each kept for itself."""
+        written = sorted({piece.replica for _, piece, _ in self._of(tensor)})
+        if not tensor.startswith(_OWN):
+            return self.read(tensor, part)
         found = [self.read(tensor, part, replica=each) for each in written]
-        return torch.stack(found).mean(0) if found[0].is_floating_point() else found[0]
+        return torch.stack(found).mean(0) if len(found) > 1 and found[0].is_floating_point() else found[0]
 
     def _of(self, tensor: str) -> list[tuple[str, Piece, int]]:
         if tensor not in self._pieces:

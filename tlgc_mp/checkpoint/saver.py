@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tlgc_mp.checkpoint import folder as folders
-from tlgc_mp.checkpoint.engine_state import EngineState, Part
-from tlgc_mp.checkpoint.reader import INDEX, CheckpointReader, Piece
+from tlgc_mp.checkpoint.engine_state import EngineState
+from tlgc_mp.checkpoint.reader import INDEX, CheckpointReader, Part, Piece
 from tlgc_mp.errors import UsageError
 from tlgc_mp.provenance import describe_run
 
@@ -231,6 +231,8 @@ class CheckpointSaver:
     def _attempt(self, act: Any) -> Any:
         try:
             return {"result": act()}
+        except SaveError as error:  # of another rank, which has said who it is
+            return {"error": str(error)}
         except Exception as error:
             return {"error": f"rank {self._rank}: {_told(error)}"}
 
@@ -393,9 +395,7 @@ def _all_or_none(act: Any, folder: str, tag: str) -> None:
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, act())
     for problem in filter(None, problems):
-        raise UsageError(
-            f"--resume: the checkpoint {os.path.join(folder, tag)!r}: {problem}; {folders.offer(folder, tag)}"
-        )
+        raise UsageError(f"the checkpoint {os.path.join(folder, tag)!r}: {problem}; {folders.offer(folder, tag)}")
 
 
 def _plain(group: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tlgc_mp.checkpoint import CheckpointSaver, load_checkpoint
-from tlgc_mp.checkpoint.folder import CHECKPOINTS, read_description
+from tlgc_mp.checkpoint.folder import CHECKPOINTS, saved_run
 from tlgc_mp.data import EvaluationBatches, TrainingBatches, load_datasets
 from tlgc_mp.data.streams import stream_seed
 from tlgc_mp.errors import UsageError
@@ -369,7 +369,7 @@ def _use_cores(launch: Launch) -> None:
 def _respread(settings: TrainSettings) -> str:
     """What a resumed run says where it is spread over ranks otherwise than the run that was saved."""
     assert settings.resume_from is not None
-    saved, now = read_description(*settings.resume_from)["client_state"]["run"], settings.description()
+    saved, now = saved_run(*settings.resume_from), settings.description()
     spread = [
         f"{run['tensor_parallel']} tensor-parallel x {run['data_parallel']} data-parallel at ZeRO {run['zero_stage']}"
         for run in (saved, now)

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from tlgc_mp.checkpoint.folder import find_checkpoint, read_description
+from tlgc_mp.checkpoint.folder import find_checkpoint, saved_run
 from tlgc_mp.data import check_dataset
 from tlgc_mp.errors import UsageError
 from tlgc_mp.models.names import check_coarse_level, check_model, check_split
@@ -128,8 +128,13 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
     zero_stage(config)
     topology = _topology(options, config, launch)
     output_dir = output_folder(options)
-    resume_from = None if options.resume is None else find_checkpoint(options.resume or output_dir)
-    saved = None if resume_from is None else _saved_run(*resume_from)
+    resume_from = saved = None
+    if options.resume is not None:
+        try:
+            resume_from = find_checkpoint(options.resume or output_dir)
+            saved = saved_run(*resume_from)
+        except UsageError as error:
+            raise UsageError(f"--resume: {error}") from None
     micro_batch, accumulation = _batches(options, config, recipe, topology, saved)
     learning_rate = _learning_rate(options, config, recipe)
 
@@ -193,14 +198,6 @@ def _topology(options: Any, config: dict[str, Any], launch: Launch) -> Topology:
     else:
         config.pop("tensor_parallel", None)
     return topology
-
-
-def _saved_run(folder: str, tag: str) -> dict[str, Any]:
-    """The description of the run that saved a checkpoint."""
-    run = read_description(folder, tag).get("client_state", {}).get("run")
-    if not isinstance(run, dict):
-        raise UsageError(f"--resume: the checkpoint {os.path.join(folder, tag)!r} is not one of tlgc-mp train")
-    return run
 
 
 def _batches(

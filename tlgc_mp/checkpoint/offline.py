@@ -1,0 +1,185 @@
+"""What is done with a checkpoint where nothing trains: exporting its weights, and cutting it for other ranks.
+
+Neither needs deepspeed, and what is exported needs torch and safetensors only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tlgc_mp.checkpoint import folder as folders
+from tlgc_mp.checkpoint.reader import INDEX, CheckpointReader, Part, Piece
+from tlgc_mp.errors import UsageError
+from tlgc_mp.models import create_model
+from tlgc_mp.models.names import check_split
+from tlgc_mp.parallel.plan import plan
+
+_ARGUMENTS = ("conv", "groups", "coarse_everywhere", "coarse_kernel_size", "coarse_init")
+_METADATA = "tlgc_mp"
+
+
+def export_checkpoint(path: str, output: str) -> dict[str, Any]:
+    """Writes the weights and running statistics of a checkpoint as one safetensors file, for a single device.
+
+    Its names are those of the model's ``state_dict``, its metadata say which model it is: :func:`load_model` makes one.
+
+    Args:
+        path: a run's output folder, its folder of checkpoints, or one checkpoint, of ``tlgc-mp train``.
+        output: the file; replaced where it is there.
+
+    Returns:
+        The arguments of :func:`tlgc_mp.create_model` for this model.
+
+    Raises:
+        UsageError: there is no whole checkpoint, or the file cannot be written.
+    """
+    reader, run = _open(path)
+    arguments = _arguments(run, reader)
+    state: dict[str, Tensor] = {}
+    for kind in ("weights", "buffers"):
+        for name in reader.names(kind):
+            whole = Part(reader.whole_shape(f"{kind}/{name}"), None, 0, 1)
+            state[name] = reader.read_mean(f"{kind}/{name}", whole).contiguous()
+    metadata = {"format": "pt", _METADATA: json.dumps({**arguments, "checkpoint": os.path.basename(reader.where)})}
+    partial = f"{output}{folders.PARTIAL}"
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
+        save_file(state, partial, metadata=metadata)
+        folders.sealed(partial)
+        os.replace(partial, output)
+    except (OSError, SafetensorError) as error:
+        if os.path.isfile(partial):
+            os.unlink(partial)
+        raise UsageError(f"{output!r} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    return arguments
+
+
+def load_model(path: str, device: torch.device | str = "cpu") -> nn.Module:
+    """The model in a file that ``tlgc-mp export`` wrote, with its weights, in evaluation mode. Needs no deepspeed.
+
+    Args:
+        path: the safetensors file.
+        device: where the model is to live.
+
+    Raises:
+        UsageError: the file cannot be read, or is not such a file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            arguments = json.loads((file.metadata() or {})[_METADATA])
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path!r} cannot be read: {error}") from None
+    except (KeyError, ValueError):
+        raise UsageError(f"{path!r} does not say which model it holds; give a file that tlgc-mp export wrote") from None
+    arguments.pop("checkpoint", None)
+    model = create_model(arguments.pop("name"), **arguments, device="meta")
+    model.to_empty(device=device)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def reshard_checkpoint(path: str, output: str, tensor_parallel: int) -> str:
+    """Cuts a checkpoint for other tensor-parallel ranks and one replica. ``--resume`` does as much by itself.
+
+    Args:
+        path: as for :func:`export_checkpoint`.
+        output: the run folder to write it to, under ``checkpoints/``.
+        tensor_parallel: P.
+
+    Returns:
+        The path of the new checkpoint.
+
+    Raises:
+        UsageError: there is no whole checkpoint, the model cannot be split over P ranks, or nothing can be written.
+    """
+    reader, run = _open(path)
+    check_split(run["model"], run["conv"], run["groups"], tensor_parallel)
+    arguments = _arguments(run, reader)
+    model = create_model(arguments.pop("name"), **arguments, device="meta")
+    dims = _dims(model, tensor_parallel)
+    micro_batch = run["batch_size"] // (run["accumulation"] * run["data_parallel"])
+    run = {
+        **{**run, "tensor_parallel": tensor_parallel, "data_parallel": 1},
+        "accumulation": run["batch_size"] // micro_batch,
+    }
+    description = {key: value for key, value in reader.description.items() if key not in ("format", "files")}
+    description.update(tensor_parallel=tensor_parallel, data_parallel=1)
+    description["client_state"] = {**description["client_state"], "run": run}
+
+    folder = os.path.join(output, folders.CHECKPOINTS)
+    tag = folders.free_tag(folder, os.path.basename(reader.where))
+    partial = os.path.join(folder, tag + folders.PARTIAL)
+    try:
+        folders.begin(folder, tag)
+        files = {}
+        for rank in range(tensor_parallel):
+            name = f"shard-{rank:02d}-00.safetensors"
+            tensors, index = _share(reader, dims, rank, tensor_parallel)
+            save_file(tensors, os.path.join(partial, name), metadata={INDEX: json.dumps(index)})
+            files[name] = folders.sealed(os.path.join(partial, name))
+        for name in reader.description["files"]:
+            if not name.endswith(".safetensors"):
+                with open(os.path.join(reader.where, name), "rb") as source:
+                    content = source.read()
+                with open(os.path.join(partial, name), "wb") as target:
+                    target.write(content)
+                files[name] = folders.sealed(os.path.join(partial, name))
+        folders.commit(folder, tag, {**description, "files": files})
+    except (OSError, SafetensorError) as error:
+        folders.abandon(folder, tag)
+        raise UsageError(f"{folder!r} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    return os.path.join(folder, tag)
+
+
+def _open(path: str) -> tuple[CheckpointReader, dict[str, Any]]:
+    """The newest whole checkpoint in ``path``, and the run that saved it."""
+    folder, tag = folders.find_checkpoint(path)
+    run = folders.saved_run(folder, tag)
+    problem = folders.damage(folder, tag)
+    if problem is not None:
+        raise UsageError(f"{problem}; {folders.offer(folder, tag)}")
+    return CheckpointReader(folder, tag), run
+
+
+def _arguments(run: dict[str, Any], reader: CheckpointReader) -> dict[str, Any]:
+    """The arguments of :func:`create_model` for a run's model."""
+    classes = reader.description["client_state"]["num_classes"]
+    return {"name": run["model"], "num_classes": classes, **{key: run[key] for key in _ARGUMENTS}}
+
+
+def _dims(model: nn.Module, tensor_parallel: int) -> dict[str, int]:
+    """Name -> the dimension in which a parameter or buffer is cut, of those that are."""
+    if tensor_parallel == 1:
+        return {}
+    return {
+        f"{name}.{key}" if name else key: dim
+        for name, placement in plan(model, tensor_parallel).items()
+        for key, dim in placement.dims.items()
+    }
+
+
+def _share(
+    reader: CheckpointReader, dims: dict[str, int], rank: int, ranks: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(the tensors of one rank's file, where each belongs)"""
+    tensors, index = {}, {}
+    for tensor in reader.tensors():
+        name = tensor.removeprefix("optimizer/").partition("/")[2] if tensor.startswith("optimizer/") else None
+        dim = dims.get(name or tensor.partition("/")[2])
+        if dim is None and rank > 0:
+            continue
+        shape = list(reader.whole_shape(tensor))
+        if dim is not None:
+            shape[dim] //= ranks
+        part = Part(tuple(shape), dim, 0 if dim is None else rank, 1 if dim is None else ranks)
+        tensors[tensor] = reader.read_mean(tensor, part).contiguous()
+        index[tensor] = Piece(part, 0, 0).entry()
+    return tensors, index
