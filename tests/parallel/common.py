@@ -85,6 +85,12 @@ def smooth_network(device: str) -> nn.Module:
     return model
 
 
+def assert_trained(run: TrainingRun) -> None:
+    """Fails unless training moved the head of :func:`smooth_network` by a thousandth or more."""
+    moved = relative_error(run.states[0]["8.weight"], smooth_network("cpu").state_dict()["8.weight"])
+    assert moved > 1e-3, f"nothing was trained: the head moved by {moved:.1e}"
+
+
 def sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=5e-4)
 
