@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +194,24 @@ def test_mistake_is_told_in_one_line(
     assert main(["bench", "zero", *flags, "--output", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("tlgc-mp: error: ") and said.count("\n") == 1 and part in said
+
+
+def test_mistakes_are_found_without_torch() -> None:
+    code = (
+        "import sys; from tlgc_mp.cli import main\n"
+        "print(main(['bench', 'zero', '--tp', '3']), [name for name in ('torch', 'deepspeed') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout == "2 []\n", result.stderr
+
+
+def test_a_rank_of_a_launch_is_told_to_start_plainly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["bench", "zero"]) == 2
+    assert "this is one of 2; start it plainly" in capsys.readouterr().err
 
 
 def test_a_tensor_held_twice_counts_once() -> None:

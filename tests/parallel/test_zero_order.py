@@ -25,7 +25,7 @@ from tlgc_mp.parallel import initialize
 from tlgc_mp.parallel.topology import Topology
 
 RANKS, REPLICAS, BATCH = 2, 2, 8
-STEPS, MANY_STEPS = 30, 500
+STEPS, MANY_STEPS = 25, 500
 SLEEP_SECONDS = 0.01
 SLEEP_CHANCE = 0.2
 SMALL_BUCKETS = {
