@@ -21,7 +21,15 @@ import torch
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch", "torchvision", "deepspeed", "torch.distributed", "tlgc_mp.parallel", "tests.ranks"]
+    [
+        "torch",
+        "torchvision",
+        "deepspeed",
+        "deepspeed.runtime.zero.muon.original_muon",  # every ZeRO engine loads it, and with it torch's compiler
+        "torch.distributed",
+        "tlgc_mp.parallel",
+        "tests.ranks",
+    ]
 )
 
 

@@ -213,6 +213,24 @@ def _bench_parser(commands: Any) -> None:
     )
     scaling.add_argument("--output", metavar="DIR", help="default: runs/scaling-DATE")
     scaling.set_defaults(run=_scaling)
+    zero = benchmarks.add_parser(
+        "zero",
+        help="memory of a rank at each ZeRO stage beside tensor parallelism, against what the stage promises",
+        description="Measure what a rank holds of parameters, gradients and optimizer state at ZeRO 0 to 3, over P x D "
+        "processes that this command starts. Writes zero.json and zero.md.",
+        allow_abbrev=False,
+    )
+    zero.add_argument("--model", metavar="NAME", help="of GC-2L (default: wrn-28-10)")
+    zero.add_argument("--groups", type=int, metavar="N", help="(default: 4)")
+    zero.add_argument("--tp", type=int, default=2, metavar="P", help="tensor-parallel ranks (default: %(default)s)")
+    zero.add_argument("--replicas", type=int, default=2, metavar="D", help="of ZeRO (default: %(default)s)")
+    zero.add_argument("--batch-size", type=int, metavar="B", help="images a step (default: two a replica)")
+    zero.add_argument("--quick", action="store_true", help="a smaller network, wrn-16-4")
+    zero.add_argument(
+        "--time-limit", type=float, default=1800.0, metavar="SECONDS", help="of it all (default: %(default)g)"
+    )
+    zero.add_argument("--output", metavar="DIR", help="default: runs/zero-DATE")
+    zero.set_defaults(run=_zero)
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -345,6 +363,14 @@ def _scaling(options: Any, launch: Launch) -> int:
     from tlgc_mp.bench import scaling
 
     return scaling.run(settings)
+
+
+def _zero(options: Any, launch: Launch) -> int:
+    if launch.world > 1:
+        raise UsageError(f"bench zero starts its own ranks, and this is one of {launch.world}; start it plainly")
+    from tlgc_mp.bench import zero
+
+    return zero.run(zero.resolve(options))
 
 
 def _train(options: Any, launch: Launch) -> int:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.ranks import run_ranks
+from tlgc_mp.nn import TwoLevelConv2d, init_parameters
 from tlgc_mp.parallel.layers import ShardedLayer
 
 SEED = 20260
@@ -56,6 +57,42 @@ def seeded_model(conv: str, groups: int, dtype: torch.dtype, device: str, seed: 
 
     torch.manual_seed(seed)
     return create_model("wrn-10-2", conv=conv, groups=groups, device=device).to(dtype)
+
+
+class SmoothBlock(nn.Sequential):
+    """A part of :func:`smooth_network`, for activation checkpointing."""
+
+
+def smooth_network(device: str) -> nn.Module:
+    """A stem, three two-level layers and a head, with the initial weights of :data:`SEED` or about to get them.
+
+    Rounding moves its gradients by as little: it has no ReLU.
+    """
+    with torch.device("meta"):
+        model = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.SiLU(),
+            SmoothBlock(TwoLevelConv2d(16, 32, 3, padding=1, stride=2, groups=4), nn.BatchNorm2d(32), nn.SiLU()),
+            SmoothBlock(TwoLevelConv2d(32, 32, 3, padding=1, groups=4, bias=True, coarse_kernel_size=1), nn.SiLU()),
+            SmoothBlock(TwoLevelConv2d(32, 64, 1, groups=4), nn.BatchNorm2d(64), nn.SiLU()),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(64, 10),
+        )
+    if device != "meta":
+        init_parameters(model.to_empty(device=device), SEED)
+    return model
+
+
+def assert_trained(run: TrainingRun) -> None:
+    """Fails unless training moved the head of :func:`smooth_network` by a thousandth or more."""
+    moved = relative_error(run.states[0]["8.weight"], smooth_network("cpu").state_dict()["8.weight"])
+    assert moved > 1e-3, f"nothing was trained: the head moved by {moved:.1e}"
+
+
+def sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=5e-4)
 
 
 def gather_shares(share: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:

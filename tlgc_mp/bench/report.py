@@ -8,6 +8,7 @@ naive model parallelism at w = 60 and 80; its GC-2L network on N GPUs.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from tlgc_mp.bench import growth
@@ -70,17 +71,10 @@ def write(rows: list[Row], description: dict[str, Any], folder: str) -> None:
 
 def markdown(rows: list[Row], description: dict[str, Any]) -> str:
     """All figures of ``rows``, as tables."""
-    machine = description["machine"]
-    memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else ""
-    versions = ", ".join(f"{name} {version}" for name, version in description["versions"].items())
-    changed = " with uncommitted changes" if description["uncommitted_changes"] else ""
     parts = [
         "# Scaling",
         "",
-        f"Machine: {machine['cpu']}, {machine['cores']} cores{memory}. {versions}. "
-        f"Commit {description['commit'] or 'not known'}{changed}. {description['date']}.",
-        "",
-        f"    {' '.join(description['command'])}",
+        *describe(description),
         "",
         "## Beside the paper's Table 2",
         "",
@@ -88,20 +82,34 @@ def markdown(rows: list[Row], description: dict[str, Any]) -> str:
         "dense network over hours of GC-2L, as printed. Arithmetic: N P, with a device a rank. CPU: naive-mp's step "
         "over the CPU seconds of the busiest rank, which is what counts where ranks share a core.",
         "",
-        *_table(_COMPARISON, [_comparison(row, rows) for row in rows]),
+        *table(_COMPARISON, [_comparison(row, rows) for row in rows]),
     ]
     remarks = [(row, row[key]) for row in rows for key in ("note", "error") if row[key]]
     if remarks:
         parts += ["", *(f"- {_name(row)}, w={row['width']}, P={row['tp']}: {text}" for row, text in remarks)]
-    parts += ["", "## Time", "", *_table(_TIME, [_time(row) for row in rows])]
-    parts += ["", "## Memory of a rank, MB", "", *_table(_MEMORY, [_memory(row) for row in rows])]
+    parts += ["", "## Time", "", *table(_TIME, [_time(row) for row in rows])]
+    parts += ["", "## Memory of a rank, MB", "", *table(_MEMORY, [_memory(row) for row in rows])]
     measured = [row for row in rows if row["accounting"]]
     if measured:
         kinds = tuple(measured[0]["accounting"])
         lines = [[*_head(row), *(f"{row['accounting'][kind]:.3f}" for kind in kinds)] for row in measured]
         parts += ["", "## Where a step goes, s, of the busiest rank under a profiler", ""]
-        parts += _table(("w", "strategy", "N", "P", *kinds), lines)
+        parts += table(("w", "strategy", "N", "P", *kinds), lines)
     return "\n".join(parts) + "\n"
+
+
+def describe(description: Mapping[str, Any]) -> list[str]:
+    """The lines that say where figures come from: machine, versions, commit, date and command."""
+    machine = description["machine"]
+    memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in description["versions"].items())
+    changed = " with uncommitted changes" if description["uncommitted_changes"] else ""
+    return [
+        f"Machine: {machine['cpu']}, {machine['cores']} cores{memory}. {versions}. "
+        f"Commit {description['commit'] or 'not known'}{changed}. {description['date']}.",
+        "",
+        f"    {' '.join(description['command'])}",
+    ]
 
 
 _COMPARISON = (
@@ -199,7 +207,8 @@ def _number(value: float | None, digits: int, unit: float = 1.0) -> str:
     return "" if value is None else f"{value / unit:.{digits}f}"
 
 
-def _table(head: tuple[str, ...], lines: list[list[str]]) -> list[str]:
+def table(head: tuple[str, ...], lines: list[list[str]]) -> list[str]:
+    """A Markdown table, line by line."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)]
 
 

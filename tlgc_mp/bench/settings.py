@@ -124,7 +124,7 @@ def resolve(options: Any) -> BenchSettings:
         steps=options.steps or (1 if quick else 2),
         dtype=options.dtype,
         momentum=not options.no_momentum,
-        output=_output(options.output),
+        output=output_folder(options.output, time.strftime("scaling-%Y%m%d-%H%M%S")),
         time_limit=options.time_limit,
     )
 
@@ -186,9 +186,13 @@ def _case(strategy: str, depth: int, width: int, ranks: int, batch_size: int, op
     return Case(strategy, depth, width, groups, ranks, batch_size, micro_batches, checkpointed)
 
 
-def _output(given: str | None) -> str:
-    """The folder of what is written, made where it is missing."""
-    path = given or os.path.join("runs", time.strftime("scaling-%Y%m%d-%H%M%S"))
+def output_folder(given: str | None, default: str) -> str:
+    """The folder of what is written, made where it is missing: ``given``, or ``default`` in the folder of all runs.
+
+    Raises:
+        UsageError: it cannot be made, or not be written.
+    """
+    path = given or os.path.join("runs", default)
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tlgc_mp.baselines.layer_pipeline import LayerPipeline
+from tlgc_mp.bench.engine_memory import engine_memory
 from tlgc_mp.bench.flops import layer_flops
 from tlgc_mp.bench.settings import IMAGE_SIZE, NUM_CLASSES, STRATEGIES
 from tlgc_mp.models import create_model
@@ -135,19 +136,11 @@ def _engine(
         engine.step()
 
     def memory() -> dict[str, int]:
-        parameters = list(engine.module.parameters())
-        if zero3:
-            outer = engine.optimizer
-            return {
-                "parameter_bytes": _bytes(parameter.ds_tensor for parameter in parameters),
-                "gradient_bytes": _bytes([outer.grad_partitions_flat_buffer]),
-                # The optimizer steps a copy of each partition of its own.
-                "optimizer_bytes": _state_bytes(outer.optimizer) + _bytes(outer.fp32_partitioned_groups_flat),
-            }
+        held = engine_memory(engine)
         return {
-            "parameter_bytes": _bytes(parameters),
-            "gradient_bytes": _bytes(parameter.grad for parameter in parameters),
-            "optimizer_bytes": _state_bytes(engine.optimizer),
+            "parameter_bytes": held["parameter_bytes"],
+            "gradient_bytes": held["gradient_bytes"],
+            "optimizer_bytes": held["state_bytes"] + held["master_bytes"],
         }
 
     coarse = {module.coarse_group_name for module in engine.module.modules() if hasattr(module, "coarse_group_name")}

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from tlgc_mp.bench.strategies import Workload
 
+ZERO_MEMORY = "zero-memory"
+"""In place of a strategy: measure the memory of each ZeRO stage."""
 CORE_RATE = "core-rate"
 """In place of a strategy: measure the best rate of a dense 3x3 convolution."""
 
@@ -56,13 +58,13 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     Args:
         request: ``strategy`` (or ``"core-rate"``), ``dtype``, and for a strategy ``depth``, ``width``, ``groups``,
             ``batch_size``, ``momentum``, ``update_in_backward``, ``micro_batches``, ``activation_checkpointing`` and
-            ``steps``.
+            ``steps``; or ``"zero-memory"`` and what :func:`tlgc_mp.bench.zero_rank.measure_rank` takes.
 
     Returns:
-        ``{"best_flops_per_second"}`` for the core rate; for a strategy ``seconds`` and ``busy_cpu_seconds`` of each
-        timed step, ``flops``, ``accounting`` and ``collectives`` by kind, ``collective_seconds``, ``collective_bytes``,
-        ``coarse_seconds``, ``peak_memory_bytes``, ``parameter_bytes``, ``gradient_bytes``, ``optimizer_bytes`` and
-        ``activation_bytes``.
+        ``{"best_flops_per_second"}`` for the core rate; what ``measure_rank`` returns for ``"zero-memory"``; for a
+        strategy ``seconds`` and ``busy_cpu_seconds`` of each timed step, ``flops``, ``accounting`` and ``collectives``
+        by kind, ``collective_seconds``, ``collective_bytes``, ``coarse_seconds``, ``peak_memory_bytes``,
+        ``parameter_bytes``, ``gradient_bytes``, ``optimizer_bytes`` and ``activation_bytes``.
     """
     from tlgc_mp.parallel.engine import quiet_start, start_distributed
 
@@ -79,6 +81,10 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     start_distributed()
     if request["strategy"] == CORE_RATE:
         return {"best_flops_per_second": _core_rate(device, request["dtype"])}
+    if request["strategy"] == ZERO_MEMORY:
+        from tlgc_mp.bench.zero_rank import measure_rank
+
+        return measure_rank(request, device)
 
     meters.reset_peak_memory(device)
     work = strategies.build(request, dist.get_world_size(), dist.get_rank(), device)

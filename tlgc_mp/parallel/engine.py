@@ -71,6 +71,7 @@ def initialize(
     import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
     from tlgc_mp.nn import init_parameters
     from tlgc_mp.parallel.layers import collect_checkpoint_info
@@ -85,6 +86,7 @@ def initialize(
         raise UsageError("model: none is given; give a torch.nn.Module")
     settings = read_config(given)
     settings.setdefault("gradient_clipping", 0.0)  # DeepSpeed clips to 1 where nothing is said
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)  # DeepSpeed offloads no optimizer but its own else
     ranks = tensor_parallel_size(settings) or 1
     stage = zero_stage(settings)
     start_distributed(distributed_port)
@@ -110,17 +112,20 @@ def initialize(
     for param in model.parameters():
         param.data = param.data.flatten().view(param.shape)
     with quiet_start():
-        made = deepspeed.initialize(
-            model=model,
-            optimizer=_retarget_optimizer(optimizer, replaced),
-            model_parameters=_retarget(model_parameters, replaced),
-            training_data=training_data,
-            lr_scheduler=lr_scheduler,
-            mpu=mpu,
-            dist_init_required=dist_init_required,
-            collate_fn=collate_fn,
-            config=settings,
-        )
+        try:
+            made = deepspeed.initialize(
+                model=model,
+                optimizer=_retarget_optimizer(optimizer, replaced),
+                model_parameters=_retarget(model_parameters, replaced),
+                training_data=training_data,
+                lr_scheduler=lr_scheduler,
+                mpu=mpu,
+                dist_init_required=dist_init_required,
+                collate_fn=collate_fn,
+                config=settings,
+            )
+        except ZeRORuntimeException as error:
+            raise _refused(error) from None
     if stage == 0:
         _keep_to_the_fast_path(made[0])
     if mpu is not None:
@@ -289,8 +294,12 @@ def _check_settings(settings: dict[str, Any], mpu: Any) -> None:
         try:
             DeepSpeedConfig(dict(settings), mpu)
         except (AssertionError, TypeError, ValueError, KeyError, AttributeError) as error:
-            reason = " ".join(str(error).split())
-            raise UsageError(f"deepspeed_config is refused by DeepSpeed: {reason[:300]}") from None
+            raise _refused(error) from None
+
+
+def _refused(error: Exception) -> UsageError:
+    reason = " ".join(str(error).split())
+    return UsageError(f"deepspeed_config is refused by DeepSpeed: {reason[:600]}")
 
 
 @contextlib.contextmanager
