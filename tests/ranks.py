@@ -19,9 +19,19 @@ from typing import Any
 
 import torch
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as tlgc-mp has it, and read when torch is loaded
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch", "torchvision", "deepspeed", "torch.distributed", "tlgc_mp.parallel", "tests.ranks"]
+    [
+        "torch",
+        "torchvision",
+        "deepspeed",
+        "torch.distributed",
+        "torch.utils.tensorboard",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "tlgc_mp.training.loop",
+        "tests.ranks",
+    ]
 )
 
 
