@@ -35,10 +35,14 @@ class ForkedJob:
     def wait(self, seconds: float) -> list[int | None]:
         """The exit status of each rank, when all have ended."""
         deadline = time.monotonic() + seconds
-        for process in self._processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-            assert process.exitcode is not None, f"ranks still run after {seconds} s; they said\n{self.said()}"
-        return [process.exitcode for process in self._processes]
+        return [self.wait_for(rank, deadline - time.monotonic()) for rank in range(WORLD)]
+
+    def wait_for(self, rank: int, seconds: float) -> int | None:
+        """The exit status of one."""
+        process = self._processes[rank]
+        process.join(max(0.0, seconds))
+        assert process.exitcode is not None, f"rank {rank} has not ended in time; the ranks said\n{self.said()}"
+        return process.exitcode
 
     def stderr(self) -> str:
         return (self._said / "stderr").read_text(encoding="utf-8")
