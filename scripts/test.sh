@@ -1,6 +1,15 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs them all: lint, types, tests. Options go to pytest.
+#
+#   scripts/test.sh --slow      runs the slow ones too: each fault 20 times at random moments, hours on two cores.
+#                               They write the table of docs/reliability.md to reliability.md here.
 set -euo pipefail
+slow=()
+if [ "${1:-}" = --slow ]; then
+    shift
+    slow=(-m "slow or not slow")
+    export RELIABILITY_TABLE=${RELIABILITY_TABLE:-$PWD/reliability.md}
+fi
 source "$(dirname "$0")/environment.sh"
 prepare_environment test
 
@@ -10,4 +19,4 @@ ruff format --check .
 mypy
 echo "Running the tests ..."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the tensors are small, and many ranks share the cores
-exec python -m pytest "$@"
+exec python -m pytest "${slow[@]}" "$@"

@@ -1,11 +1,13 @@
 """``python -m tests.launch.faulty`` is the ``tlgc-mp`` command, with a fault in it.
 
 ``FAULT`` names a function below, ``FAULT_RANK`` the rank it happens in, ``FAULT_STEP`` the step before which it does,
-counted from 0 over the epochs of this process. With ``FAULT_ONCE``, it happens only where that file is not there yet.
+counted from 0 over the epochs of this process. With ``FAULT_ONCE``, it happens only where that file is not there yet,
+and makes it. In the folder ``WEIGHTS`` each rank leaves a digest of its state after each epoch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import resource
@@ -75,7 +77,25 @@ FAULTS = {function.__name__: function for function in (exception, memory, nan, d
 def main() -> NoReturn:
     if "FAULT" in os.environ and Launch.detect().rank == int(os.environ["FAULT_RANK"]):
         _arm(FAULTS[os.environ["FAULT"]], int(os.environ["FAULT_STEP"]), os.environ.get("FAULT_ONCE"))
+    if "WEIGHTS" in os.environ:
+        _note_weights(os.environ["WEIGHTS"])
     entry()
+
+
+def _note_weights(folder: str) -> None:
+    from tlgc_mp.training.metrics import Metrics
+
+    write = Metrics.write
+
+    def write_and_note(self: Metrics, *arguments: Any) -> None:
+        digest = hashlib.sha256()
+        for name, value in sorted(self._engine.module.state_dict().items()):
+            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        with open(os.path.join(folder, f"weights-{Launch.detect().rank}"), "w", encoding="ascii") as file:
+            file.write(digest.hexdigest())
+        write(self, *arguments)
+
+    Metrics.write = write_and_note  # type: ignore[method-assign]
 
 
 def _arm(fault: Callable[[], None], at: int, once: str | None) -> None:

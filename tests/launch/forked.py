@@ -19,6 +19,11 @@ from tests import ranks
 from tests.launch.jobs import MARK, marked
 
 WORLD = 2
+SHORT = [
+    *("--model", "wrn-10-1", "--dataset", "synthetic", "--image-size", "8", "--batch-size", "128"),
+    *("--limit-steps", "3", "--epochs", "3"),
+]
+"""Options of a run of nine steps."""
 
 
 class ForkedJob:
@@ -121,3 +126,15 @@ def _rank(arguments: list[str], environment: dict[str, str], said: str) -> None:
     torch.set_num_threads(1)
     ranks._context.set_forkserver_preload(["tlgc_mp.data"])  # of the data workers' own server
     main()
+
+
+def told_once(stderr: str) -> str:
+    """The one line that ``tlgc-mp`` says."""
+    lines = [line for line in stderr.splitlines() if line.startswith("tlgc-mp")]
+    assert len(lines) == 1, stderr
+    return lines[0]
+
+
+def figures(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of a metrics file without the times."""
+    return [{key: value for key, value in line.items() if not key.endswith("seconds")} for line in lines]

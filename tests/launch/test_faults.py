@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch.forked import ForkedJob, forked
+from tests.launch.forked import SHORT, figures, forked, told_once
 from tests.launch.jobs import free_port, started
 from tests.ranks import run_ranks
 
@@ -38,15 +38,11 @@ def test_killed_rank_ends_the_job(tmp_path: Path, launcher: str) -> None:
         os.kill(ranks[1], signal.SIGKILL)
 
         assert job.wait(SECONDS) != 0
-        assert f"process {ranks[1]} on" in _told(job.stderr), job.said()
+        assert f"process {ranks[1]} on" in told_once(job.stderr), job.said()
         assert not job.left()
 
 
 RANK_TIMEOUT = 10.0
-SHORT = [
-    *("--model", "wrn-10-1", "--dataset", "synthetic", "--image-size", "8", "--batch-size", "128"),
-    *("--limit-steps", "3", "--epochs", "3"),
-]
 # The fault, the rank it happens in, and what is told of it. It happens in the second epoch.
 INJECTED = {
     "kill": (1, "has died"),
@@ -67,7 +63,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
     with forked(SHORT, tmp_path_factory.mktemp("undisturbed") / "run", port=free_port()) as job:
         assert job.wait(100.0) == [0, 0], job.said()
         assert not job.stderr(), job.stderr()
-        return _figures(job)
+        return figures(job.lines())
 
 
 @pytest.mark.timeout(300)
@@ -85,7 +81,7 @@ def test_fault_ends_every_rank_and_the_run_can_be_resumed(
         statuses = job.wait(SECONDS + RANK_TIMEOUT)
 
         assert 0 not in statuses
-        line = _told(job.stderr())
+        line = told_once(job.stderr())
         assert line.startswith(f"tlgc-mp: rank {rank}: ") and told in line, line
         assert "Traceback" not in job.said() and "terminate called" not in job.said()
         assert not job.left()
@@ -97,7 +93,7 @@ def test_fault_ends_every_rank_and_the_run_can_be_resumed(
     if name in ("kill", "stop rank 0", "disk"):
         with forked([*SHORT, "--resume"], tmp_path / "run", port=free_port()) as job:
             assert job.wait(100.0) == [0, 0], job.said()
-            assert _figures(job) == undisturbed
+            assert figures(job.lines()) == undisturbed
 
 
 @pytest.mark.timeout(120)
@@ -108,7 +104,7 @@ def test_port_that_is_taken(tmp_path: Path) -> None:
         port = str(other.getsockname()[1])
         with forked(SHORT, tmp_path / "run", port=port) as job:
             assert job.wait_for(0, 60.0) == 1
-            line = _told(job.stderr())
+            line = told_once(job.stderr())
     assert line.startswith(f"tlgc-mp: rank 0: port {port}, where the ranks are to meet, is taken"), line
     assert not (tmp_path / "run").exists()
 
@@ -121,18 +117,7 @@ def test_stopped_rank_that_goes_on_in_time_is_not_lost(tmp_path: Path, undisturb
             os.kill(job.ranks()[0], number)
             time.sleep(RANK_TIMEOUT / 3)
         assert job.wait(100.0) == [0, 0], job.said()
-        assert _figures(job) == undisturbed
-
-
-def _told(stderr: str) -> str:
-    """The one line that ``tlgc-mp`` says."""
-    lines = [line for line in stderr.splitlines() if line.startswith("tlgc-mp")]
-    assert len(lines) == 1, stderr
-    return lines[0]
-
-
-def _figures(job: ForkedJob) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if not key.endswith("seconds")} for line in job.lines()]
+        assert figures(job.lines()) == undisturbed
 
 
 @pytest.mark.timeout(120)
