@@ -2,15 +2,16 @@
 # Installs what the tests need and runs them all: lint, types, tests. Options go to pytest.
 #
 #   scripts/test.sh --slow      runs the slow ones too: each fault 20 times at random moments, hours on two cores.
-#                               They write the table of docs/reliability.md to reliability.md here.
+#                               They add the table of docs/reliability.md to runs/reliability.md.
 set -euo pipefail
+source "$(dirname "$0")/environment.sh"
 slow=()
 if [ "${1:-}" = --slow ]; then
     shift
     slow=(-m "slow or not slow")
-    export RELIABILITY_TABLE=${RELIABILITY_TABLE:-$PWD/reliability.md}
+    mkdir -p runs
+    export RELIABILITY_TABLE=${RELIABILITY_TABLE:-$PWD/runs/reliability.md}
 fi
-source "$(dirname "$0")/environment.sh"
 prepare_environment test
 
 echo "Checking style and types ..."

@@ -18,22 +18,19 @@ from typing import Any, NoReturn
 from tlgc_mp.cli import entry
 from tlgc_mp.parallel.topology import Launch
 
-_ballast: list[Any] = []
-
 
 def exception() -> None:
     raise KeyError("no such layer")
 
 
 def memory() -> None:
-    """The address space ends, and something large is allocated."""
+    """The address space ends 64 MiB from here, and 1 GiB is allocated."""
     import torch
 
     with open("/proc/self/statm", encoding="ascii") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
-    while True:
-        _ballast.append(torch.zeros(4 << 20))
+    torch.zeros(1 << 28)
 
 
 def nan() -> None:
