@@ -24,13 +24,13 @@ def exception() -> None:
 
 
 def memory() -> None:
-    """The address space ends 64 MiB from here, and 1 GiB is allocated."""
+    """The address space ends 64 MiB from here, and 4 TiB are allocated."""
     import torch
 
     with open("/proc/self/statm", encoding="ascii") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
-    torch.zeros(1 << 28)
+    torch.zeros(1 << 40)
 
 
 def nan() -> None:
