@@ -1,7 +1,17 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs them all: lint, types, tests. Options go to pytest.
+#
+#   scripts/test.sh --slow      runs the slow ones too: each fault 20 times at random moments, hours on two cores.
+#                               They add the table of docs/reliability.md to runs/reliability.md.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
+slow=()
+if [ "${1:-}" = --slow ]; then
+    shift
+    slow=(-m "slow or not slow")
+    mkdir -p runs
+    export RELIABILITY_TABLE=${RELIABILITY_TABLE:-$PWD/runs/reliability.md}
+fi
 prepare_environment test
 
 echo "Checking style and types ..."
@@ -10,4 +20,4 @@ ruff format --check .
 mypy
 echo "Running the tests ..."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the tensors are small, and many ranks share the cores
-exec python -m pytest "$@"
+exec python -m pytest "${slow[@]}" "$@"

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as tlgc-mp has it, and read when torch is loaded
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -27,7 +28,9 @@ _context.set_forkserver_preload(
         "deepspeed",
         "deepspeed.runtime.zero.muon.original_muon",  # every ZeRO engine loads it, and with it torch's compiler
         "torch.distributed",
+        "torch.utils.tensorboard",
         "tlgc_mp.parallel",
+        "tlgc_mp.training.loop",
         "tests.ranks",
     ]
 )

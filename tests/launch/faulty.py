@@ -1,20 +1,22 @@
 """``python -m tests.launch.faulty`` is the ``tlgc-mp`` command, with a fault in it.
 
 ``FAULT`` names a function below, ``FAULT_RANK`` the rank it happens in, ``FAULT_STEP`` the step before which it does,
-counted from 0 over the epochs of this process.
+counted from 0 over the epochs of this process. With ``FAULT_ONCE``, it happens only where that file is not there yet,
+and makes it. In the folder ``WEIGHTS`` each rank leaves a digest of its state after each epoch.
 """
 
 from __future__ import annotations
 
+import hashlib
+import multiprocessing
 import os
 import resource
 import signal
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from tlgc_mp.cli import entry
 from tlgc_mp.parallel.topology import Launch
-
-_ballast: list[Any] = []
 
 
 def exception() -> None:
@@ -22,14 +24,13 @@ def exception() -> None:
 
 
 def memory() -> None:
-    """The address space ends, and something large is allocated."""
+    """The address space ends 64 MiB from here, and 4 TiB are allocated."""
     import torch
 
     with open("/proc/self/statm", encoding="ascii") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
-    while True:
-        _ballast.append(torch.zeros(4 << 20))
+    torch.zeros(1 << 40)
 
 
 def nan() -> None:
@@ -41,16 +42,22 @@ def nan() -> None:
 
 
 def disk() -> None:
-    """No file may grow beyond what it has, nor beyond 100 bytes."""
+    """The metrics go to a device that is full."""
     from tlgc_mp.training.metrics import Metrics
 
     write = Metrics.write
 
     def write_to_a_full_disk(self: Metrics, *arguments: Any) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        self.path = "/dev/full"
         write(self, *arguments)
 
     Metrics.write = write_to_a_full_disk  # type: ignore[method-assign]
+
+
+def worker() -> None:
+    """A data worker process is killed."""
+    process = multiprocessing.active_children()[0]
+    os.kill(process.pid or 0, signal.SIGKILL)
 
 
 def kill() -> None:
@@ -61,28 +68,50 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def _arm() -> None:
-    fault = {function.__name__: function for function in (exception, memory, nan, disk, kill, stop)}[
-        os.environ["FAULT"]
-    ]
-    if Launch.detect().rank != int(os.environ["FAULT_RANK"]):
-        return
-    from tlgc_mp.training import interrupt
+FAULTS = {function.__name__: function for function in (exception, memory, nan, disk, worker, kill, stop)}
 
-    before_step, at = interrupt.StopRequest.before_step, int(os.environ["FAULT_STEP"])
+
+def main() -> NoReturn:
+    if "FAULT" in os.environ and Launch.detect().rank == int(os.environ["FAULT_RANK"]):
+        _arm(FAULTS[os.environ["FAULT"]], int(os.environ["FAULT_STEP"]), os.environ.get("FAULT_ONCE"))
+    if "WEIGHTS" in os.environ:
+        _note_weights(os.environ["WEIGHTS"])
+    entry()
+
+
+def _note_weights(folder: str) -> None:
+    from tlgc_mp.training.metrics import Metrics
+
+    write = Metrics.write
+
+    def write_and_note(self: Metrics, *arguments: Any) -> None:
+        digest = hashlib.sha256()
+        for name, value in sorted(self._engine.module.state_dict().items()):
+            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        with open(os.path.join(folder, f"weights-{Launch.detect().rank}"), "w", encoding="ascii") as file:
+            file.write(digest.hexdigest())
+        write(self, *arguments)
+
+    Metrics.write = write_and_note  # type: ignore[method-assign]
+
+
+def _arm(fault: Callable[[], None], at: int, once: str | None) -> None:
+    from tlgc_mp.training.interrupt import StopRequest
+
+    before_step = StopRequest.before_step
     steps = 0
 
-    def before_step_and_fault(self: interrupt.StopRequest, step: int) -> bool:
+    def before_step_and_fault(self: StopRequest, step: int) -> bool:
         nonlocal steps
-        if steps == at:
-            fault()
         steps += 1
+        if steps == at + 1 and not (once and os.path.exists(once)):
+            if once:
+                os.close(os.open(once, os.O_CREAT))
+            fault()
         return before_step(self, step)
 
-    interrupt.StopRequest.before_step = before_step_and_fault  # type: ignore[method-assign]
+    StopRequest.before_step = before_step_and_fault  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
-    if "FAULT" in os.environ:
-        _arm()
-    entry()
+    main()

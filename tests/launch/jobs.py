@@ -20,7 +20,8 @@ from typing import Any, TextIO
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
-_MARK = "TLGC_MP_TEST_JOB"
+MARK = "TLGC_MP_TEST_JOB"
+"""The environment variable by which every process of a job is known: its output folder."""
 
 
 def command(launcher: str, module: str = "tlgc_mp", port: str | None = None) -> list[str]:
@@ -68,7 +69,7 @@ class Job:
         launched = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "PMI")
         environment = {key: value for key, value in os.environ.items() if not key.startswith(launched)}
         environment.update(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
-        environment.update({_MARK: str(output_dir), **variables})
+        environment.update({MARK: str(output_dir), **variables})
         self.process = subprocess.Popen(
             [*before, *command(launcher, module, port), "train", *options, "--output-dir", str(output_dir)],
             cwd=ROOT,
@@ -135,17 +136,6 @@ class Job:
                         found[int(entry.name)] = words
         return found
 
-    def everything(self) -> dict[int, list[str]]:
-        """Every process that inherited this job's environment, data workers too: pid -> the command line."""
-        found, mark = {}, f"{_MARK}={self.output_dir}".encode()
-        for entry in os.scandir("/proc"):
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError):
-                    if mark in Path(entry.path, "environ").read_bytes().split(b"\0"):
-                        words = Path(entry.path, "cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
-                        found[int(entry.name)] = words
-        return found
-
     def ranks(self) -> list[int]:
         """The pids of its ranks: the processes that no other process of the job comes from."""
         pids = self.processes()
@@ -155,14 +145,14 @@ class Job:
     def left(self, seconds: float = 5.0) -> dict[int, list[str]]:
         """What of it still runs ``seconds`` after the launcher has ended."""
         deadline = time.monotonic() + seconds
-        while (found := self.everything()) and time.monotonic() < deadline:
+        while (found := marked(self.output_dir)) and time.monotonic() < deadline:
             time.sleep(0.05)
         return found
 
     def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        for pid in self.everything():
+        for pid in marked(self.output_dir):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
@@ -193,6 +183,18 @@ def started(
             yield job
         finally:
             job.end()
+
+
+def marked(output_dir: Path) -> dict[int, list[str]]:
+    """Every process that has inherited the mark of the job of ``output_dir``, data workers too: pid -> its command."""
+    found, mark = {}, f"{MARK}={output_dir}".encode()
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if mark in Path(entry.path, "environ").read_bytes().split(b"\0"):
+                    command_line = Path(entry.path, "cmdline").read_text(encoding="utf-8", errors="replace")
+                    found[int(entry.name)] = command_line.split("\0")
+    return found
 
 
 def _parent(pid: int) -> int:

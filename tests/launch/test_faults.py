@@ -1,15 +1,19 @@
-"""A rank that dies, a mistake in the arguments, Ctrl-C: the job ends, says it once, and leaves nothing running."""
+"""A rank that dies, stops, fails, runs out of memory or disk, a mistake in the arguments, Ctrl-C: the job ends, says it
+once, and leaves nothing running."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.launch.jobs import started
+from tests.launch.forked import SHORT, figures, forked, told_once
+from tests.launch.jobs import free_port, started
 from tests.ranks import run_ranks
 
 LAUNCHERS = ("deepspeed", "mpirun")
@@ -34,7 +38,86 @@ def test_killed_rank_ends_the_job(tmp_path: Path, launcher: str) -> None:
         os.kill(ranks[1], signal.SIGKILL)
 
         assert job.wait(SECONDS) != 0
+        assert f"process {ranks[1]} on" in told_once(job.stderr), job.said()
         assert not job.left()
+
+
+RANK_TIMEOUT = 10.0
+# The fault, the rank it happens in, and what is told of it. It happens in the second epoch.
+INJECTED = {
+    "kill": (1, "has died"),
+    "kill rank 0": (0, "has died"),
+    "stop": (1, "is stopped (SIGSTOP) and has not answered for 1"),
+    "stop rank 0": (0, "is stopped (SIGSTOP) and has not answered for 1"),
+    "exception": (1, "KeyError: 'no such layer' (traceback: "),
+    "memory": (1, "out of memory: "),
+    "nan": (1, "the loss is nan in epoch 2 after step 2; nothing of it is saved"),
+    "disk": (0, "a file cannot be written: No space left on device: /dev/full"),
+    "worker": (1, "was killed by SIGKILL"),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The figures of a run that nothing happens to."""
+    with forked(SHORT, tmp_path_factory.mktemp("undisturbed") / "run", port=free_port()) as job:
+        assert job.wait(100.0) == [0, 0], job.said()
+        assert not job.stderr(), job.stderr()
+        return figures(job.lines())
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", INJECTED)
+def test_fault_ends_every_rank_and_the_run_can_be_resumed(
+    tmp_path: Path, undisturbed: list[dict[str, Any]], name: str
+) -> None:
+    """No launcher ends the other rank here."""
+    (rank, told), fault = INJECTED[name], name.split()[0]
+    workers = ["--workers", "1"] if fault == "worker" else []
+    options = [*SHORT, *workers, "--rank-timeout", str(RANK_TIMEOUT)]
+    variables = {"FAULT": fault, "FAULT_RANK": str(rank), "FAULT_STEP": "4"}
+    with forked(options, tmp_path / "run", port=free_port(), **variables) as job:
+        job.wait_for_epoch()
+        statuses = job.wait(SECONDS + RANK_TIMEOUT)
+
+        assert 0 not in statuses
+        line = told_once(job.stderr())
+        assert line.startswith(f"tlgc-mp: rank {rank}: ") and told in line, line
+        assert "Traceback" not in job.said() and "terminate called" not in job.said()
+        assert not job.left()
+        lost = fault in ("kill", "stop")
+        assert statuses[rank] == (-signal.SIGKILL if lost else 1) and statuses[1 - rank] == 1
+        if fault == "exception":
+            assert "in exception\n" in (tmp_path / "run" / "rank-1.traceback").read_text()
+
+    if name in ("kill", "stop rank 0", "disk"):
+        with forked([*SHORT, "--resume"], tmp_path / "run", port=free_port()) as job:
+            assert job.wait(100.0) == [0, 0], job.said()
+            assert figures(job.lines()) == undisturbed
+
+
+@pytest.mark.timeout(120)
+def test_port_that_is_taken(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        with forked(SHORT, tmp_path / "run", port=port) as job:
+            assert job.wait_for(0, 60.0) == 1
+            line = told_once(job.stderr())
+    assert line.startswith(f"tlgc-mp: rank 0: port {port}, where the ranks are to meet, is taken"), line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.timeout(120)
+def test_stopped_rank_that_goes_on_in_time_is_not_lost(tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
+    with forked([*SHORT, "--rank-timeout", str(RANK_TIMEOUT)], tmp_path / "run", port=free_port()) as job:
+        job.wait_for_epoch()
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            os.kill(job.ranks()[0], number)
+            time.sleep(RANK_TIMEOUT / 3)
+        assert job.wait(100.0) == [0, 0], job.said()
+        assert figures(job.lines()) == undisturbed
 
 
 @pytest.mark.timeout(120)

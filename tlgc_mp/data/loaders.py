@@ -5,7 +5,11 @@ number of worker processes nor the rank that draws a sample changes it. All tens
 given the replica's ``rank`` and so draw the same batches.
 """
 
+import os
+import select
+import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -173,10 +177,28 @@ def _loader(reader: _Reader, requests: Sampler[Request] | list[Request], num_wor
         num_workers=num_workers,
         persistent_workers=True,
         timeout=_WORKER_TIMEOUT_SECONDS,
+        worker_init_fn=partial(_end_with, os.getpid()),
         # A plain fork copies locks that torch's, NCCL's or MPI's threads may hold at that moment, and a worker can
         # wait for one forever. The fork server is a fresh process without such threads.
         multiprocessing_context="forkserver",
     )
+
+
+def _end_with(rank: int, worker: int) -> None:
+    """Ends this worker process when the process ``rank`` does, killed ones too.
+
+    Its parent is the fork server, which lives as long as any worker: left alone, both would outlive the rank for good.
+    """
+    threading.Thread(target=_wait_for_end, args=(rank,), daemon=True).start()
+
+
+def _wait_for_end(pid: int) -> None:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        os._exit(1)
+    select.select([descriptor], [], [])
+    os._exit(1)
 
 
 def _batches(items: Iterator[tuple[Tensor, Tensor] | UsageError]) -> Iterator[tuple[Tensor, Tensor]]:

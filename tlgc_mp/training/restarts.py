@@ -33,7 +33,6 @@ _POLL_SECONDS = 0.05
 _PR_SET_CHILD_SUBREAPER = 36
 _ASKED_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _MPI_LAUNCHERS = ("mpirun", "mpiexec", "orterun", "prterun")
-_COMMANDS = ("tlgc_mp", "tlgc-mp", "__main__.py")
 
 
 def run(command: Sequence[str], max_restarts: int, parse: Callable[[list[str]], Any]) -> int:
@@ -80,9 +79,8 @@ def run(command: Sequence[str], max_restarts: int, parse: Callable[[list[str]], 
 
 def _training(command: list[str]) -> list[str]:
     """The arguments of ``tlgc-mp`` in ``command``, from ``train`` on."""
-    for index in range(1, len(command)):
-        if command[index] == "train" and os.path.basename(command[index - 1]) in _COMMANDS:
-            return command[index:]
+    if "train" in command[1:]:
+        return command[command.index("train", 1) :]
     raise UsageError(
         f"launch: {shlex.join(command) or 'an empty command'} starts no training; give one that ends in "
         "`... tlgc_mp train OPTIONS`, after --"

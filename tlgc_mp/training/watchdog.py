@@ -184,7 +184,7 @@ class Watchdog:
             self._answered_at, self._round_began = time.monotonic(), began
             if self._verdict is not None or self._ended:
                 self._wake()
-            self._look.wait(self._beat)
+            self._look.wait(self._beat if self._members else _GLANCE_SECONDS)
 
     def _exchange(self, beat: int) -> None:
         store, following = self._store, self._next

@@ -1,0 +1,167 @@
+"""``tlgc-mp launch``: what is started again, how often, from where, and that nothing is left of an attempt."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch.forked import SHORT, figures, forked
+from tests.launch.jobs import BIN, free_port, marked, started
+
+# A launch of training that trains nothing: it notes its arguments, and ends with the next of the statuses it is given.
+SCRIPT = """
+import json, os, signal, subprocess, sys, time
+folder = os.path.dirname(os.path.abspath(__file__))
+with open(os.path.join(folder, "attempts"), "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+attempt = sum(1 for _ in open(os.path.join(folder, "attempts"))) - 1
+with open(os.path.join(folder, "plan.json")) as file:
+    action = json.load(file)[attempt]
+if action == "wait":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+    open(os.path.join(folder, "waiting"), "w").close()
+    time.sleep(60)
+if action == "leave a process":
+    subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+                      "time.sleep(60)"], start_new_session=True)
+    action = 1
+if isinstance(action, list):
+    with open(os.environ["TLGC_MP_VERDICT_FILE"], "w") as file:
+        json.dump({"status": action[1], "text": "rank 1: out of memory"}, file)
+    action = action[0]
+if isinstance(action, str):
+    checkpoint = os.path.join(folder, "run", "checkpoints", action)
+    os.makedirs(checkpoint)
+    open(os.path.join(checkpoint, "run.json"), "w").write("{}")
+    open(os.path.join(checkpoint, "..", "latest"), "w").write(action)
+    action = 1
+if action < 0:
+    os.kill(os.getpid(), -action)
+sys.exit(action)
+"""
+
+
+class Launch:
+    def __init__(self, folder: Path, plan: list[object], *options: str) -> None:
+        self.folder = folder
+        (folder / "script.py").write_text(SCRIPT)
+        (folder / "plan.json").write_text(json.dumps(plan))
+        command = [sys.executable, str(folder / "script.py"), "tlgc_mp", "train", "--output-dir", str(folder / "run")]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tlgc_mp", "launch", *options, "--", *command],
+            env={**os.environ, "TLGC_MP_TEST_JOB": str(folder)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def end(self) -> tuple[int, list[str], list[list[str]]]:
+        """(exit status, what it said, the options of each attempt after --output-dir DIR)."""
+        _, stderr = self.process.communicate(timeout=60)
+        attempts = [json.loads(line)[4:] for line in (self.folder / "attempts").read_text().splitlines()]
+        assert not marked(self.folder)
+        return self.process.returncode, stderr.splitlines(), attempts
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize(
+    ("plan", "status", "attempts"),
+    [
+        ([0], 0, 1),
+        ([1, -signal.SIGKILL, 0], 0, 3),
+        ([1, 1, 3], 3, 3),
+        ([2], 2, 1),
+        ([130], 130, 1),
+        ([143], 143, 1),
+        ([-signal.SIGTERM], 143, 1),
+        ([[1, 2]], 1, 1),  # torchrun hides that its ranks ended with 2
+        ([[1, 143]], 1, 1),
+    ],
+)
+def test_what_is_started_again(tmp_path: Path, plan: list[object], status: int, attempts: int) -> None:
+    ended, said, tried = Launch(tmp_path, plan, "--max-restarts", "2").end()
+    assert (ended, len(tried)) == (status, attempts)
+    assert sum("starting again" in line for line in said) == attempts - 1
+    assert all(line.startswith("tlgc-mp: launch: ") for line in said)
+
+
+@pytest.mark.timeout(60)
+def test_goes_on_from_the_newest_checkpoint_and_says_so(tmp_path: Path) -> None:
+    _, said, tried = Launch(tmp_path, [1, "epoch-1", [9, 1], 0], "--max-restarts", "3").end()
+    assert tried == [[], [], ["--resume"], ["--resume"]]
+    place = tmp_path / "run" / "checkpoints" / "epoch-1"
+    assert said == [
+        "tlgc-mp: launch: ended with status 1; starting again from the beginning, as there is no checkpoint yet "
+        "(restart 1 of 3)",
+        f"tlgc-mp: launch: ended with status 1; starting again from {place} (restart 2 of 3)",
+        f"tlgc-mp: launch: ended with status 9, rank 1: out of memory; starting again from {place} (restart 3 of 3)",
+    ]
+
+
+@pytest.mark.timeout(60)
+def test_nothing_is_left_of_an_attempt(tmp_path: Path) -> None:
+    """Not even a process in a session of its own that does not hear SIGTERM."""
+    began = time.monotonic()
+    assert Launch(tmp_path, ["leave a process", 0], "--max-restarts", "1").end()[0] == 0
+    assert time.monotonic() - began < 30.0
+
+
+@pytest.mark.timeout(60)
+def test_signal_is_passed_on_and_ends_it(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, ["wait", 0], "--max-restarts", "3")
+    while not (tmp_path / "waiting").exists():
+        assert launch.process.poll() is None
+        time.sleep(0.02)
+    launch.process.send_signal(signal.SIGTERM)
+    assert launch.end() == (7, [], [[]])
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--", "deepspeed", "train.py"], "deepspeed train.py starts no training"),
+        ([], "an empty command starts no training"),
+        (["--", "no-such-launcher", "tlgc_mp", "train"], "'no-such-launcher' cannot be started: No such file"),
+        (["--", "torchrun", "-m", "tlgc_mp", "train", "--epocs", "3"], "--epocs"),
+        (["--max-restarts", "-1", "--", "torchrun", "-m", "tlgc_mp", "train"], "--max-restarts=-1"),
+    ],
+)
+def test_mistakes(arguments: list[str], part: str) -> None:
+    finished = subprocess.run(
+        [str(BIN / "tlgc-mp"), "launch", *arguments], stderr=subprocess.PIPE, text=True, timeout=50
+    )
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("tlgc-mp: error: ") and len(finished.stderr.splitlines()) == 1
+    assert part in finished.stderr
+
+
+@pytest.mark.timeout(60)
+def test_loads_no_torch() -> None:
+    code = (
+        "import sys; import tlgc_mp.training.restarts; "
+        "print(sorted(sys.modules.keys() & {'torch', 'deepspeed', 'numpy', 'torchvision'}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+@pytest.mark.timeout(290)
+def test_killed_rank_is_made_good_under_mpirun(tmp_path: Path) -> None:
+    with forked(SHORT, tmp_path / "undisturbed", port=free_port()) as undisturbed:
+        assert undisturbed.wait(100.0) == [0, 0], undisturbed.said()
+
+    launch = [sys.executable, "-m", "tlgc_mp", "launch", "--max-restarts", "1", "--"]
+    fault = {"FAULT": "kill", "FAULT_RANK": "1", "FAULT_STEP": "4", "FAULT_ONCE": str(tmp_path / "once")}
+    with started("mpirun", SHORT, tmp_path / "killed", before=launch, module="tests.launch.faulty", **fault) as job:
+        assert job.wait(250.0) == 0, job.said()
+        assert not job.left()
+        said = [line for line in job.stderr.splitlines() if line.startswith("tlgc-mp")]
+        assert len(said) == 2 and "rank 1: process" in said[0], said
+        assert said[1].endswith(f"from {tmp_path / 'killed' / 'checkpoints' / 'epoch-1'} (restart 1 of 1)")
+        assert figures(job.lines()) == figures(undisturbed.lines())
