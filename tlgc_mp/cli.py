@@ -231,6 +231,25 @@ def _bench_parser(commands: Any) -> None:
     )
     zero.add_argument("--output", metavar="DIR", help="default: runs/zero-DATE")
     zero.set_defaults(run=_zero)
+    saving = benchmarks.add_parser(
+        "saving",
+        help="how long a checkpoint holds training up, beside the time to write the same bytes",
+        description="Measure what saving a checkpoint costs P tensor-parallel ranks of GC-2L, on processes that this "
+        "command starts. Writes saving.json and saving.md.",
+        allow_abbrev=False,
+    )
+    saving.add_argument("--model", metavar="NAME", help="of GC-2L (default: wrn-28-20)")
+    saving.add_argument("--groups", type=int, metavar="N", help="(default: as many as ranks)")
+    saving.add_argument("--tp", type=int, default=2, metavar="P", help="tensor-parallel ranks (default: %(default)s)")
+    saving.add_argument("--batch-size", type=int, default=8, metavar="B", help="images a step (default: %(default)s)")
+    saving.add_argument("--zero-stage", dest="stage", type=int, default=1, help="(default: %(default)s)")
+    saving.add_argument("--rounds", type=int, default=5, metavar="R", help="(default: %(default)s)")
+    saving.add_argument("--quick", action="store_true", help="a small network, wrn-10-1, and one round")
+    saving.add_argument(
+        "--time-limit", type=float, default=1800.0, metavar="SECONDS", help="of the run (default: %(default)g)"
+    )
+    saving.add_argument("--output", metavar="DIR", help="default: runs/saving-DATE")
+    saving.set_defaults(run=_saving)
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -363,6 +382,14 @@ def _scaling(options: Any, launch: Launch) -> int:
     from tlgc_mp.bench import scaling
 
     return scaling.run(settings)
+
+
+def _saving(options: Any, launch: Launch) -> int:
+    if launch.world > 1:
+        raise UsageError(f"bench saving starts its own ranks, and this is one of {launch.world}; start it plainly")
+    from tlgc_mp.bench import saving
+
+    return saving.run(saving.resolve(options))
 
 
 def _zero(options: Any, launch: Launch) -> int:

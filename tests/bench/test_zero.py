@@ -38,11 +38,11 @@ def _all_storages() -> dict[int, torch.UntypedStorage]:
 
 def _unaccounted(stage: int) -> int:
     """Bytes of tensors that are new with an engine, after backward, and are neither held by it nor known here."""
-    from tlgc_mp.bench.zero_rank import _engine
+    from tlgc_mp.bench.zero_rank import training_engine
 
     gc.collect()
     before = _all_storages()
-    engine, step = _engine(REQUEST, {"stage": stage, **zero.bounds(4000)}, torch.device("cpu"))
+    engine, step = training_engine(REQUEST, {"stage": stage, **zero.bounds(4000)}, torch.device("cpu"))
     found: list[int] = []
 
     def look() -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 ZERO_MEMORY = "zero-memory"
 """In place of a strategy: measure the memory of each ZeRO stage."""
+SAVING = "saving"
+"""In place of a strategy: measure what a checkpoint costs."""
 CORE_RATE = "core-rate"
 """In place of a strategy: measure the best rate of a dense 3x3 convolution."""
 
@@ -85,6 +87,10 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         from tlgc_mp.bench.zero_rank import measure_rank
 
         return measure_rank(request, device)
+    if request["strategy"] == SAVING:
+        from tlgc_mp.bench.saving_rank import measure_saving
+
+        return measure_saving(request, device)
 
     meters.reset_peak_memory(device)
     work = strategies.build(request, dist.get_world_size(), dist.get_rank(), device)

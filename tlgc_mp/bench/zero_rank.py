@@ -33,7 +33,7 @@ def measure_rank(request: dict[str, Any], device: torch.device) -> dict[str, Any
     for stage in STAGES:
         for name in (OWN, BOUNDED) if stage else (OWN,):
             zero = bounds(max(shares)) if name == BOUNDED else {}
-            engine, step = _engine(request, {"stage": stage, **zero}, device)
+            engine, step = training_engine(request, {"stage": stage, **zero}, device)
             shares = shares or [parameter.numel() for parameter in engine.module.parameters()]
             step()  # after which there is momentum
             case = {"stage": stage, "settings": name, "zero_optimization": zero, "parameters": sum(shares)}
@@ -43,7 +43,9 @@ def measure_rank(request: dict[str, Any], device: torch.device) -> dict[str, Any
     return {"cases": cases}
 
 
-def _engine(request: dict[str, Any], zero: dict[str, Any], device: torch.device) -> tuple[Any, Callable[..., None]]:
+def training_engine(
+    request: dict[str, Any], zero: dict[str, Any], device: torch.device
+) -> tuple[Any, Callable[..., None]]:
     """An engine, and a training step of it, which calls what it is given between backward and the optimizer."""
     topology = Topology(dist.get_world_size(), dist.get_rank(), request["tensor_parallel"])
     model = create_model(request["model"], groups=request["groups"], num_classes=NUM_CLASSES, device="meta")
