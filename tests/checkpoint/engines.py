@@ -30,7 +30,21 @@ OPTIMIZERS: dict[str, Any] = {
     "plain-sgd": lambda p: torch.optim.SGD(p, lr=0.02),
     "adam": lambda p: torch.optim.Adam(p, lr=0.002),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.002, betas=(0.8, 0.95)),
+    "two-groups": lambda p: torch.optim.SGD(_two_groups(list(p)), lr=0.02, momentum=0.9),
 }
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+    "offload": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+}
+
+
+def _two_groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """No weight decay for vectors, and another rate."""
+    vectors = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) < 2]
+    rest = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    return [{"params": vectors, "lr": 0.03}, {"params": rest, "weight_decay": 5e-3}]
 
 
 @dataclass(frozen=True)
@@ -68,17 +82,16 @@ def network() -> nn.Module:
     return model
 
 
-def engine_of(shape: Shape, optimizer: str = "sgd", bf16: bool = False, config: dict[str, Any] | None = None) -> Any:
+def engine_of(shape: Shape, optimizer: str = "sgd", variant: str = "fp32") -> Any:
+    zero = {"stage": shape.stage, **VARIANTS[variant].get("zero_optimization", {})}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_accumulation_steps": MICRO_BATCHES // shape.data_parallel,
         "tensor_parallel": {"autotp_size": shape.tensor_parallel},
-        "zero_optimization": {"stage": shape.stage},
         "zero_allow_untested_optimizer": True,
-        **(config or {}),
+        **VARIANTS[variant],
+        "zero_optimization": zero,
     }
-    if bf16:
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return initialize(
         model=network(),
         optimizer=OPTIMIZERS[optimizer],
@@ -126,41 +139,37 @@ def finish(engine: Any, shape: Shape, steps: range) -> Run:
     return Run(losses, engine.optimizer.param_groups[0]["lr"], gather_state_dict(engine.module))
 
 
-def save_and_go_on(shape: Shape, optimizer: str, bf16: bool, folder: str, first: int, last: int) -> Run:
+Kind = tuple[Shape, str, str]
+"""Shape, optimizer, variant of the configuration."""
+
+
+def save_and_go_on(kind: Kind, folder: str, first: int, last: int) -> Run:
     """Trains ``first`` steps, saves, and trains on to ``last``."""
-    engine = engine_of(shape, optimizer, bf16)
-    train_steps(engine, shape, range(first))
+    engine = engine_of(*kind)
+    train_steps(engine, kind[0], range(first))
     path = save_checkpoint(engine, folder, client_state={"step": first})
     assert path.endswith(f"step-{first}"), path
-    return finish(engine, shape, range(first, last))
+    return finish(engine, kind[0], range(first, last))
 
 
-def load_and_go_on(
-    shape: Shape, optimizer: str, bf16: bool, folder: str, last: int, config: dict[str, Any] | None = None
-) -> Run:
-    engine = engine_of(shape, optimizer, bf16, config)
+def load_and_go_on(kind: Kind, folder: str, last: int) -> Run:
+    engine = engine_of(*kind)
     first = load_checkpoint(engine, folder)["step"]
-    return finish(engine, shape, range(first, last))
-
-
-Kind = tuple[Shape, str, bool]
-"""Shape, optimizer, whether under bf16 autocast."""
+    return finish(engine, kind[0], range(first, last))
 
 
 def save_and_load(kinds: list[Kind], folder: str, first: int, last: int) -> dict[Kind, tuple[Run, Run]]:
     """For each kind of run, (the one that went on, the one that was loaded)."""
-    outcomes = {}
-    for kind in kinds:
-        path = f"{folder}/{kind}"
-        outcomes[kind] = (save_and_go_on(*kind, path, first, last), load_and_go_on(*kind, path, last))
-    return outcomes
+    return {
+        kind: (save_and_go_on(kind, f"{folder}/{kind}", first, last), load_and_go_on(kind, f"{folder}/{kind}", last))
+        for kind in kinds
+    }
 
 
 def load_all(kinds: list[Kind], others: list[Shape], folder: str, last: int) -> list[Run]:
     """Each kind's checkpoint, loaded at another shape."""
     return [
-        load_and_go_on(other, optimizer, bf16, f"{folder}/{(shape, optimizer, bf16)}", last)
-        for (shape, optimizer, bf16), other in zip(kinds, others, strict=True)
+        load_and_go_on((other, *kind[1:]), f"{folder}/{kind}", last) for kind, other in zip(kinds, others, strict=True)
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import signal
@@ -67,6 +68,34 @@ def test_stopped_and_resumed_as_if_never_stopped(
     for line, other in zip(lines, expected, strict=True):
         for key in FIGURES:
             assert line[key] == other[key], key
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_four_ranks_with_all_there_is_to_remember(tmp_path: Path, stage: int) -> None:
+    """2 x 2 ranks, bf16 autocast, two micro-batches a step, clipping, Adam with DeepSpeed's warm-up of the rate."""
+    config = tmp_path / "config.json"
+    config.write_text(
+        json.dumps(
+            {
+                "zero_optimization": {"stage": stage},
+                "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
+                "gradient_accumulation_steps": 2,
+                "gradient_clipping": 1.0,
+                "optimizer": {"type": "Adam", "params": {"lr": 0.001, "torch_adam": True}},
+                "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "warmup_max_lr": 0.001}},
+            }
+        )
+    )
+    options = ("--tp", "2", "--deepspeed_config", str(config))
+    whole = run_ranks(4, train, str(tmp_path / "whole"), *options)
+    assert [outcome.status for outcome in whole] == [0] * 4, whole[0].stderr
+    stopped = run_ranks(4, train_until, (3, STEPS + 3), str(tmp_path / "run"), *options)
+    assert [outcome.status for outcome in stopped] == [128 + signal.SIGTERM] * 4, stopped[0].stderr
+    resumed = run_ranks(4, train, str(tmp_path / "run"), *options, "--resume")
+    assert [outcome.status for outcome in resumed] == [0] * 4, resumed[0].stderr
+    lines, expected = metrics(tmp_path / "run"), metrics(tmp_path / "whole")
+    assert [[line[key] for key in FIGURES] for line in lines] == [[line[key] for key in FIGURES] for line in expected]
 
 
 @pytest.mark.timeout(240)

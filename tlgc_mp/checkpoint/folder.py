@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from typing import Any
 
 from tlgc_mp.errors import UsageError
@@ -76,17 +77,15 @@ def offer(folder: str, tag: str) -> str:
 
 def tags(folder: str) -> list[str]:
     """The checkpoints in ``folder``, the newest first. None of a folder that is not there."""
-    saved = {}
     try:
-        entries = list(os.scandir(folder))
+        entries = [entry for entry in os.scandir(folder) if not entry.name.endswith(PARTIAL)]
     except OSError:
         return []
+    saved = {}
     for entry in entries:
-        if not entry.name.endswith(PARTIAL):
-            try:
-                saved[entry.name] = os.stat(os.path.join(entry.path, DESCRIPTION)).st_mtime_ns
-            except OSError:
-                continue
+        path = os.path.join(entry.path, DESCRIPTION)
+        if os.path.isfile(path):
+            saved[entry.name] = _saved_at(path)
     return sorted(saved, key=lambda tag: saved[tag], reverse=True)
 
 
@@ -196,7 +195,8 @@ def begin(folder: str, tag: str) -> None:
 def commit(folder: str, tag: str, description: dict[str, Any]) -> None:
     """Names a checkpoint whose files are all on the disk, and moves ``latest`` to it."""
     partial = os.path.join(folder, tag + PARTIAL)
-    replace_file(os.path.join(partial, DESCRIPTION), json.dumps({"format": FORMAT, **description}, indent=1) + "\n")
+    content = {"format": FORMAT, **description, "saved": time.time()}
+    replace_file(os.path.join(partial, DESCRIPTION), json.dumps(content, indent=1) + "\n")
     os.rename(partial, os.path.join(folder, tag))
     sync_folder(folder)
     replace_file(os.path.join(folder, LATEST), tag + "\n")
@@ -224,6 +224,15 @@ def _latest(folder: str) -> str | None:
     """The tag that ``latest`` names, if a checkpoint of that name is there."""
     tag = _tag_in(os.path.join(folder, LATEST))
     return tag if tag and os.path.isfile(os.path.join(folder, tag, DESCRIPTION)) else None
+
+
+def _saved_at(path: str) -> float:
+    """When a checkpoint was named, in seconds since 1970: as it says itself, since a copy has another time."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return float(json.load(file)["saved"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0.0  # damaged: none that can be read is older
 
 
 def _tag_in(path: str) -> str:

@@ -200,6 +200,8 @@ class CheckpointSaver:
         state, partial = self._state, os.path.join(self.folder, tag + folders.PARTIAL)
         name = f"shard-{state.tensor_rank:02d}-{state.replica:02d}.safetensors"
         path = os.path.join(partial, name)
+        if not os.path.isdir(partial):
+            raise FileNotFoundError(f"{partial!r} is not there, which rank 0 has made; all ranks must see one folder")
         save_file(tensors, path, metadata={INDEX: json.dumps(index)})
         files = {name: folders.sealed(path)}
         if self._rank == 0 and scheduler:
@@ -215,6 +217,10 @@ class CheckpointSaver:
             files: dict[str, Any] = {}
             for rank in range(self._world):
                 files.update(self._wait_for(save, f"rank-{rank}"))
+            for name, entry in files.items():
+                path = os.path.join(self.folder, tag + folders.PARTIAL, name)
+                if not os.path.isfile(path) or os.path.getsize(path) != entry["bytes"]:
+                    raise FileNotFoundError(f"{path!r} is not there for rank 0; all ranks must see one folder")
             folders.commit(self.folder, tag, {**description, "files": files})
         except BaseException:
             folders.abandon(self.folder, tag)
