@@ -6,6 +6,7 @@ They are forked from the server of :mod:`tests.ranks`, which has loaded torch an
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import sys
@@ -117,6 +118,7 @@ def forked(options: list[str], output_dir: Path, *, port: str, **variables: str)
 def _rank(arguments: list[str], environment: dict[str, str], said: str) -> None:
     for number, stream in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(os.path.join(said, stream), os.O_WRONLY | os.O_APPEND), number)
+    faulthandler.enable()
     os.environ.update(environment)
     sys.argv[1:] = arguments
     import torch

@@ -262,7 +262,7 @@ class Watchdog:
             # The store knows whether that rank was done, or has told why not, unless it went with that rank.
             asked = self._round_began > when or now - when > _ANSWER_SECONDS
             if rank not in self._left and (asked or rank == self._holder):
-                return self._about(rank, f"{self._process(rank)} has died; killed, since it left no message")
+                return self._about(rank, f"{self._process(rank)} has died without a word: killed, or crashed")
         if self._lost_at is not None and now - self._lost_at > _ANSWER_SECONDS:
             return self._store_failed("is gone")
         silence = now - self._answered_at
