@@ -24,8 +24,8 @@ import pytest
 
 from tests.launch.forked import SHORT, WORLD, ForkedJob, figures, forked, told_once
 from tests.launch.jobs import free_port, started
+from tlgc_mp.checkpoint.folder import find_checkpoint
 from tlgc_mp.errors import UsageError
-from tlgc_mp.training.runs import find_checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -15,6 +15,13 @@ from tlgc_mp.cli import main
 
 SYNTHETIC = ["--dataset", "synthetic", "--model", "wrn-10-1", "--image-size", "8"]
 
+OTHER_RUN = json.dumps(
+    {
+        "format": 1,
+        "files": {},
+        "client_state": {"run": {"model": "wrn-16-1", "batch_size": 64, "accumulation": 1, "data_parallel": 1}},
+    }
+)
 # name: (ranks started, arguments of train, what the line holds). In arguments, {tmp} is the test's folder.
 MISTAKES: dict[str, tuple[int, list[str], list[str]]] = {
     "groups do not divide the channels": (
@@ -134,9 +141,17 @@ MISTAKES: dict[str, tuple[int, list[str], list[str]]] = {
     ),
     "nothing to resume": (1, [*SYNTHETIC, "--resume"], ["--resume", "{tmp}/run", "--output-dir"]),
     "resume from elsewhere": (1, [*SYNTHETIC, "--resume", "{tmp}/flat"], ["--resume", "{tmp}/flat", "no checkpoint"]),
-    "resume a checkpoint that is gone": (1, [*SYNTHETIC, "--resume", "{tmp}/gone"], ["--resume", "'epoch-3'"]),
+    "resume a checkpoint that is gone": (
+        1,
+        [*SYNTHETIC, "--resume", "{tmp}/gone"],
+        ["--resume", "{tmp}/gone", "epoch-3"],
+    ),
     "resume another run": (1, [*SYNTHETIC, "--resume", "{tmp}/other"], ["--resume", "model='wrn-16-1'", "'wrn-10-1'"]),
-    "resume what describes no run": (1, [*SYNTHETIC, "--resume", "{tmp}/torn"], ["--resume", "{tmp}/torn", "run.json"]),
+    "resume what describes no run": (
+        1,
+        [*SYNTHETIC, "--resume", "{tmp}/torn"],
+        ["--resume", "{tmp}/torn", "checkpoint.json"],
+    ),
     "configuration missing": (
         1,
         [*SYNTHETIC, "--deepspeed_config", "{tmp}/none.json"],
@@ -203,12 +218,12 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "even/val/cat/0.png").touch()
     (tmp_path / "old").mkdir()
     (tmp_path / "old/metrics.jsonl").write_text('{"epoch": 1}\n')
-    for run, described in (("gone", None), ("other", json.dumps({"model": "wrn-16-1"})), ("torn", '{"model": ')):
+    for run, described in (("gone", None), ("other", OTHER_RUN), ("torn", '{"model": ')):
         checkpoint = tmp_path / run / "checkpoints" / "epoch-3"
         checkpoint.mkdir(parents=True)
         (checkpoint.parent / "latest").write_text("epoch-3\n")
         if described is not None:
-            (checkpoint / "run.json").write_text(described)
+            (checkpoint / "checkpoint.json").write_text(described)
     return tmp_path
 
 

@@ -30,5 +30,5 @@ def test_configuration_trains(tmp_path: Path, config: str, world: int) -> None:
     (line,) = metrics(tmp_path / "run")
     assert math.isfinite(line["train_loss"]) and math.isfinite(line["test_loss"])
     assert line["train_loss"] < 4.0  # ln 10 = 2.3 is what a model that knows nothing has
-    described = json.loads((tmp_path / "run" / "checkpoints" / "epoch-1" / "run.json").read_text())
+    described = json.loads((tmp_path / "run" / "checkpoints" / "epoch-1" / "checkpoint.json").read_text())
     assert described["zero_stage"] == json.loads((FOLDER / config).read_text())["zero_optimization"]["stage"]

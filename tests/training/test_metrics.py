@@ -33,8 +33,12 @@ SEED = 7
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run of two ranks, each of which was given an output folder of its own, 0 and 1."""
+    """Of a run of two ranks, each with an output folder of its own, 0 and 1, and the checkpoints in one."""
     folder = tmp_path_factory.mktemp("metrics")
+    (folder / "checkpoints").mkdir()
+    for rank in ("0", "1"):
+        (folder / rank).mkdir()
+        (folder / rank / "checkpoints").symlink_to(folder / "checkpoints")
     outcomes = run_ranks(2, train, f"{folder}/{{rank}}")
     assert [outcome.status for outcome in outcomes] == [0, 0]
     assert outcomes[1].stdout == outcomes[1].stderr == ""
@@ -176,7 +180,7 @@ def _evaluate() -> tuple[float, float]:
         rank=int(os.environ["RANK"]),
         replicas=int(os.environ["WORLD_SIZE"]),
     )
-    return run._evaluate(StopRequest(), "")
+    return run._evaluate(StopRequest())
 
 
 def _model() -> torch.nn.Module:

@@ -45,10 +45,11 @@ def find_checkpoint(path: str) -> tuple[str, str]:
     if os.path.isfile(os.path.join(path, DESCRIPTION)):
         folder, tag = os.path.dirname(os.path.abspath(path)), os.path.basename(path)
     else:
-        folder = next((f for f in (os.path.join(path, CHECKPOINTS), path) if _latest(f) or tags(f)), "")
+        places = (os.path.join(path, CHECKPOINTS), path)
+        folder = next((place for place in places if _tag_in(os.path.join(place, LATEST)) or tags(place)), "")
         if not folder:
             raise UsageError(f"{path!r} holds no checkpoint; give the --output-dir of a run that saved one")
-        tag = _latest(folder) or tags(folder)[0]
+        tag = _tag_in(os.path.join(folder, LATEST)) or tags(folder)[0]
     problem = missing(folder, tag)
     if problem is not None:
         raise UsageError(f"{problem}; {offer(folder, tag)}")
@@ -100,7 +101,7 @@ def read_description(folder: str, tag: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             description = json.load(file)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path!r} cannot be read: {error}") from None
+        raise UsageError(f"{path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(description, dict) or not isinstance(description.get("files"), dict):
         raise UsageError(f"{path!r} does not describe a checkpoint")
     if description.get("format") != FORMAT:
@@ -214,16 +215,10 @@ def mark_best(folder: str, tag: str) -> None:
 
 def forget_old(folder: str, keep: int) -> None:
     """Removes all but the ``keep`` newest checkpoints and the best."""
-    stay = {_tag_in(os.path.join(folder, BEST)), _latest(folder)}
+    stay = {_tag_in(os.path.join(folder, name)) for name in (LATEST, BEST)}
     for tag in tags(folder)[keep:]:
         if tag not in stay:
             shutil.rmtree(os.path.join(folder, tag), ignore_errors=True)
-
-
-def _latest(folder: str) -> str | None:
-    """The tag that ``latest`` names, if a checkpoint of that name is there."""
-    tag = _tag_in(os.path.join(folder, LATEST))
-    return tag if tag and os.path.isfile(os.path.join(folder, tag, DESCRIPTION)) else None
 
 
 def _saved_at(path: str) -> float:
