@@ -39,7 +39,8 @@ if isinstance(action, list):
 if isinstance(action, str):
     checkpoint = os.path.join(folder, "run", "checkpoints", action)
     os.makedirs(checkpoint)
-    open(os.path.join(checkpoint, "run.json"), "w").write("{}")
+    with open(os.path.join(checkpoint, "checkpoint.json"), "w") as file:
+        json.dump({"format": 1, "files": {}, "saved": 1.0}, file)
     open(os.path.join(checkpoint, "..", "latest"), "w").write(action)
     action = 1
 if action < 0:
@@ -94,10 +95,10 @@ def test_what_is_started_again(tmp_path: Path, plan: list[object], status: int, 
 @pytest.mark.timeout(60)
 def test_goes_on_from_the_newest_checkpoint_and_says_so(tmp_path: Path) -> None:
     _, said, tried = Launch(tmp_path, [1, "epoch-1", [9, 1], 0], "--max-restarts", "3").end()
-    assert tried == [[], [], ["--resume"], ["--resume"]]
     place = tmp_path / "run" / "checkpoints" / "epoch-1"
+    assert tried == [[], [], ["--resume", str(place)], ["--resume", str(place)]]
     assert said == [
-        "tlgc-mp: launch: ended with status 1; starting again from the beginning, as there is no checkpoint yet "
+        "tlgc-mp: launch: ended with status 1; starting again from the beginning, as there is no whole checkpoint yet "
         "(restart 1 of 3)",
         f"tlgc-mp: launch: ended with status 1; starting again from {place} (restart 2 of 3)",
         f"tlgc-mp: launch: ended with status 9, rank 1: out of memory; starting again from {place} (restart 3 of 3)",
