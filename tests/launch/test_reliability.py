@@ -24,8 +24,7 @@ import pytest
 
 from tests.launch.forked import SHORT, WORLD, ForkedJob, figures, forked, told_once
 from tests.launch.jobs import free_port, started
-from tlgc_mp.checkpoint.folder import find_checkpoint
-from tlgc_mp.errors import UsageError
+from tlgc_mp.checkpoint.folder import CHECKPOINTS, newest_whole
 
 pytestmark = pytest.mark.slow
 
@@ -199,11 +198,9 @@ def _ended(job: ForkedJob, fault: str, rank: int, began: float) -> float:
 
 def _finish(folder: Path, undisturbed: Undisturbed) -> None:
     """Goes on with the run in ``folder`` from its newest checkpoint, to the same end as one without a fault."""
-    try:
-        find_checkpoint(str(folder / "run"))
-        resume = ["--resume"]
-    except UsageError:
-        resume = []
+    checkpoints = folder / "run" / CHECKPOINTS
+    tag = newest_whole(str(checkpoints))
+    resume = [] if tag is None else ["--resume", str(checkpoints / tag)]
     with _train(folder, *resume) as job:
         assert job.wait(200.0) == [0] * WORLD, job.said()
         assert figures(job.lines()) == undisturbed.figures

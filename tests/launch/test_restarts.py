@@ -39,7 +39,8 @@ if isinstance(action, list):
 if isinstance(action, str):
     checkpoint = os.path.join(folder, "run", "checkpoints", action)
     os.makedirs(checkpoint)
-    open(os.path.join(checkpoint, "checkpoint.json"), "w").write('{"format": 1, "files": {}, "saved": 1.0}')
+    with open(os.path.join(checkpoint, "checkpoint.json"), "w") as file:
+        json.dump({"format": 1, "files": {}, "saved": 1.0}, file)
     open(os.path.join(checkpoint, "..", "latest"), "w").write(action)
     action = 1
 if action < 0:
