@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import tlgc_mp.checkpoint.saver
 from tlgc_mp.checkpoint import CheckpointSaver, SaveError, load_checkpoint, save_checkpoint
+from tlgc_mp.errors import UsageError
 from tlgc_mp.nn import TwoLevelConv2d
 from tlgc_mp.parallel import gather_state_dict, initialize
 from tlgc_mp.parallel.topology import Topology
@@ -255,3 +256,17 @@ def save_several(folder: str, keep: int, tags: list[str], best: str) -> None:
         if tag == best:
             saver.mark_best()
     saver.wait()
+
+
+class _Rule:
+    """What a schedule may hold and pickle would have to run."""
+
+
+def save_an_odd_schedule(folder: str) -> str:
+    engine = engine_of(Shape(1, 1, 0))
+    engine.lr_scheduler.rule = _Rule()
+    try:
+        save_checkpoint(engine, folder)
+    except UsageError as error:
+        return str(error)
+    return ""

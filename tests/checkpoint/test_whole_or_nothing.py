@@ -10,6 +10,7 @@ import torch
 
 from tests.checkpoint.engines import (
     fill_the_disk,
+    save_an_odd_schedule,
     save_several,
     save_until_killed,
     save_where_a_file_is,
@@ -76,3 +77,10 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     assert tags(str(tmp_path)) == ["d.2", "d", "b"]
     assert (tmp_path / "best").read_text() == "b\n" and (tmp_path / "latest").read_text() == "d.2\n"
     assert not (tmp_path / "old.partial").exists()
+
+
+@pytest.mark.timeout(120)
+def test_what_could_not_be_loaded_safely_is_not_saved(tmp_path: Path) -> None:
+    (said,) = run_ranks(1, save_an_odd_schedule, str(tmp_path / "checkpoints"))
+    assert "MultiStepLR holds Python objects" in said
+    assert not (tmp_path / "checkpoints").exists()

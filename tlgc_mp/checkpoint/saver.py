@@ -90,6 +90,7 @@ class CheckpointSaver:
 
         Raises:
             SaveError: the save before could not be written.
+            UsageError: the state of the learning-rate schedule is none that can be loaded safely.
         """
         global _saves
         self.wait()
@@ -162,6 +163,13 @@ class CheckpointSaver:
         scheduler = io.BytesIO()
         if engine.lr_scheduler is not None:
             torch.save(engine.lr_scheduler.state_dict(), scheduler)
+            try:
+                torch.load(io.BytesIO(scheduler.getvalue()), weights_only=True)
+            except pickle.UnpicklingError:
+                raise UsageError(
+                    f"checkpoint: the state of {type(engine.lr_scheduler).__name__} holds Python objects, which would "
+                    "run code when they are loaded; give it a state_dict of numbers, tensors and containers"
+                ) from None
         return description, scheduler.getvalue()
 
     def _write(
