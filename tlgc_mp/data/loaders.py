@@ -10,6 +10,8 @@ import select
 import threading
 from collections.abc import Iterator
 from functools import partial
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.process import BaseProcess
 from typing import TypeAlias
 
 import torch
@@ -180,8 +182,25 @@ def _loader(reader: _Reader, requests: Sampler[Request] | list[Request], num_wor
         worker_init_fn=partial(_end_with, os.getpid()),
         # A plain fork copies locks that torch's, NCCL's or MPI's threads may hold at that moment, and a worker can
         # wait for one forever. The fork server is a fresh process without such threads.
-        multiprocessing_context="forkserver",
+        multiprocessing_context=_WorkerContext(),
     )
+
+
+started_workers: list[BaseProcess] = []
+"""The data worker processes that this process has started, in that order, dead ones too.
+
+DataLoader waits for a batch as long as it may before it looks whether the worker that makes it lives.
+"""
+
+
+class _Worker(ForkServerProcess):
+    def start(self) -> None:
+        super().start()
+        started_workers.append(self)
+
+
+class _WorkerContext(ForkServerContext):
+    Process = _Worker
 
 
 def _end_with(rank: int, worker: int) -> None:

@@ -17,7 +17,6 @@ import contextlib
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import select
 import signal
@@ -28,12 +27,12 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from tlgc_mp.data.loaders import started_workers
 from tlgc_mp.parallel.topology import Topology
 from tlgc_mp.training.faults import cause_of
 from tlgc_mp.training.interrupt import Interrupted
@@ -102,7 +101,7 @@ class Watchdog:
         # Of the judging thread.
         self._descriptors: dict[int, int] = {}  # rank: what the kernel tells the end of its process by
         self._ended: dict[int, float] = {}  # rank: when its process ended
-        self._workers: dict[int, BaseProcess] = {}
+        self._first_worker = 0
         self._minds_workers = True
 
     def __enter__(self) -> Watchdog:
@@ -158,6 +157,7 @@ class Watchdog:
             store = store.clone() if hasattr(store, "clone") else store
             self._store = dist.PrefixStore(f"tlgc_mp/watchdog/{next(_runs)}", store)
             self._threads.append(threading.Thread(target=self._keep_beating, name="tlgc_mp beat", daemon=True))
+        self._first_worker = len(started_workers)
         self._answered_at = self._next_seen_at = time.monotonic()
         self._threads.append(threading.Thread(target=self._judge, name="tlgc_mp judge", daemon=True))
         for thread in self._threads:
@@ -251,11 +251,9 @@ class Watchdog:
     def _find(self, now: float) -> _Verdict | None:
         """What has gone wrong, if anything."""
         if self._minds_workers:
-            for process in multiprocessing.active_children():
-                self._workers.setdefault(process.pid or 0, process)
-            for pid, process in self._workers.items():
+            for process in started_workers[self._first_worker :]:
                 if not process.is_alive():
-                    return self._about(self._rank, f"data worker process {pid} {_ending(process.exitcode)}")
+                    return self._about(self._rank, f"data worker process {process.pid} {_ending(process.exitcode)}")
         if self._store is None:
             return None
         for rank, when in self._ended.items():
