@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 
@@ -16,6 +17,8 @@ def replace_file(path: str, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise OSError(error.errno, error.strerror, path) from error  # a write that fails does not say where
     sync_folder(os.path.dirname(path) or ".")
 
