@@ -5,6 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 
+from tlgc_mp.errors import UsageError, shown
+
+
+def as_path(argument: str, value: object) -> str:
+    """A path that a caller has given as ``argument``.
+
+    Raises:
+        UsageError: it is no path.
+    """
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise UsageError(f"{argument}={shown(value)} is no path; give one as text")
+    return text
+
 
 def replace_file(path: str, text: str) -> None:
     """Writes ``text`` to ``path`` so that a reader finds the old content or the new, never a part, and puts it on the

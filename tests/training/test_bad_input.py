@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.written import PROGRESS, RUN
 from tlgc_mp.checkpoint.folder import sealed
 from tlgc_mp.cli import main
 
-SAVED_RUN = {"batch_size": 32, "accumulation": 1, "tensor_parallel": 1, "data_parallel": 1}
 SYNTHETIC = ["--dataset", "synthetic", "--model", "wrn-10-1", "--image-size", "8"]
 
 # name: (ranks started, arguments of train, what the line holds). In arguments, {tmp} is the test's folder.
@@ -276,8 +276,8 @@ def folder(tmp_path: Path) -> Path:
         (checkpoint.parent / "latest").write_text("epoch-3\n")
         shard = checkpoint / "shard-00-00.safetensors"
         shard.write_bytes(b"weights")
-        saved = {**SAVED_RUN, "model": "wrn-16-1"}
-        described = {"format": 1, "files": {shard.name: sealed(str(shard))}, "client_state": {"run": saved}}
+        state = {"run": {**RUN, "model": "wrn-16-1"}, "num_classes": 10, "progress": PROGRESS}
+        described = {"format": 1, "files": {shard.name: sealed(str(shard))}, "client_state": state}
         (checkpoint / "checkpoint.json").write_text(json.dumps(described)[: 30 if run == "torn" else None])
         if run == "gone":
             shard.unlink()
