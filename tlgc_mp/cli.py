@@ -279,8 +279,9 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0 done, 1 a measurement failed, 2 a mistake in the arguments,
     128 + n ended by signal n."""
-    launch = Launch.detect()
+    launch = Launch()
     try:
+        launch = Launch.detect()
         options = _parser().parse_args(arguments)
         if options.command in ("train", "params") and options.groups is None:
             options.groups = 1 if options.conv == "sc" else 4
@@ -313,9 +314,13 @@ def entry() -> NoReturn:
 
         if dist.is_initialized():
             dist.destroy_process_group()  # its threads must not outlive the interpreter
-    if status == 0 or (status != 1 and Launch.detect().world == 1):
+    try:
+        launch = Launch.detect()
+    except UsageError:  # has been said
+        launch = Launch()
+    if status == 0 or (status != 1 and launch.world == 1):
         sys.exit(status)
-    if status == 2 and Launch.detect().rank != 0:
+    if status == 2 and launch.rank != 0:
         time.sleep(1.0)  # a launcher that sees this rank leave ends rank 0, which has something to say
     sys.stdout.flush()
     sys.stderr.flush()

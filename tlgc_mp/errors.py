@@ -4,20 +4,46 @@ Every check of an argument, a file or a configuration raises :class:`UsageError`
 turns it into one line on standard error and exit status 2; library users catch it as a ``ValueError``.
 """
 
+from __future__ import annotations
+
+import json
+import math
+
+_LARGEST_SHOWN = 200
+_LARGEST_DIVISOR_TRIED = 1 << 20
+
 
 class UsageError(ValueError):
     """An argument, a file or a configuration that cannot work.
 
-    The message is one line: it names the argument, its value, and what would work instead.
+    The message is one line: it names the argument, its value, and what would work instead. What does not print in a
+    value, a line's end say, is escaped.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
 def divisors(number: int) -> list[int]:
-    """All positive divisors of ``number``, ascending."""
-    small = [k for k in range(1, int(number**0.5) + 1) if number % k == 0]
+    """All positive divisors of ``number``, ascending; of a number above 2^40, some of them."""
+    small = [k for k in range(1, min(math.isqrt(number), _LARGEST_DIVISOR_TRIED) + 1) if number % k == 0]
     return small + [number // k for k in reversed(small) if k * k != number]
 
 
 def one_of(values: object) -> str:
     """``values`` as the end of a message: ``one of 1, 2, 4``."""
     return "one of " + ", ".join(str(value) for value in values)  # type: ignore[attr-defined]
+
+
+def shown(value: object) -> str:
+    """A value from a configuration as a message shows it: as JSON where it can be, and not longer than a few lines."""
+    try:
+        text = json.dumps(value, default=repr)
+    except (TypeError, ValueError, RecursionError):  # keys that are no text, a list that holds itself, a deep one
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _LARGEST_SHOWN else f"{text[:_LARGEST_SHOWN]}..."
+
+
+def is_count(value: object, least: int = 1) -> bool:
+    """Whether a value from a configuration or a caller is an int, and ``least`` or more; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

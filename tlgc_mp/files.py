@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+
+from tlgc_mp.errors import UsageError, shown
+
+
+def as_path(argument: str, value: object) -> str:
+    """A path that a caller has given as ``argument``.
+
+    Raises:
+        UsageError: it is no path.
+    """
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise UsageError(f"{argument}={shown(value)} is no path; give one as text")
+    return text
 
 
 def replace_file(path: str, text: str) -> None:
@@ -16,6 +31,8 @@ def replace_file(path: str, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise OSError(error.errno, error.strerror, path) from error  # a write that fails does not say where
     sync_folder(os.path.dirname(path) or ".")
 

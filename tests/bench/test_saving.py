@@ -45,6 +45,8 @@ def test_the_slowest_rank_counts() -> None:
     ("options", "said"),
     [
         (["--tp", "0"], "--tp=0"),
+        (["--tp", "257"], "--tp=257 is too many ranks to start on one machine; use 256 or less"),
+        (["--rounds", "9" * 400], "or less"),
         (["--rounds", "0"], "--rounds=0"),
         (["--batch-size", "0"], "--batch-size=0"),
         (["--zero-stage", "4"], "--zero-stage=4"),

@@ -149,8 +149,20 @@ def _without(key: str) -> dict[str, Any]:
     [
         (None, "does not exist; give folders of runs, or files of rows"),
         ("{", "cannot be read as rows of runs"),
-        ("[1]\n", "has no 'model'; give rows that tlgc-mp train has written"),
+        ("[1]\n", "cannot be read as rows of runs: [1] is no JSON object"),
         ("7\n", "cannot be read as rows of runs"),
+        ("[" * 100_000, "cannot be read as rows of runs"),
+        (json.dumps({**ROWS[0], "groups": "1"}), 'has groups="1", which is not a count'),
+        (json.dumps({**ROWS[0], "model": "../wrn"}), "is of no model: model='../wrn' is unknown"),
+        (json.dumps({**ROWS[0], "epoch_lines": []}), "has epoch_lines=[], which is not a list of epochs"),
+        (json.dumps({**ROWS[0], "epoch_lines": [{"epoch": 1}]}), "which is not a list of epochs"),
+        (
+            json.dumps({**ROWS[0], "test_error_percent": float("nan")}),
+            "has test_error_percent=NaN, which is not a n",
+        ),
+        (json.dumps({**ROWS[0], "train_seconds": 0}), "has train_seconds=0, which is not a time"),
+        (json.dumps({**ROWS[0], "machine": {}}), "has machine={}, which is not a machine"),
+        (json.dumps({**ROWS[0], "effective_parameters": "few"}), 'has effective_parameters="few"'),
         ("", "no finished run (a result.json) is in"),
         (json.dumps(_without("seed")), "has no 'seed'; give rows that tlgc-mp train has written"),
     ],
@@ -165,6 +177,22 @@ def test_what_cannot_be_read_is_refused(
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_cannot_be_replaced_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, folder = _write(tmp_path / "rows.jsonl", ROWS[:1]), tmp_path / "out"
+    (folder / "rows.jsonl").mkdir(parents=True)
+    assert main(["report", source, "--output", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert f"--output='{folder}' cannot be written: '{folder}/rows.jsonl': " in said and said.count("\n") == 1
+    assert [path.name for path in folder.iterdir()] == ["rows.jsonl"]
+
+
+def test_seeds_with_more_epochs_are_plotted_beside_those_with_fewer(tmp_path: Path) -> None:
+    rows = [row("sc", 1, 0, 4.0), row("sc", 1, 1, 5.0)]
+    del rows[1]["epoch_lines"][0]
+    assert main(["report", _write(tmp_path / "rows.jsonl", rows), "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/wrn-28-10-cifar10-loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

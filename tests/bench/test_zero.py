@@ -181,6 +181,9 @@ def test_a_failed_measurement_is_told(
     [
         (["--tp", "0"], "--tp=0"),
         (["--replicas=-1"], "--replicas=-1"),
+        (["--replicas", "9" * 400], "or less"),
+        (["--replicas", "129"], "--tp x --replicas=258 is too many ranks to start on one machine; use 256 or less"),
+        (["--batch-size", "0"], "--batch-size=0 is too small; use 1 or more"),
         (["--tp", "3"], "3"),
         (["--batch-size", "3"], "--batch-size=3 does not divide among 2 replicas"),
         (["--batch-size", "0"], "--batch-size=0"),

@@ -40,7 +40,10 @@ if isinstance(action, str):
     checkpoint = os.path.join(folder, "run", "checkpoints", action)
     os.makedirs(checkpoint)
     with open(os.path.join(checkpoint, "checkpoint.json"), "w") as file:
-        json.dump({"format": 1, "files": {}, "saved": 1.0}, file)
+        empty = {"bytes": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
+        files = {"shard-00-00.safetensors": empty}
+        json.dump({"format": 1, "files": files, "client_state": {}, "saved": 1.0}, file)
+    open(os.path.join(checkpoint, "shard-00-00.safetensors"), "w").close()
     open(os.path.join(checkpoint, "..", "latest"), "w").write(action)
     action = 1
 if action < 0:

@@ -11,17 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.written import PROGRESS, RUN
+from tlgc_mp.checkpoint.folder import sealed
 from tlgc_mp.cli import main
 
 SYNTHETIC = ["--dataset", "synthetic", "--model", "wrn-10-1", "--image-size", "8"]
 
-OTHER_RUN = json.dumps(
-    {
-        "format": 1,
-        "files": {},
-        "client_state": {"run": {"model": "wrn-16-1", "batch_size": 64, "accumulation": 1, "data_parallel": 1}},
-    }
-)
 # name: (ranks started, arguments of train, what the line holds). In arguments, {tmp} is the test's folder.
 MISTAKES: dict[str, tuple[int, list[str], list[str]]] = {
     "groups do not divide the channels": (
@@ -144,13 +139,13 @@ MISTAKES: dict[str, tuple[int, list[str], list[str]]] = {
     "resume a checkpoint that is gone": (
         1,
         [*SYNTHETIC, "--resume", "{tmp}/gone"],
-        ["--resume", "{tmp}/gone", "epoch-3"],
+        ["--resume", "shard-00-00.safetensors' is missing"],
     ),
     "resume another run": (1, [*SYNTHETIC, "--resume", "{tmp}/other"], ["--resume", "model='wrn-16-1'", "'wrn-10-1'"]),
-    "resume what describes no run": (
+    "resume what is not described": (
         1,
         [*SYNTHETIC, "--resume", "{tmp}/torn"],
-        ["--resume", "{tmp}/torn", "checkpoint.json"],
+        ["--resume", "{tmp}/torn", "checkpoint.json", "cannot be read"],
     ),
     "configuration missing": (
         1,
@@ -158,6 +153,33 @@ MISTAKES: dict[str, tuple[int, list[str], list[str]]] = {
         ["deepspeed_config", "{tmp}/none.json", "give a JSON file"],
     ),
     "configuration is a folder": (1, [*SYNTHETIC, "--deepspeed_config", "{tmp}"], ["deepspeed_config", "{tmp}"]),
+    "configuration is a pipe": (
+        1,
+        [*SYNTHETIC, "--deepspeed_config", "{tmp}/pipe"],
+        ["deepspeed_config", "{tmp}/pipe", "no plain file"],
+    ),
+    "configuration has no name": (1, [*SYNTHETIC, "--deepspeed_config", ""], ["deepspeed_config=''", "cannot be read"]),
+    "depth beyond reason": (
+        1,
+        ["--dataset", "synthetic", "--model", "wrn-1006-1"],
+        ["wrn-1006-1", "depth 1006", "1000 or less"],
+    ),
+    "width beyond reason": (
+        1,
+        ["--dataset", "synthetic", "--model", "wrn-10-10001"],
+        ["wrn-10-10001", "width 10001", "10000 or less"],
+    ),
+    "width in other digits": (1, ["--dataset", "synthetic", "--model", "wrn-10-٣"], ["wrn-10-٣", "is unknown"]),
+    "classes beyond reason": (1, [*SYNTHETIC, "--num-classes", "1000001"], ["num_classes=1000001", "1000000 or less"]),
+    "coarse kernel beyond reason": (1, [*SYNTHETIC, "--coarse-kernel-size", "257"], ["=257", "255 or less"]),
+    "seed that torch cannot hold": (1, [*SYNTHETIC, "--seed", str(2**63)], [f"--seed={2**63}", f"{2**63 - 1} or less"]),
+    "epochs beyond reason": (1, [*SYNTHETIC, "--epochs", "9" * 400], ["--epochs=999", "or less"]),
+    "workers beyond reason": (1, [*SYNTHETIC, "--workers", "100000"], ["--workers=100000", "256 or less"]),
+    "image size beyond reason": (1, [*SYNTHETIC, "--image-size", "99999"], ["--image-size=99999", "4096 or less"]),
+    "rank timeout beyond reason": (1, [*SYNTHETIC, "--rank-timeout", "1e300"], ["--rank-timeout=1e+300", "604800"]),
+    "number too long to be one": (1, [*SYNTHETIC, "--tp", "9" * 5000], ["--tp", "int"]),
+    "a line's end in a value": (1, ["--dataset", "di\ngits"], ["--dataset di\\ngits is unknown"]),
+    "a line's end in a flag": (1, [*SYNTHETIC, "--a\nb"], ["--a\\nb", "--help"]),
 }
 
 # name: (ranks started, the configuration's text, more arguments, what the line holds)
@@ -196,6 +218,35 @@ CONFIGURATIONS: dict[str, tuple[int, str, list[str], list[str]]] = {
         ["--learning-rate=0.1", "optimizer.params.lr=0.2"],
     ),
     "rate missing": (1, '{"optimizer": {"type": "SGD"}}', [], ["optimizer=", "lr"]),
+    "rate infinite": (
+        1,
+        '{"optimizer": {"type": "SGD", "params": {"lr": 1e999}}}',
+        [],
+        ["deepspeed_config", "{config}", "is not JSON", "infinity"],
+    ),
+    "rate as text": (
+        1,
+        '{"optimizer": {"type": "SGD", "params": {"lr": "0.1"}}}',
+        [],
+        ['optimizer.params.lr="0.1"', "positive number"],
+    ),
+    "rate negative": (
+        1,
+        '{"optimizer": {"type": "SGD", "params": {"lr": -0.1}}}',
+        [],
+        ["optimizer.params.lr=-0.1", "positive number"],
+    ),
+    "rate beyond a float": (
+        1,
+        f'{{"optimizer": {{"type": "SGD", "params": {{"lr": {10**400}}}}}}}',
+        [],
+        ["optimizer.params.lr=1000", "positive number"],
+    ),
+    "optimizer without a type": (1, '{"optimizer": {"params": {"lr": 0.1}}}', [], ["optimizer=", "type"]),
+    "too deep": (1, "[" * 100_000, [], ["deepspeed_config", "{config}", "is not JSON"]),
+    "a number too long": (1, '{"train_batch_size": ' + "9" * 5000 + "}", [], ["{config}", "is not JSON"]),
+    "a section of thousands": (1, '{"tensor_parallel": [' + "1, " * 5000 + "1]}", [], ["tensor_parallel=[1, 1", "..."]),
+    "key twice, with a line's end": (1, '{"a\\nb": 1, "a\\nb": 2}', [], ["'a\\nb'", "twice"]),
     "optimizer is a name": (1, '{"optimizer": "SGD"}', [], ["optimizer=", "SGD", "params"]),
 }
 
@@ -204,6 +255,7 @@ CONFIGURATIONS: dict[str, tuple[int, str, list[str], list[str]]] = {
 def folder(tmp_path: Path) -> Path:
     """A folder with what the mistakes need."""
     (tmp_path / "file").write_text("not a folder")
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "0.png").touch()
     for image in ("train/cat/0.png", "test/cat/0.png"):
@@ -218,12 +270,17 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "even/val/cat/0.png").touch()
     (tmp_path / "old").mkdir()
     (tmp_path / "old/metrics.jsonl").write_text('{"epoch": 1}\n')
-    for run, described in (("gone", None), ("other", OTHER_RUN), ("torn", '{"model": ')):
+    for run in ("gone", "other", "torn"):
         checkpoint = tmp_path / run / "checkpoints" / "epoch-3"
         checkpoint.mkdir(parents=True)
         (checkpoint.parent / "latest").write_text("epoch-3\n")
-        if described is not None:
-            (checkpoint / "checkpoint.json").write_text(described)
+        shard = checkpoint / "shard-00-00.safetensors"
+        shard.write_bytes(b"weights")
+        state = {"run": {**RUN, "model": "wrn-16-1"}, "num_classes": 10, "progress": PROGRESS}
+        described = {"format": 1, "files": {shard.name: sealed(str(shard))}, "client_state": state}
+        (checkpoint / "checkpoint.json").write_text(json.dumps(described)[: 30 if run == "torn" else None])
+        if run == "gone":
+            shard.unlink()
     return tmp_path
 
 
@@ -292,6 +349,38 @@ def test_mistake_in_the_configuration(
 def test_mistake_in_the_command(capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]) -> None:
     assert main(arguments) == 2
     _one_line(capsys.readouterr(), parts)
+
+
+LAUNCHERS: dict[str, tuple[dict[str, str], str]] = {
+    "world as text": ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE='two'"),
+    "world of none": (
+        {"WORLD_SIZE": "0", "RANK": "0"},
+        "WORLD_SIZE='0', which the launcher sets, is not",
+    ),
+    "rank beyond the world": (
+        {"WORLD_SIZE": "2", "RANK": "2"},
+        "RANK='2', which the launcher sets, is not a number in 0..1",
+    ),
+    "rank negative": ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK='-1'"),
+    "local rank empty": ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": ""}, "LOCAL_RANK=''"),
+    "local world": ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE='0'"),
+    "of Open MPI": ({"OMPI_COMM_WORLD_SIZE": "1e3", "OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE='1e3'"),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_mistake_of_a_launcher(name: str, tmp_path: Path) -> None:
+    variables, said = LAUNCHERS[name]
+    unset = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    finished = subprocess.run(
+        [sys.executable, "-m", "tlgc_mp", "train", *SYNTHETIC],
+        **{"capture_output": True, "text": True, "timeout": 50, "cwd": tmp_path},
+        env={**{k: v for k, v in os.environ.items() if k not in unset}, **variables},
+    )
+    assert finished.returncode == 2
+    _one_line((finished.stdout, finished.stderr), [said])
+    assert not list(tmp_path.iterdir())
 
 
 _REPORT_IMPORTS = """

@@ -19,7 +19,7 @@ from typing import Any
 
 from tlgc_mp.bench import launch
 from tlgc_mp.bench.report import describe, table
-from tlgc_mp.bench.settings import output_folder
+from tlgc_mp.bench.settings import check_counts, check_ranks, output_folder
 from tlgc_mp.bench.worker import SAVING
 from tlgc_mp.errors import UsageError
 from tlgc_mp.files import replace_file
@@ -68,9 +68,8 @@ def resolve(options: Any) -> SavingSettings:
     Raises:
         UsageError: an option that cannot work, or two that do not fit together.
     """
-    for flag, value in (("--tp", options.tp), ("--batch-size", options.batch_size), ("--rounds", options.rounds)):
-        if value < 1:
-            raise UsageError(f"{flag}={value} is too small; use 1 or more")
+    check_ranks("--tp", options.tp)
+    check_counts({"--batch-size": options.batch_size, "--rounds": options.rounds})
     if options.stage not in range(4):
         raise UsageError(f"--zero-stage={options.stage} is not a stage of ZeRO; use one of 0, 1, 2, 3")
     if not 0 < options.time_limit < float("inf"):

@@ -38,6 +38,8 @@ QUICK_STRATEGIES = tuple(name for name in STRATEGIES if not name.startswith("gc-
 DTYPES = ("fp32", "bf16")
 MICRO_BATCHES = (2, 4, 8)
 IMAGE_SIZE = 32
+LARGEST_COUNT = 1_000_000
+LARGEST_RANKS = 256
 NUM_CLASSES = 10
 
 
@@ -97,9 +99,7 @@ def resolve(options: Any) -> BenchSettings:
         UsageError: an option that cannot work, or two that do not fit together.
     """
     quick = options.quick
-    for flag, value in (("--rounds", options.rounds), ("--steps", options.steps)):
-        if value is not None and value < 1:
-            raise UsageError(f"{flag}={value} is too small; use 1 or more")
+    check_counts({"--rounds": options.rounds, "--steps": options.steps})
     for count in options.micro_batches or ():
         if count < 1:
             raise UsageError(f"--micro-batches={count} is no number of micro-batches; use 1 or more")
@@ -133,8 +133,7 @@ def _batch_sizes(given: list[int] | None, widths: list[int]) -> list[int]:
     if given is None:
         return [8 if width <= 40 else 4 if width <= 60 else 2 for width in widths]
     for batch_size in given:
-        if batch_size < 1:
-            raise UsageError(f"--batch-sizes={batch_size} is no number of images; use 1 or more")
+        check_counts({"--batch-sizes": batch_size})
     if len(given) not in (1, len(widths)):
         raise UsageError(
             f"--batch-sizes: {len(given)} are given for {len(widths)} widths; give one for all, or one for each"
@@ -149,15 +148,14 @@ def _strategy(name: str, ranks: list[int]) -> tuple[str, list[int]]:
         raise UsageError(f"--strategies={name!r} is unknown; use {one_of(STRATEGIES)}, each with @P or without")
     if not at:
         return strategy, ranks
-    if not count.isdecimal() or int(count) < 1:
+    if not count.isdecimal() or len(count) > 9 or int(count) < 1:
         raise UsageError(f"--strategies={name!r}: {count!r} is not a number of ranks; use {strategy}@2, say")
     return strategy, [int(count)]
 
 
 def _case(strategy: str, depth: int, width: int, ranks: int, batch_size: int, options: Any) -> Case:
     conv = STRATEGIES[strategy]
-    if ranks < 1:
-        raise UsageError(f"--tp={ranks} is not a number of ranks; use 1 or more")
+    check_ranks("--tp", ranks)
     if conv == "sc" and ranks == 1:
         raise UsageError(f"--tp=1: {strategy} needs 2 ranks or more; use {strategy}@2, or leave it out")
     groups = 1 if conv == "sc" else ranks if options.groups is None else options.groups
@@ -186,6 +184,23 @@ def _case(strategy: str, depth: int, width: int, ranks: int, batch_size: int, op
     return Case(strategy, depth, width, groups, ranks, batch_size, micro_batches, checkpointed)
 
 
+def check_counts(flags: dict[str, int | None]) -> None:
+    """Raises :class:`UsageError` for a flag whose value is below 1, or beyond what anyone measures."""
+    for flag, value in flags.items():
+        if value is not None and value < 1:
+            raise UsageError(f"{flag}={value} is too small; use 1 or more")
+        if value is not None and value > LARGEST_COUNT:
+            raise UsageError(f"{flag}={value} is too large; use {LARGEST_COUNT} or less")
+
+
+def check_ranks(flag: str, ranks: int) -> None:
+    """Raises :class:`UsageError` unless this machine can be asked to start so many processes."""
+    if ranks < 1:
+        raise UsageError(f"{flag}={ranks} is not a number of ranks; use 1 or more")
+    if ranks > LARGEST_RANKS:
+        raise UsageError(f"{flag}={ranks} is too many ranks to start on one machine; use {LARGEST_RANKS} or less")
+
+
 def output_folder(given: str | None, default: str) -> str:
     """The folder of what is written, made where it is missing: ``given``, or ``default`` in the folder of all runs.
 
@@ -195,8 +210,9 @@ def output_folder(given: str | None, default: str) -> str:
     path = given or os.path.join("runs", default)
     try:
         os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output={path!r} cannot be made: {error.strerror}; give a folder") from None
+    except (OSError, ValueError) as error:  # a ValueError is no path at all
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"--output={path!r} cannot be made: {reason}; give a folder") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise UsageError(f"--output={path!r} cannot be written; give a folder in which you may write")
     return path

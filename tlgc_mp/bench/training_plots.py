@@ -25,10 +25,13 @@ def plot_losses(rows: list[Row], path: str) -> None:
     )
     for axis, groups in zip(axes[0], panels, strict=True):
         for variant in (Variant("sc", 1), Variant("gc", groups), Variant("gc-2l", groups)):
-            curves = [[line["train_loss"] for line in row["epoch_lines"]] for row in variants.get(variant, [])]
-            if curves:
-                epochs = range(1, len(curves[0]) + 1)
-                columns = list(zip(*curves, strict=True))
+            losses: dict[int, list[float]] = {}  # of each epoch, over the seeds that have it
+            for row in variants.get(variant, []):
+                for line in row["epoch_lines"]:
+                    losses.setdefault(line["epoch"], []).append(line["train_loss"])
+            if losses:
+                epochs = sorted(losses)
+                columns = [losses[epoch] for epoch in epochs]
                 color = _COLORS[variant.conv]
                 axis.fill_between(epochs, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.2)
                 means = [statistics.mean(column) for column in columns]

@@ -34,9 +34,14 @@ def write(sources: Sequence[str], folder: str) -> None:
     rows = read_rows(sources)
     try:
         os.makedirs(folder, exist_ok=True)
-        replace_file(os.path.join(folder, "rows.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+        _write(rows, folder)
     except OSError as error:
-        raise UsageError(f"--output={folder!r} cannot be written: {error.strerror}; give a folder") from None
+        where = "" if error.filename in (None, folder) else f"{error.filename!r}: "
+        raise UsageError(f"--output={folder!r} cannot be written: {where}{error.strerror}; give a folder") from None
+
+
+def _write(rows: list[Row], folder: str) -> None:
+    replace_file(os.path.join(folder, "rows.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
     settings = list(grouped(rows, setting_of).values())
     names = [f"{group[0]['model']}-{group[0]['dataset']}" for group in settings]
     parts = ["# Training runs", ""]
@@ -99,8 +104,9 @@ def _where(rows: list[Row]) -> str:
 
 def _line(variant: Variant, rows: list[Row]) -> list[str]:
     parameters = f"{rows[0]['parameters']:,}"
-    if rows[0].get("effective_parameters") is not None:
-        parameters += f" (left by learning: {round(statistics.mean(row['effective_parameters'] for row in rows)):,})"
+    left = [row["effective_parameters"] for row in rows if row.get("effective_parameters") is not None]
+    if left:
+        parameters += f" (left by learning: {round(statistics.mean(left)):,})"
     waiting = [100 * row["data_seconds"] / row["train_seconds"] for row in rows]
     return [
         variant.label,

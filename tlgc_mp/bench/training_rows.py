@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tlgc_mp.errors import UsageError
-from tlgc_mp.models.names import COARSE_INITS, CONVOLUTIONS
+from tlgc_mp.data.catalog import DATASETS
+from tlgc_mp.errors import UsageError, is_count, shown
+from tlgc_mp.models.names import COARSE_INITS, CONVOLUTIONS, check_model
 from tlgc_mp.training.runs import RESULT
 
 Row = dict[str, Any]
@@ -74,12 +75,88 @@ def _read(path: str) -> list[Row]:
     try:
         with open(path, encoding="utf-8") as file:
             rows = [json.loads(line) for line in file if line.strip()]
-        missing = [key for row in rows for key in (*SETTING, *_IDENTITY, "epoch_lines") if key not in row]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"report: {path!r} cannot be read as rows of runs: {' '.join(str(error).split())}") from None
-    if missing:
-        raise UsageError(f"report: a row in {path!r} has no {missing[0]!r}; give rows that tlgc-mp train has written")
+    for row in rows:
+        _check(row, path)
     return rows
+
+
+def _check(row: Any, path: str) -> None:
+    """Refuses a row that is not as a finished run leaves it."""
+    if not isinstance(row, dict):
+        raise UsageError(f"report: {path!r} cannot be read as rows of runs: {shown(row)} is no JSON object")
+    for key, (fits, what) in _FIELDS.items():
+        if key not in row:
+            raise UsageError(f"report: a row in {path!r} has no {key!r}; give rows that tlgc-mp train has written")
+        if not fits(row[key]):
+            raise UsageError(
+                f"report: a row in {path!r} has {key}={shown(row[key])}, which is not {what}; give rows that tlgc-mp "
+                "train has written"
+            )
+    if not _PERHAPS_COUNT[0](row.get("effective_parameters")):
+        raise UsageError(
+            f"report: a row in {path!r} has effective_parameters={shown(row['effective_parameters'])}; "
+            "give rows that tlgc-mp train has written"
+        )
+    try:
+        check_model(row["model"], row["conv"], row["groups"])
+    except UsageError as error:
+        raise UsageError(f"report: a row in {path!r} is of no model: {error}") from None
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_FIGURE
+
+
+def _is_count(value: Any) -> bool:
+    return is_count(value) and _is_figure(value)
+
+
+def _are_lines(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(e, dict) and _is_count(e.get("epoch")) and _is_figure(e.get("train_loss")) for e in value)
+    )
+
+
+def _holds(**parts: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(isinstance(value.get(k), kind) for k, kind in parts.items())
+
+
+_LARGEST_FIGURE = 1e18
+_COUNT = (_is_count, "a count")
+_PERHAPS_COUNT = (lambda value: value is None or _is_count(value), "a count or null")
+_FIGURE = (_is_figure, "a number")
+_TEXT = (lambda value: isinstance(value, str), "text")
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": _TEXT,
+    "dataset": (lambda value: value in DATASETS, "a data set"),
+    "image_size": _PERHAPS_COUNT,
+    "recipe": _TEXT,
+    "epochs": _COUNT,
+    "batch_size": _COUNT,
+    "learning_rate": _FIGURE,
+    "limit_steps": _PERHAPS_COUNT,
+    "conv": _TEXT,
+    "groups": _COUNT,
+    "coarse_kernel_size": _PERHAPS_COUNT,
+    "coarse_init": (lambda value: value in COARSE_INITS, "an initialization"),
+    "seed": (lambda value: is_count(value, 0), "a seed"),
+    "tensor_parallel": _COUNT,
+    "data_parallel": _COUNT,
+    "epoch_lines": (_are_lines, "a list of epochs, each with its number and train_loss"),
+    "parameters": _COUNT,
+    "test_error_percent": _FIGURE,
+    "seconds": _FIGURE,
+    "train_seconds": (lambda value: _is_figure(value) and value > 0, "a time"),
+    "data_seconds": _FIGURE,
+    "machine": (_holds(cpu=str, cores=int), "a machine"),
+    "versions": (_holds(torch=str, deepspeed=str), "versions"),
+    "date": _TEXT,
+}
+"""What a report reads of a row, what it must be, and what that is called."""
 
 
 def setting_of(row: Row) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from tlgc_mp.bench import launch
 from tlgc_mp.bench.report import describe, table
-from tlgc_mp.bench.settings import output_folder
+from tlgc_mp.bench.settings import check_counts, check_ranks, output_folder
 from tlgc_mp.bench.worker import ZERO_MEMORY
 from tlgc_mp.errors import UsageError
 from tlgc_mp.files import replace_file
@@ -60,9 +60,10 @@ def resolve(options: Any) -> ZeroSettings:
     Raises:
         UsageError: an option that cannot work, or two that do not fit together.
     """
-    for flag, value in (("--tp", options.tp), ("--replicas", options.replicas)):
-        if value < 1:
-            raise UsageError(f"{flag}={value} is too small; use 1 or more")
+    check_ranks("--tp", options.tp)
+    check_ranks("--replicas", options.replicas)
+    check_ranks("--tp x --replicas", options.tp * options.replicas)
+    check_counts({"--batch-size": options.batch_size})
     if not 0 < options.time_limit < float("inf"):
         raise UsageError(f"--time-limit={options.time_limit} is not a number of seconds; use one, 1800 say")
     model = options.model or ("wrn-16-4" if options.quick else "wrn-28-10")
@@ -70,7 +71,7 @@ def resolve(options: Any) -> ZeroSettings:
     check_model(model, "gc-2l", groups)
     check_split(model, "gc-2l", groups, options.tp)
     batch_size = 2 * options.replicas if options.batch_size is None else options.batch_size
-    if batch_size < 1 or batch_size % options.replicas:
+    if batch_size % options.replicas:
         raise UsageError(
             f"--batch-size={batch_size} does not divide among {options.replicas} replicas; "
             f"use a multiple of {options.replicas}"

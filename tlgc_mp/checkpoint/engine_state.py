@@ -52,10 +52,12 @@ class EngineState:
         engine: as :func:`tlgc_mp.initialize` or ``deepspeed.initialize`` returns it.
 
     Raises:
-        UsageError: its optimizer keeps its state in a way that is not known.
+        UsageError: it is no engine, or its optimizer keeps its state in a way that is not known.
     """
 
     def __init__(self, engine: Any) -> None:
+        if not isinstance(getattr(engine, "module", None), nn.Module) or not hasattr(engine, "zero_optimization_stage"):
+            raise UsageError(f"engine: a {type(engine).__name__} is none; give the one that tlgc_mp.initialize returns")
         self.engine = engine
         self.module: nn.Module = engine.module
         self.stage = int(engine.zero_optimization_stage())

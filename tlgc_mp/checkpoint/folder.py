@@ -20,8 +20,9 @@ import shutil
 import time
 from typing import Any
 
-from tlgc_mp.errors import UsageError
-from tlgc_mp.files import replace_file, sync_folder
+from tlgc_mp.errors import UsageError, is_count
+from tlgc_mp.files import as_path, replace_file, sync_folder
+from tlgc_mp.models.names import check_coarse_level, check_model
 
 CHECKPOINTS = "checkpoints"
 DESCRIPTION = "checkpoint.json"
@@ -41,7 +42,7 @@ def find_checkpoint(path: str) -> tuple[str, str]:
     Raises:
         UsageError: there is no checkpoint, or the newest is damaged; the message names the newest whole one before it.
     """
-    path = os.path.normpath(path)
+    path = os.path.normpath(as_path("checkpoint", path))
     if os.path.isfile(os.path.join(path, DESCRIPTION)):
         folder, tag = os.path.dirname(os.path.abspath(path)), os.path.basename(path)
     else:
@@ -100,13 +101,25 @@ def read_description(folder: str, tag: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             description = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if not isinstance(description, dict) or not isinstance(description.get("files"), dict):
+    if not isinstance(description, dict):
         raise UsageError(f"{path!r} does not describe a checkpoint")
-    if description.get("format") != FORMAT:
+    if description.get("format") != FORMAT or isinstance(description["format"], bool):
         raise UsageError(f"{path!r} is of format {description.get('format')!r}, and this version reads format {FORMAT}")
+    files = description.get("files")
+    if not isinstance(files, dict) or not any(name.endswith(".safetensors") for name in files):
+        raise UsageError(f"{path!r} does not describe a checkpoint: it names no files of weights")
+    for name, entry in files.items():
+        if os.path.basename(name) != name or not isinstance(entry, dict) or not _is_sealed(entry):
+            raise UsageError(f"{path!r} does not describe a checkpoint: of its file {name!r} it tells no size and sum")
+    if not isinstance(description.get("client_state"), dict):
+        raise UsageError(f"{path!r} does not describe a checkpoint: it has no client_state")
     return description
+
+
+def _is_sealed(entry: dict[str, Any]) -> bool:
+    return is_count(entry.get("bytes"), 0) and isinstance(entry.get("sha256"), str)
 
 
 def saved_run(folder: str, tag: str) -> dict[str, Any]:
@@ -115,10 +128,34 @@ def saved_run(folder: str, tag: str) -> dict[str, Any]:
     Raises:
         UsageError: something else saved it.
     """
-    run = read_description(folder, tag).get("client_state", {}).get("run")
+    state, where = read_description(folder, tag)["client_state"], os.path.join(folder, tag)
+    run, progress = state.get("run"), state.get("progress")
     if not isinstance(run, dict):
-        raise UsageError(f"{os.path.join(folder, tag)!r} is not a checkpoint of tlgc-mp train")
+        raise UsageError(f"{where!r} is not a checkpoint of tlgc-mp train")
+    odd = [name for name in _COUNTED if not is_count(run.get(name))]
+    odd += [name for name in _TOLD if name not in run]
+    odd += [] if isinstance(run.get("coarse_everywhere"), bool) else ["coarse_everywhere"]
+    if not isinstance(progress, dict) or not all(_fits(progress.get(name), kind) for name, kind in _PROGRESS.items()):
+        odd.append("progress")
+    if odd:
+        raise UsageError(f"{where!r} is not a checkpoint of tlgc-mp train: its {odd[0]} is not told")
+    if run["batch_size"] % (run["accumulation"] * run["data_parallel"]):
+        raise UsageError(f"{where!r} is not a checkpoint of tlgc-mp train: its batch_size is not told")
+    try:
+        check_model(run["model"], run["conv"], run["groups"], state.get("num_classes"), run["coarse_everywhere"])
+        check_coarse_level(run["conv"], run["coarse_kernel_size"], run["coarse_init"])
+    except UsageError as error:
+        raise UsageError(f"{where!r} is of no model that there is: {error}") from None
     return run
+
+
+_COUNTED = ("groups", "batch_size", "accumulation", "tensor_parallel", "data_parallel")
+_TOLD = ("model", "conv", "zero_stage", "coarse_everywhere", "coarse_kernel_size", "coarse_init")
+_PROGRESS = {"epoch": int, "step": int, "seconds": float, "train_seconds": float, "data_seconds": float}
+
+
+def _fits(value: Any, kind: type) -> bool:
+    return is_count(value, 0) or (kind is float and isinstance(value, float) and 0.0 <= value < float("inf"))
 
 
 def missing(folder: str, tag: str) -> str | None:
@@ -231,8 +268,12 @@ def _saved_at(path: str) -> float:
 
 
 def _tag_in(path: str) -> str:
+    """The tag that a file names; nothing where it names none."""
     try:
+        if not os.path.isfile(path):  # a pipe would be waited on
+            return ""
         with open(path, encoding="utf-8") as file:
-            return file.read().strip()
+            tag = file.read().strip()
+        return tag if tag == os.path.basename(tag) else ""
     except (OSError, UnicodeDecodeError):
         return ""

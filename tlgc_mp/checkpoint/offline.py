@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tlgc_mp.checkpoint import folder as folders
 from tlgc_mp.checkpoint.reader import INDEX, CheckpointReader, Part, Piece
 from tlgc_mp.errors import UsageError
+from tlgc_mp.files import as_path
 from tlgc_mp.models import create_model
 from tlgc_mp.models.names import check_split
 from tlgc_mp.parallel.plan import plan
@@ -40,8 +41,10 @@ def export_checkpoint(path: str, output: str) -> dict[str, Any]:
     Raises:
         UsageError: there is no whole checkpoint, or the file cannot be written.
     """
+    output = as_path("output", output)
     reader, run = _open(path)
     arguments = _arguments(run, reader)
+    _check_model(arguments, reader)
     state: dict[str, Tensor] = {}
     for kind in ("weights", "buffers"):
         for name in reader.names(kind):
@@ -71,16 +74,24 @@ def load_model(path: str, device: torch.device | str = "cpu") -> nn.Module:
     Raises:
         UsageError: the file cannot be read, or is not such a file.
     """
+    path = as_path("path", path)
     try:
         with safe_open(path, framework="pt") as file:
             arguments = json.loads((file.metadata() or {})[_METADATA])
+            if set(arguments) - {"checkpoint"} != {"name", "num_classes", *_ARGUMENTS}:
+                raise KeyError(_METADATA)
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path!r} cannot be read: {error}") from None
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         raise UsageError(f"{path!r} does not say which model it holds; give a file that tlgc-mp export wrote") from None
     arguments.pop("checkpoint", None)
-    model = create_model(arguments.pop("name"), **arguments, device="meta")
+    try:
+        model = create_model(arguments.pop("name"), **arguments, device="meta")
+    except UsageError as error:
+        raise UsageError(f"{path!r} is of no model that there is: {error}") from None
+    if odd := _difference(model, {name: tuple(value.shape) for name, value in state.items()}):
+        raise UsageError(f"{path!r} does not hold the weights of its model: {odd}; export it again")
     model.to_empty(device=device)
     model.load_state_dict(state)
     return model.eval()
@@ -100,10 +111,11 @@ def reshard_checkpoint(path: str, output: str, tensor_parallel: int) -> str:
     Raises:
         UsageError: there is no whole checkpoint, the model cannot be split over P ranks, or nothing can be written.
     """
+    output = as_path("output", output)
     reader, run = _open(path)
     check_split(run["model"], run["conv"], run["groups"], tensor_parallel)
     arguments = _arguments(run, reader)
-    model = create_model(arguments.pop("name"), **arguments, device="meta")
+    model = _check_model(arguments, reader)
     dims = _dims(model, tensor_parallel)
     micro_batch = run["batch_size"] // (run["accumulation"] * run["data_parallel"])
     run = {
@@ -136,6 +148,9 @@ def reshard_checkpoint(path: str, output: str, tensor_parallel: int) -> str:
     except (OSError, SafetensorError) as error:
         folders.abandon(folder, tag)
         raise UsageError(f"{folder!r} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    except BaseException:
+        folders.abandon(folder, tag)
+        raise
     return os.path.join(folder, tag)
 
 
@@ -149,9 +164,29 @@ def _open(path: str) -> tuple[CheckpointReader, dict[str, Any]]:
     return CheckpointReader(folder, tag), run
 
 
+def _check_model(arguments: dict[str, Any], reader: CheckpointReader) -> nn.Module:
+    """The model of these arguments, on the meta device, where it is the one that the checkpoint holds."""
+    model = create_model(**arguments, device="meta")
+    held = {
+        name: reader.whole_shape(f"{kind}/{name}") for kind in ("weights", "buffers") for name in reader.names(kind)
+    }
+    if odd := _difference(model, held):
+        raise UsageError(f"the checkpoint {reader.where!r} is not of its model {arguments['name']}: {odd}")
+    return model
+
+
+def _difference(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str:
+    """How ``shapes`` of tensors differ from the model's, in a few words; nothing where they do not."""
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if alone := sorted(expected.keys() ^ shapes.keys()):
+        return f"{alone[0]} is in one of them only"
+    unlike = next((name for name in expected if expected[name] != shapes[name]), None)
+    return "" if unlike is None else f"{unlike} is {shapes[unlike]}, not {expected[unlike]}"
+
+
 def _arguments(run: dict[str, Any], reader: CheckpointReader) -> dict[str, Any]:
     """The arguments of :func:`create_model` for a run's model."""
-    classes = reader.description["client_state"]["num_classes"]
+    classes = reader.description["client_state"].get("num_classes")
     return {"name": run["model"], "num_classes": classes, **{key: run[key] for key in _ARGUMENTS}}
 
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tlgc_mp.checkpoint.folder import read_description
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import UsageError, is_count
 
 INDEX = "index"
 """The key of a file's metadata under which, as JSON, stands where each of its tensors belongs."""
@@ -61,8 +61,19 @@ class Piece:
 
     @staticmethod
     def from_entry(entry: dict[str, Any]) -> Piece:
-        part = Part(tuple(entry["shape"]), entry["dim"], entry["part"], entry["parts"])
-        return Piece(part, entry["start"], entry["replica"])
+        """What :meth:`entry` has made.
+
+        Raises:
+            ValueError, KeyError, TypeError: it has not made that.
+        """
+        shape, dim, index, count = tuple(entry["shape"]), entry["dim"], entry["part"], entry["parts"]
+        numbers = (*shape, index, entry["start"], entry["replica"])
+        uncut = dim is None and count == 1
+        if not all(is_count(number, 0) for number in numbers) or not is_count(count) or index >= count:
+            raise ValueError(f"{entry} is no piece")
+        if not uncut and not (is_count(dim, 0) and dim < len(shape)):
+            raise ValueError(f"{entry} is no piece")
+        return Piece(Part(shape, dim, index, count), entry["start"], entry["replica"])
 
 
 class CheckpointReader:
@@ -75,7 +86,8 @@ class CheckpointReader:
         folder, tag: which checkpoint.
 
     Raises:
-        UsageError: its files cannot be read.
+        UsageError: its files cannot be read, do not say where their tensors belong, or hold a tensor in part only, or a
+            part of it twice.
     """
 
     def __init__(self, folder: str, tag: str) -> None:
@@ -86,10 +98,47 @@ class CheckpointReader:
         for name in sorted(self.description["files"]):
             if not name.endswith(".safetensors"):
                 continue
-            file = self._files[name] = safe_open(os.path.join(self.where, name), framework="pt")
-            for tensor, entry in json.loads(file.metadata()[INDEX]).items():
-                elements = math.prod(file.get_slice(tensor).get_shape())
-                self._pieces.setdefault(tensor, []).append((name, Piece.from_entry(entry), elements))
+            path = os.path.join(self.where, name)
+            try:
+                file = self._files[name] = safe_open(path, framework="pt")
+                index = json.loads((file.metadata() or {})[INDEX])
+                if set(index) != set(file.keys()):
+                    raise KeyError(INDEX)
+                for tensor, entry in index.items():
+                    elements = math.prod(file.get_slice(tensor).get_shape())
+                    self._pieces.setdefault(tensor, []).append((name, Piece.from_entry(entry), elements))
+            except (OSError, SafetensorError) as error:
+                raise UsageError(f"{path!r} cannot be read: {error}") from None
+            except (KeyError, ValueError, TypeError, RecursionError):
+                raise UsageError(f"{path!r} does not say where its tensors belong; give one that was saved") from None
+        for tensor, pieces in self._pieces.items():
+            self._check(tensor, [(piece, elements) for _, piece, elements in pieces])
+
+    def _check(self, tensor: str, pieces: list[tuple[Piece, int]]) -> None:
+        """Raises :class:`UsageError` unless the pieces are every element of the tensor, each once.
+
+        Of what each replica keeps for itself, each once for every replica.
+        """
+        first = pieces[0][0].part
+        ranges: dict[tuple[int, int], list[tuple[int, int]]] = {}  # (part, replica) -> (start, end) of each piece
+        for piece, elements in pieces:
+            part = piece.part
+            if (part.shape, part.dim, part.count) != (first.shape, first.dim, first.count):
+                raise UsageError(f"the checkpoint {self.where!r} holds {tensor} in parts that do not fit together")
+            keeper = piece.replica if tensor.startswith(_OWN) else 0
+            ranges.setdefault((part.index, keeper), []).append((piece.start, piece.start + elements))
+        if len(ranges) != first.count * len({replica for _, replica in ranges}):
+            raise UsageError(f"the checkpoint {self.where!r} holds {tensor} in part only")
+        for found in ranges.values():
+            at = 0
+            for start, end in sorted(found):
+                if start < at:
+                    raise UsageError(f"the checkpoint {self.where!r} holds some of {tensor} twice")
+                if start > at:
+                    break
+                at = end
+            if at != math.prod(first.shape):
+                raise UsageError(f"the checkpoint {self.where!r} holds {tensor} in part only")
 
     def tensors(self) -> list[str]:
         """The full names of all tensors."""

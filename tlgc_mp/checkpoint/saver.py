@@ -10,23 +10,22 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tlgc_mp.checkpoint import folder as folders
 from tlgc_mp.checkpoint.engine_state import EngineState
 from tlgc_mp.checkpoint.reader import INDEX, CheckpointReader, Part, Piece
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import UsageError, is_count, shown
+from tlgc_mp.files import as_path
 from tlgc_mp.provenance import describe_run
 
 SAVE_SECONDS = 1800.0
@@ -63,10 +62,15 @@ class CheckpointSaver:
         keep: the newest checkpoints that stay; the best stays too.
         background: whether :meth:`save` copies the state and returns while a thread writes it. It costs that copy in
             host memory: as much again as this rank's weights and optimizer state.
+
+    Raises:
+        UsageError: an argument is of another kind, or how the engine's optimizer keeps its state is not known.
     """
 
     def __init__(self, engine: Any, folder: str, *, keep: int = 3, background: bool = True) -> None:
-        self.folder, self.keep, self.background = folder, keep, background
+        if not is_count(keep):
+            raise UsageError(f"keep={shown(keep)} is no number of checkpoints; use 1 or more")
+        self.folder, self.keep, self.background = as_path("folder", folder), keep, background
         self._state = EngineState(engine)
         self._store: Any = dist.distributed_c10d._get_default_store()
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
@@ -90,9 +94,11 @@ class CheckpointSaver:
 
         Raises:
             SaveError: the save before could not be written.
-            UsageError: the state of the learning-rate schedule is none that can be loaded safely.
+            UsageError: ``tag`` is no name of a folder, JSON cannot hold ``client_state``, or the state of the
+                learning-rate schedule is none that can be loaded safely.
         """
         global _saves
+        _check_saved(tag, client_state)
         self.wait()
         _saves += 1
         save = self._last = _Save(_saves, tag)
@@ -287,10 +293,10 @@ def save_checkpoint(
 
     Raises:
         SaveError: it could not be written; those before it stand.
-        UsageError: the engine's optimizer keeps its state in a way that is not known.
+        UsageError: an argument is of another kind, or how the engine's optimizer keeps its state is not known.
     """
     saver = CheckpointSaver(engine, folder, keep=keep, background=False)
-    saver.save(tag or f"step-{engine.global_steps}", client_state or {})
+    saver.save(f"step-{engine.global_steps}" if tag is None else tag, {} if client_state is None else client_state)
     return saver.path
 
 
@@ -310,24 +316,51 @@ def load_checkpoint(engine: Any, path: str, replica_state: dict[str, Tensor] | N
         The ``client_state`` it was saved with.
 
     Raises:
-        UsageError: a file is damaged or missing, or the checkpoint is of another model or optimizer. On every rank.
+        UsageError: there is no checkpoint, a file is damaged or missing, or the checkpoint is of another model or
+            optimizer. On every rank.
     """
-    folder, tag = folders.find_checkpoint(path)
-    names = sorted(folders.read_description(folder, tag)["files"])
-    _all_or_none(lambda: folders.damage(folder, tag, names[dist.get_rank() :: dist.get_world_size()]), folder, tag)
     state = EngineState(engine)
-    reader = CheckpointReader(folder, tag)
+    ((folder, tag, names),) = _all_or_none(lambda: [_found(path)])
+    where = f"the checkpoint {os.path.join(folder, tag)!r}: "
 
-    def fill() -> str | None:
+    def check() -> list[CheckpointReader]:
+        problem = folders.damage(folder, tag, names[dist.get_rank() :: dist.get_world_size()])
+        if problem is not None:
+            raise UsageError(f"{where}{problem}; {folders.offer(folder, tag)}")
+        return [CheckpointReader(folder, tag)]
+
+    (reader,) = _all_or_none(check)
+
+    def fill() -> list[None]:
         try:
             _fill(state, reader, replica_state or {})
-        except (UsageError, OSError, SafetensorError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
-            return _told(error)
-        return None
+        except Exception as error:  # whatever a checkpoint's contents may set off, every rank is to hear of it
+            raise UsageError(f"{where}{_told(error)}; {folders.offer(folder, tag)}") from error
+        return []
 
-    _all_or_none(fill, folder, tag)
+    _all_or_none(fill)
     state.publish()
     return dict(reader.description["client_state"])
+
+
+def _found(path: str) -> tuple[str, str, list[str]]:
+    """(folder, tag, names of the files) of the newest checkpoint in ``path``."""
+    folder, tag = folders.find_checkpoint(path)
+    return folder, tag, sorted(folders.read_description(folder, tag)["files"])
+
+
+def _check_saved(tag: str, client_state: dict[str, Any]) -> None:
+    """Raises :class:`UsageError` for what cannot be saved."""
+    if not isinstance(tag, str) or os.path.basename(tag) != tag or tag in ("", ".", "..") or "\0" in tag:
+        raise UsageError(f"tag={shown(tag)} is no name of a folder; use 'step-100', say")
+    if tag.endswith(folders.PARTIAL) or tag in (folders.LATEST, folders.BEST):
+        raise UsageError(f"tag={tag!r} is a name that the folder of checkpoints needs itself; use another")
+    if not isinstance(client_state, dict):
+        raise UsageError(f"client_state: a {type(client_state).__name__} is none; give a dict that JSON can hold")
+    try:
+        json.dumps(client_state)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"client_state: JSON cannot hold it: {error}; give numbers, text and lists") from None
 
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -335,11 +368,9 @@ _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 @torch.no_grad()
 def _fill(state: EngineState, reader: CheckpointReader, replica_state: dict[str, Tensor]) -> None:
-    saved = reader.description["optimizer"]
+    saved = _described(reader.description, len(state.groups))
     if _family(saved["type"]) != _family(type(state.optimizer).__name__):
         raise UsageError(f"it was saved with the optimizer {saved['type']}, not {type(state.optimizer).__name__}")
-    if len(saved["groups"]) != len(state.groups):
-        raise UsageError(f"its optimizer has {len(saved['groups'])} parameter groups, not {len(state.groups)}")
     parts = state.parts()
     buffers = state.buffers()
     for kind, wanted in (("weights", parts.keys() - buffers.keys()), ("buffers", buffers.keys())):
@@ -368,6 +399,26 @@ def _fill(state: EngineState, reader: CheckpointReader, replica_state: dict[str,
     if engine.lr_scheduler is not None and _SCHEDULER in reader.description["files"]:
         path = os.path.join(reader.where, _SCHEDULER)
         engine.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
+
+
+def _described(description: dict[str, Any], groups: int) -> dict[str, Any]:
+    """The description of the optimizer, where that and the engine's counts are as they were written."""
+    optimizer, engine = description.get("optimizer"), description.get("engine")
+    if not isinstance(engine, dict) or not all(is_count(engine.get(name), 0) for name in _COUNTERS):
+        raise UsageError(f"its {folders.DESCRIPTION} does not count the engine's steps")
+    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("type"), str):
+        raise UsageError(f"its {folders.DESCRIPTION} does not describe an optimizer")
+    for key in ("groups", "scalars"):
+        found = optimizer.get(key)
+        if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+            raise UsageError(f"its {folders.DESCRIPTION} does not describe the optimizer's {key}")
+        if len(found) != groups:
+            raise UsageError(f"its optimizer has {len(found)} parameter groups, not {groups}")
+    for scalars in optimizer["scalars"]:
+        for key, scalar in scalars.items():
+            if not isinstance(scalar, dict) or not isinstance(scalar.get("value"), bool | int | float):
+                raise UsageError(f"its {folders.DESCRIPTION} does not tell the optimizer's {key}")
+    return optimizer
 
 
 def _pieces(state: EngineState, replica_state: dict[str, Tensor]) -> Iterator[tuple[str, Piece, Tensor]]:
@@ -404,12 +455,18 @@ def _is_whole(state: EngineState, slot: Any) -> bool:
     return state.stage == 0 or (slot.holder is None and state.stage < 3)
 
 
-def _all_or_none(act: Any, folder: str, tag: str) -> None:
-    """Calls ``act`` on every rank; where one of them returns a problem, all raise it. Collective."""
+def _all_or_none(act: Callable[[], list[Any]]) -> list[Any]:
+    """What ``act`` returns on this rank; where it raises UsageError on one of them, all raise it. Collective."""
     problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, act())
+    problem, result = None, []
+    try:
+        result = act()
+    except UsageError as error:
+        problem = str(error)
+    dist.all_gather_object(problems, problem)
     for problem in filter(None, problems):
-        raise UsageError(f"the checkpoint {os.path.join(folder, tag)!r}: {problem}; {folders.offer(folder, tag)}")
+        raise UsageError(problem)
+    return result
 
 
 def _plain(group: dict[str, Any]) -> dict[str, Any]:
@@ -426,5 +483,6 @@ def _family(optimizer: str) -> str:
 
 
 def _told(error: BaseException) -> str:
-    reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
+    said = f"it has no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
+    reason = " ".join(str(said).split())[:300]
     return reason or type(error).__name__

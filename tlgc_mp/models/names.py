@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from tlgc_mp.errors import UsageError, divisors, one_of
+from tlgc_mp.errors import UsageError, divisors, is_count, one_of
 
 CONVOLUTIONS = ("sc", "gc", "gc-2l", "gc-2l-proto", "shuffle", "flgc")
 """sc: dense. gc: group convolution. gc-2l: two-level group convolution, gc-2l-proto its prototype. shuffle: group
@@ -25,7 +25,13 @@ FLGC_ACROSS_RANKS = (
 IMAGENET_WIDE_RESNET = "imagenet-wrn-34-2"
 MOBILENET_V2 = "mobilenet_v2"
 
-_WIDE_RESNET = re.compile(r"wrn-(\d+)-(\d+)")
+LARGEST_DEPTH = 1000
+LARGEST_WIDTH = 10_000
+LARGEST_CLASSES = 1_000_000
+LARGEST_KERNEL = 255
+"""Beyond any network that fits a machine, and small enough that its parameters can be counted."""
+
+_WIDE_RESNET = re.compile(r"wrn-([0-9]{1,9})-([0-9]{1,9})")
 
 _SHARED_CHANNELS = {
     IMAGENET_WIDE_RESNET: {"the stem's": 64},
@@ -40,7 +46,7 @@ def parse_model(name: str) -> tuple[int, int]:
     Raises:
         UsageError: not such a name, or a depth that is not 6 u + 4.
     """
-    match = _WIDE_RESNET.fullmatch(name)
+    match = _WIDE_RESNET.fullmatch(name) if isinstance(name, str) else None
     if match is None:
         raise UsageError(
             f"model={name!r} is unknown; use wrn-<depth>-<width>, for example wrn-28-10, or one of "
@@ -49,8 +55,12 @@ def parse_model(name: str) -> tuple[int, int]:
     depth, width = int(match[1]), int(match[2])
     if depth < 10 or (depth - 4) % 6:
         raise UsageError(f"model={name!r}: depth {depth} is not 6 u + 4; use one of 10, 16, 22, 28, 34, 40")
+    if depth > LARGEST_DEPTH:
+        raise UsageError(f"model={name!r}: depth {depth} is too large; use {LARGEST_DEPTH} or less")
     if width < 1:
         raise UsageError(f"model={name!r}: width {width} is not a widening factor; use 1 or more")
+    if width > LARGEST_WIDTH:
+        raise UsageError(f"model={name!r}: width {width} is too large; use {LARGEST_WIDTH} or less")
     return depth, width
 
 
@@ -67,10 +77,12 @@ def check_model(
     if conv not in CONVOLUTIONS:
         raise UsageError(f"conv={conv!r} is unknown; use {one_of(CONVOLUTIONS)}")
     if conv == "sc" and groups != 1:
-        raise UsageError(f"groups={groups}: conv='sc' is the dense convolution and has no groups; use 1")
+        raise UsageError(f"groups={groups!r}: conv='sc' is the dense convolution and has no groups; use 1")
     _check_divides("groups", groups, channels)
-    if num_classes is not None and num_classes < 1:
-        raise UsageError(f"num_classes={num_classes} is not a number of classes; use 1 or more")
+    if num_classes is not None and not is_count(num_classes):
+        raise UsageError(f"num_classes={num_classes!r} is not a number of classes; use 1 or more")
+    if num_classes is not None and num_classes > LARGEST_CLASSES:
+        raise UsageError(f"num_classes={num_classes} is too large; use {LARGEST_CLASSES} or less")
     if coarse_everywhere and (name != MOBILENET_V2 or conv not in TWO_LEVEL):
         raise UsageError(
             f"coarse_everywhere=True changes nothing with model={name!r} and conv={conv!r}; use it with {MOBILENET_V2} "
@@ -83,16 +95,18 @@ def check_coarse_level(conv: str, coarse_kernel_size: int | None, coarse_init: s
     if conv not in TWO_LEVEL and (coarse_kernel_size is not None or coarse_init != COARSE_INITS[0]):
         given = f"coarse_init={coarse_init!r}" if coarse_kernel_size is None else f"{coarse_kernel_size=}"
         raise UsageError(f"{given}: conv={conv!r} has no coarse level; use {one_of(TWO_LEVEL)}")
-    if coarse_kernel_size is not None and (coarse_kernel_size < 1 or coarse_kernel_size % 2 == 0):
+    if coarse_kernel_size is not None and (not is_count(coarse_kernel_size) or coarse_kernel_size % 2 == 0):
         raise UsageError(f"{coarse_kernel_size=} cannot be centred on kernels of 1 and 3; use an odd one, 1 say")
+    if coarse_kernel_size is not None and coarse_kernel_size > LARGEST_KERNEL:
+        raise UsageError(f"{coarse_kernel_size=} is too large; use {LARGEST_KERNEL} or less")
     if coarse_init not in COARSE_INITS:
         raise UsageError(f"{coarse_init=} is unknown; use {one_of(COARSE_INITS)}")
 
 
 def check_split(name: str, conv: str, groups: int, tensor_parallel: int) -> None:
     """Raises :class:`UsageError` unless the model splits over ``tensor_parallel`` ranks (P)."""
-    if tensor_parallel < 1:
-        raise UsageError(f"tensor_parallel={tensor_parallel} is not a number of ranks; use 1 or more")
+    if not is_count(tensor_parallel):
+        raise UsageError(f"tensor_parallel={tensor_parallel!r} is not a number of ranks; use 1 or more")
     _check_divides("tensor_parallel", tensor_parallel, _shared_channels(name))
     if conv == "flgc" and tensor_parallel > 1:
         raise UsageError(f"tensor_parallel={tensor_parallel}: conv='flgc' {FLGC_ACROSS_RANKS}; use 1 and replicas")
@@ -103,7 +117,7 @@ def check_split(name: str, conv: str, groups: int, tensor_parallel: int) -> None
 
 
 def _shared_channels(name: str) -> dict[str, int]:
-    if name in _SHARED_CHANNELS:
+    if isinstance(name, str) and name in _SHARED_CHANNELS:
         return _SHARED_CHANNELS[name]
     parse_model(name)
     return {"the stem's": 16}
@@ -111,6 +125,6 @@ def _shared_channels(name: str) -> dict[str, int]:
 
 def _check_divides(what: str, count: int, channels: dict[str, int]) -> None:
     for whose, width in channels.items():
-        if count < 1 or width % count:
+        if not is_count(count) or width % count:
             common = divisors(math.gcd(*channels.values()))
-            raise UsageError(f"{what}={count} does not divide {whose} {width} channels; use {one_of(common)}")
+            raise UsageError(f"{what}={count!r} does not divide {whose} {width} channels; use {one_of(common)}")

@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import UsageError, is_count, shown
 
 
 def read_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a configuration given as a mapping, or as the path of a JSON file (HJSON, as DeepSpeed reads it).
 
     Raises:
-        UsageError: the file is missing, is not JSON, repeats a key, or is empty, or does not hold an object.
+        UsageError: it is neither, or the file is missing, is not JSON, repeats a key, or is empty, or does not hold an
+            object.
     """
     if isinstance(config, Mapping):
         return copy.deepcopy(dict(config))
+    if not isinstance(config, str | os.PathLike):
+        raise UsageError(f"config={shown(config)} is no configuration; give a dict or the path of a JSON file")
     import hjson
 
     path = os.fspath(config)
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited on
+        raise UsageError(f"deepspeed_config={path!r} cannot be read: it is no plain file; give a JSON file")
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
-            settings = hjson.loads(text, object_pairs_hook=_unique)
     except OSError as error:
         raise UsageError(f"deepspeed_config={path!r} cannot be read: {error.strerror}; give a JSON file") from None
-    except (hjson.HjsonDecodeError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
+    except ValueError as error:  # no UTF-8, or no path
+        raise UsageError(f"deepspeed_config={path!r} is not JSON: {error}") from None
+    try:
+        settings = hjson.loads(text, object_pairs_hook=_unique)
+    except UsageError:
+        raise
+    except Exception as error:  # of a number too large, too long or too deep it makes errors of all kinds
+        reason = (str(error).splitlines() or ["it cannot be parsed"])[0]
         raise UsageError(f"deepspeed_config={path!r} is not JSON: {reason}") from None
     if not isinstance(settings, dict) or (not settings and "{" not in text):  # HJSON takes an empty file for {}
         raise UsageError(f"deepspeed_config={path!r} holds no JSON object; give {{...}}")
@@ -37,11 +46,12 @@ def read_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str,
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
             raise UsageError(f"deepspeed_config: the key {key!r} stands twice; keep one")
-    return dict(pairs)
+        found[key] = value
+    return found
 
 
 def tensor_parallel_size(settings: Mapping[str, Any]) -> int | None:
@@ -54,10 +64,10 @@ def tensor_parallel_size(settings: Mapping[str, Any]) -> int | None:
     if section is None:
         return None
     if not isinstance(section, Mapping):
-        raise UsageError(f'tensor_parallel={json.dumps(section)} is not an object; use {{"autotp_size": P}}')
+        raise UsageError(f'tensor_parallel={shown(section)} is not an object; use {{"autotp_size": P}}')
     size = section.get("autotp_size", 0)
-    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise UsageError(f"tensor_parallel.autotp_size={json.dumps(size)} is not a number of ranks; use 1 or more")
+    if not is_count(size, 0):
+        raise UsageError(f"tensor_parallel.autotp_size={shown(size)} is not a number of ranks; use 1 or more")
     return size or None
 
 
@@ -69,6 +79,6 @@ def zero_stage(settings: Mapping[str, Any]) -> int:
     """
     section = settings.get("zero_optimization", {})
     stage = section.get("stage", 0) if isinstance(section, Mapping) else section
-    if not isinstance(stage, int) or isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise UsageError(f"zero_optimization.stage={json.dumps(stage)} is not a ZeRO stage; use one of 0, 1, 2, 3")
+    if not is_count(stage, 0) or stage > 3:
+        raise UsageError(f"zero_optimization.stage={shown(stage)} is not a ZeRO stage; use one of 0, 1, 2, 3")
     return stage

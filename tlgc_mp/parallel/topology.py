@@ -11,7 +11,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tlgc_mp.errors import UsageError, divisors, one_of
+from tlgc_mp.errors import UsageError, divisors, is_count, one_of
+
+LARGEST_WORLD = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Topology:
     tensor_parallel: int
 
     def __post_init__(self) -> None:
-        if self.tensor_parallel < 1 or self.world % self.tensor_parallel:
+        if not is_count(self.tensor_parallel) or self.world % self.tensor_parallel:
             raise UsageError(
                 f"tensor_parallel={self.tensor_parallel} does not divide the {self.world} ranks started "
                 f"(P x D must be the world size); use {one_of(divisors(self.world))}"
@@ -90,11 +92,20 @@ class Launch:
             ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
         ):
             if world in env and rank in env:
-                size, index = int(env[world]), int(env[rank])
+                size = _from_launcher(env, world, 1, LARGEST_WORLD)
+                index = _from_launcher(env, rank, 0, size - 1)
+                local = local_world if local_world in env else "LOCAL_SIZE"
                 return Launch(
                     size,
                     index,
-                    int(env.get(local_rank, index)),
-                    int(env.get(local_world, env.get("LOCAL_SIZE", size))),
+                    _from_launcher(env, local_rank, 0, size - 1) if local_rank in env else index,
+                    _from_launcher(env, local, 1, size) if local in env else size,
                 )
         return Launch()
+
+
+def _from_launcher(env: Mapping[str, str], name: str, least: int, most: int) -> int:
+    text = env[name].strip()
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
+        raise UsageError(f"{name}={env[name]!r}, which the launcher sets, is not a number in {least}..{most}")
+    return int(text)

@@ -6,14 +6,14 @@ do not, the run is refused before it starts.
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 from tlgc_mp.checkpoint.folder import find_checkpoint, saved_run
 from tlgc_mp.data import check_dataset
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import UsageError, is_count, shown
 from tlgc_mp.models.names import check_coarse_level, check_model, check_split
 from tlgc_mp.parallel.config import read_config, tensor_parallel_size, zero_stage
 from tlgc_mp.parallel.topology import Launch, Topology, default_tensor_parallel, usable_cores
@@ -22,6 +22,13 @@ from tlgc_mp.training.runs import METRICS
 
 DEFAULT_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 """The DeepSpeed configuration where none is given."""
+
+LARGEST_COUNT = 1_000_000_000
+LARGEST_WORKERS = 256
+LARGEST_SEED = 2**63 - 1
+LARGEST_IMAGE = 4096
+LONGEST_WAIT = 604_800
+"""A week, in seconds."""
 
 _SPLIT = ("tensor_parallel", "data_parallel", "zero_stage", "accumulation")
 """How a run is spread over ranks: a resumed one may be spread otherwise."""
@@ -108,21 +115,25 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
     recipe_name = options.recipe or default_recipe(options.dataset)
     recipe = find_recipe(recipe_name)
     epochs = recipe.epochs if options.epochs is None else options.epochs
-    for flag, value, least in (
-        ("--epochs", epochs, 1),
-        ("--batch-size", options.batch_size, 1),
-        ("--limit-steps", options.limit_steps, 1),
-        ("--workers", options.workers, 0),
-        ("--keep", options.keep, 1),
-        ("--seed", options.seed, 0),
-        ("--image-size", options.image_size, 8),
+    for flag, value, least, most in (
+        ("--epochs", epochs, 1, LARGEST_COUNT),
+        ("--batch-size", options.batch_size, 1, LARGEST_COUNT),
+        ("--limit-steps", options.limit_steps, 1, LARGEST_COUNT),
+        ("--workers", options.workers, 0, LARGEST_WORKERS),
+        ("--keep", options.keep, 1, LARGEST_COUNT),
+        ("--seed", options.seed, 0, LARGEST_SEED),
+        ("--image-size", options.image_size, 8, LARGEST_IMAGE),
     ):
         if value is not None and value < least:
             raise UsageError(f"{flag}={value} is too small; use {least} or more")
+        if value is not None and value > most:
+            raise UsageError(f"{flag}={value} is too large; use {most} or less")
     if options.learning_rate is not None and not 0 < options.learning_rate < float("inf"):
         raise UsageError(f"--learning-rate={options.learning_rate} is not a positive number; use one, 0.1 say")
-    if not 1 <= options.rank_timeout < float("inf"):
-        raise UsageError(f"--rank-timeout={options.rank_timeout:g} is no time to wait; use 1 second or more")
+    if not 1 <= options.rank_timeout <= LONGEST_WAIT:
+        raise UsageError(
+            f"--rank-timeout={options.rank_timeout:g} is no time to wait; use 1 second or more, {LONGEST_WAIT} at most"
+        )
 
     config = dict(DEFAULT_CONFIG) if options.deepspeed_config is None else read_config(options.deepspeed_config)
     zero_stage(config)
@@ -215,8 +226,8 @@ def _batches(
         if value in (None, "auto"):
             config.pop(key, None)
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UsageError(f"{key}={json.dumps(value)} in the DeepSpeed configuration is not 1 or more; give an int")
+        if not is_count(value):
+            raise UsageError(f"{key}={shown(value)} in the DeepSpeed configuration is not 1 or more; give an int")
         given[key] = value
     accumulation = given.get("gradient_accumulation_steps", 1)
     micro = given.get("train_micro_batch_size_per_gpu")
@@ -261,13 +272,18 @@ def _learning_rate(options: Any, config: dict[str, Any], recipe: Recipe) -> floa
         if zero_stage(config) > 0:
             config.setdefault("zero_allow_untested_optimizer", True)
         return recipe.learning_rate if options.learning_rate is None else options.learning_rate
-    try:
-        configured = float(optimizer["params"]["lr"])
-    except (KeyError, TypeError, ValueError):
+    params = optimizer.get("params") if isinstance(optimizer, dict) else None
+    rate = params.get("lr") if isinstance(params, dict) else None
+    if rate is None or not isinstance(optimizer.get("type"), str):
         raise UsageError(
-            f"optimizer={json.dumps(optimizer)} in the DeepSpeed configuration names no learning rate; "
+            f"optimizer={shown(optimizer)} in the DeepSpeed configuration names no type or no learning rate; "
             'use {"type": ..., "params": {"lr": ...}}'
-        ) from None
+        )
+    if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate <= sys.float_info.max:
+        raise UsageError(
+            f"optimizer.params.lr={shown(rate)} in the DeepSpeed configuration is not a positive number; use 0.1, say"
+        )
+    configured = float(rate)
     if options.learning_rate is not None and options.learning_rate != configured:
         raise UsageError(
             f"--learning-rate={options.learning_rate} contradicts optimizer.params.lr={configured} in the DeepSpeed "
