@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
