@@ -99,6 +99,11 @@ MISTAKES: dict[str, tuple[int, list[str], list[str]]] = {
         ["--dataset", "imagefolder", "--data-dir", "{tmp}/none"],
         ["--data-dir", "{tmp}/none", "does not exist", "train/<class>"],
     ),
+    "data folder of a name too long": (
+        1,
+        ["--dataset", "imagefolder", "--data-dir", "n" * 300],
+        ["--data-dir", "nnn", "File name too long"],
+    ),
     "data folder is a file": (
         1,
         ["--dataset", "cifar10", "--data-dir", "{tmp}/file"],
@@ -224,6 +229,8 @@ CONFIGURATIONS: dict[str, tuple[int, str, list[str], list[str]]] = {
         [],
         ["deepspeed_config", "{config}", "is not JSON", "infinity"],
     ),
+    "clipping as text": (1, '{"gradient_clipping": "auto"}', [], ['gradient_clipping="auto"', "0 or more"]),
+    "steps between prints": (1, '{"steps_per_print": 0}', [], ["steps_per_print=0", "a count of steps"]),
     "rate as text": (
         1,
         '{"optimizer": {"type": "SGD", "params": {"lr": "0.1"}}}',

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from tlgc_mp.errors import UsageError, one_of
+from tlgc_mp.errors import UsageError, one_of, shown
 
 DATASETS: tuple[str, ...] = ("digits", "cifar10", "cifar100", "imagenet", "imagefolder", "synthetic")
 
@@ -38,6 +38,8 @@ def check_dataset(name: str, data_dir: str | None) -> None:
         return
     if data_dir is None:
         raise UsageError(f"--data-dir is missing; --dataset {name} needs {_NEEDED_FOLDER[name]}")
+    if not isinstance(data_dir, str | os.PathLike):
+        raise UsageError(f"--data-dir {shown(data_dir)} is no path; use {_NEEDED_FOLDER[name]}")
     try:
         if name in _CIFAR_FOLDERS:
             _check_download_folder(name, Path(data_dir))
@@ -45,6 +47,11 @@ def check_dataset(name: str, data_dir: str | None) -> None:
             _check_image_folders(name, Path(data_dir))
     except PermissionError as error:
         raise UsageError(f"--data-dir {data_dir}: no permission to read {error.filename}; make it readable") from error
+    except (OSError, ValueError) as error:  # a name too long, a disk that fails, no path at all
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"--data-dir {shown(str(data_dir))} cannot be read: {reason}; use {_NEEDED_FOLDER[name]}"
+        ) from error
 
 
 def split_folders(name: str, data_dir: Path) -> tuple[Path, Path]:

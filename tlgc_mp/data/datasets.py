@@ -23,7 +23,7 @@ from torchvision import transforms
 
 from tlgc_mp.data.catalog import check_dataset, split_folders
 from tlgc_mp.data.streams import stream
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import UsageError, is_count
 
 Sample: TypeAlias = tuple[Tensor, int]
 Transform: TypeAlias = Callable[[Any], Tensor]
@@ -95,8 +95,10 @@ def load_datasets(
         ("num_classes", num_classes),
         ("synthetic_length", synthetic_length),
     ):
-        if value is not None and value < 1:
-            raise UsageError(f"{argument}={value} is not positive; use 1 or more")
+        if value is not None and not is_count(value):
+            raise UsageError(f"{argument}={value!r} is not positive; use 1 or more")
+    if not isinstance(seed, int):
+        raise UsageError(f"seed={seed!r} is no seed; use an int")
 
     if name == "digits":
         datasets = _digits()

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tlgc_mp.data.datasets import ImageDataset
 from tlgc_mp.data.streams import global_stream, stream
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import UsageError, is_count
 
 Request: TypeAlias = tuple[int, list[int]]  # the epoch, and the indices of the samples of one batch
 
@@ -57,8 +57,9 @@ class TrainingBatches:
         replicas: int,
         num_workers: int = 0,
     ) -> None:
-        _check(batch_size, rank, replicas, num_workers)
-        samples = len(dataset)
+        samples = _check(dataset, batch_size, rank, replicas, num_workers)
+        if not isinstance(seed, int):
+            raise UsageError(f"seed={seed!r} is no seed; use an int")
         if samples < batch_size * replicas:
             raise UsageError(
                 f"batch_size={batch_size} on {replicas} replicas needs {batch_size * replicas} samples, "
@@ -76,8 +77,10 @@ class TrainingBatches:
 
         The same sequence each time it is asked for. One at a time: do not read on in an epoch once another is begun.
         """
-        if not 0 <= start <= len(self):
-            raise UsageError(f"start={start} is not a batch of the epoch; use 0..{len(self)}")
+        if not is_count(epoch, 0):
+            raise UsageError(f"epoch={epoch!r} is no epoch; use 0 or more")
+        if not is_count(start, 0) or start > len(self):
+            raise UsageError(f"start={start!r} is not a batch of the epoch; use 0..{len(self)}")
         self._sampler.epoch, self._sampler.start = epoch, start
         return _batches(iter(self._loader))
 
@@ -105,8 +108,7 @@ class EvaluationBatches:
         replicas: int,
         num_workers: int = 0,
     ) -> None:
-        _check(batch_size, rank, replicas, num_workers)
-        samples = len(dataset)
+        samples = _check(dataset, batch_size, rank, replicas, num_workers)
         positions = torch.arange(-(-samples // (batch_size * replicas)) * batch_size * replicas)
         mine = positions.view(-1, replicas, batch_size)[:, rank]  # batches x B
         self._weights = (mine < samples).float()
@@ -228,10 +230,16 @@ def _batches(items: Iterator[tuple[Tensor, Tensor] | UsageError]) -> Iterator[tu
         yield images, labels
 
 
-def _check(batch_size: int, rank: int, replicas: int, num_workers: int) -> None:
-    if batch_size < 1:
-        raise UsageError(f"batch_size={batch_size} is not positive; use 1 or more")
-    if num_workers < 0:
-        raise UsageError(f"num_workers={num_workers} is negative; use 0 or more")
-    if not 0 <= rank < replicas:
-        raise UsageError(f"rank={rank} is not one of {replicas} replicas; use 0..{replicas - 1}")
+def _check(dataset: ImageDataset, batch_size: int, rank: int, replicas: int, num_workers: int) -> int:
+    """The length of ``dataset``, where the arguments can work."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise UsageError(f"dataset: a {type(dataset).__name__} has no length or no items; give a Dataset with both")
+    if not is_count(batch_size):
+        raise UsageError(f"batch_size={batch_size!r} is not positive; use 1 or more")
+    if not is_count(num_workers, 0):
+        raise UsageError(f"num_workers={num_workers!r} is negative; use 0 or more")
+    if not is_count(replicas):
+        raise UsageError(f"replicas={replicas!r} is not positive; use 1 or more")
+    if not is_count(rank, 0) or rank >= replicas:
+        raise UsageError(f"rank={rank!r} is not one of {replicas} replicas; use 0..{replicas - 1}")
+    return len(dataset)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from tlgc_mp.errors import UsageError, divisors, one_of
 from tlgc_mp.models.factory import CONVOLUTION_LAYERS
 from tlgc_mp.nn import FullyLearnableGroupConv2d, PermutedGroupConv2d, TwoLevelConv2d
+from tlgc_mp.nn.arguments import check_module
 from tlgc_mp.nn.from_dense import coarse_filters, group_filters
 
 Where = Callable[[str, nn.Module], bool] | str
@@ -100,6 +102,7 @@ def convert(
     Raises:
         UsageError: an argument that cannot work, or nothing that could be replaced; the model is then unchanged.
     """
+    check_module("model", model)
     _check_arguments(conv, groups, where, init)
     convolutions = _convolutions(model)
     planned, left = _plan(model, convolutions, conv, groups, where)
@@ -120,7 +123,7 @@ def convert(
 def _check_arguments(conv: str, groups: int, where: Where | None, init: str) -> None:
     if conv not in INITS["random"]:
         raise UsageError(f"conv={conv!r} is unknown; use {one_of(INITS['random'])}")
-    if init not in INITS:
+    if not isinstance(init, str) or init not in INITS:
         raise UsageError(f"init={init!r} is unknown; use {one_of(INITS)}")
     if conv not in INITS[init]:
         raise UsageError(
@@ -130,6 +133,18 @@ def _check_arguments(conv: str, groups: int, where: Where | None, init: str) -> 
         raise UsageError(f"groups={groups!r} is not a number of groups; use 1 or more")
     if where is not None and not isinstance(where, str) and not callable(where):
         raise UsageError(f"where={where!r} is neither a function of (name, layer) nor a pattern; use e.g. 'layer4.*'")
+    if callable(where) and not _takes_two(where):
+        raise UsageError(f"where={where!r} cannot be called with (name, layer); give a function of those two")
+
+
+def _takes_two(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind("", None)
+    except TypeError:
+        return False
+    except ValueError:  # some that are built in do not say
+        return True
+    return True
 
 
 def _convolutions(model: nn.Module) -> list[_Found]:

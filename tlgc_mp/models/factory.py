@@ -24,6 +24,7 @@ from tlgc_mp.nn import (
     TwoLevelPrototypeConv2d,
     init_parameters,
 )
+from tlgc_mp.nn.arguments import check_device
 
 CONVOLUTION_LAYERS: dict[str, ConvFactory] = {
     "sc": functools.partial(nn.Conv2d, bias=False),
@@ -72,6 +73,7 @@ def create_model(
     """
     check_model(name, conv, groups, num_classes, coarse_everywhere)
     check_coarse_level(conv, coarse_kernel_size, coarse_init)
+    check_device(device)
     classes = default_classes(name) if num_classes is None else num_classes
     coarse = {"coarse_kernel_size": coarse_kernel_size, "coarse_init": coarse_init} if conv in TWO_LEVEL else {}
     replacement = functools.partial(CONVOLUTION_LAYERS[conv], groups=groups, **coarse)

@@ -83,6 +83,8 @@ def check_model(
         raise UsageError(f"num_classes={num_classes!r} is not a number of classes; use 1 or more")
     if num_classes is not None and num_classes > LARGEST_CLASSES:
         raise UsageError(f"num_classes={num_classes} is too large; use {LARGEST_CLASSES} or less")
+    if not isinstance(coarse_everywhere, bool):
+        raise UsageError(f"coarse_everywhere={coarse_everywhere!r} is not True or False; use one of them")
     if coarse_everywhere and (name != MOBILENET_V2 or conv not in TWO_LEVEL):
         raise UsageError(
             f"coarse_everywhere=True changes nothing with model={name!r} and conv={conv!r}; use it with {MOBILENET_V2} "

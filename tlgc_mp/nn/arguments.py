@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
 from torch.nn.modules.utils import _pair
 
-from tlgc_mp.errors import UsageError, divisors, one_of
+from tlgc_mp.errors import UsageError, divisors, is_count, one_of
+
+_LARGEST_SIZE = 2**31 - 1
+"""Of channels and windows: torch's convolutions count in 32 bits."""
+_LARGEST_WEIGHTS = 2**59
+"""Elements, whose bytes 64 bits can count."""
+
+
+def check_module(name: str, value: object) -> None:
+    """Raises :class:`UsageError` unless the argument ``name`` is a module."""
+    if not isinstance(value, nn.Module):
+        raise UsageError(f"{name}: a {type(value).__name__} is none; give a torch.nn.Module")
+
+
+def check_device(device: Any) -> None:
+    """Raises :class:`UsageError` unless ``device`` is ``None`` or names a device that torch knows of."""
+    if device is None or isinstance(device, torch.device):
+        return
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError):
+        raise UsageError(f"device={device!r} is none; use 'cpu', 'cuda' or 'meta', say") from None
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raises :class:`UsageError` unless ``dtype`` is ``None`` or one that weights can have."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UsageError(f"dtype={dtype!r} is none for weights; use torch.float32, say")
 
 
 def check_groups(groups: int, **channels: int) -> None:
     """Raises :class:`UsageError` unless ``groups`` divides every one of the named channel counts."""
     for name, count in channels.items():
-        if not isinstance(count, int) or count < 1:
+        if not is_count(count):
             raise UsageError(f"{name}={count} is not a number of channels; use 1 or more")
+        if count > _LARGEST_SIZE:
+            raise UsageError(f"{name}={count} is too large; use {_LARGEST_SIZE} or less")
     for name, count in channels.items():
-        if not isinstance(groups, int) or groups < 1 or count % groups:
+        if not is_count(groups) or count % groups:
             common = [d for d in divisors(count) if all(other % d == 0 for other in channels.values())]
             raise UsageError(f"groups={groups} does not divide {name}={count}; use {one_of(common)}")
 
@@ -21,9 +56,18 @@ def check_groups(groups: int, **channels: int) -> None:
 def positive_pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     """(vertical, horizontal) of the argument ``name``, given as one int or as both."""
     pair = _pair(value)
-    if len(pair) != 2 or any(not isinstance(v, int) or v < 1 for v in pair):
+    if len(pair) != 2 or not all(is_count(v) for v in pair):
         raise UsageError(f"{name}={value!r} is not a positive int or a pair of them")
+    if max(pair) > _LARGEST_SIZE:
+        raise UsageError(f"{name}={value!r} is too large; use {_LARGEST_SIZE} or less")
     return tuple(pair)
+
+
+def check_weights(shape: Sequence[int]) -> None:
+    """Raises :class:`UsageError` for filters that no memory holds."""
+    if math.prod(shape) > _LARGEST_WEIGHTS:
+        sizes = " x ".join(str(size) for size in shape)
+        raise UsageError(f"in_channels, out_channels and kernel_size ask for {sizes} weights; use smaller ones")
 
 
 def padding_pair(
@@ -41,6 +85,6 @@ def padding_pair(
             )
         return (reach[0] // 2, reach[1] // 2)
     pair = _pair(padding)
-    if len(pair) != 2 or any(not isinstance(v, int) or v < 0 for v in pair):
+    if len(pair) != 2 or not all(is_count(v, 0) and v <= _LARGEST_SIZE for v in pair):
         raise UsageError(f"padding={padding!r} is not a non-negative int, a pair of them, 'same' or 'valid'")
     return tuple(pair)

@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tlgc_mp.nn.arguments import check_groups, padding_pair, positive_pair
+from tlgc_mp.nn.arguments import (
+    check_device,
+    check_dtype,
+    check_groups,
+    check_weights,
+    padding_pair,
+    positive_pair,
+)
 
 
 class FullyLearnableGroupConv2d(nn.Module):
@@ -52,10 +59,13 @@ class FullyLearnableGroupConv2d(nn.Module):
     ) -> None:
         super().__init__()
         check_groups(groups, in_channels=in_channels, out_channels=out_channels)
+        check_device(device)
+        check_dtype(dtype)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.groups = groups
         self.kernel_size = positive_pair("kernel_size", kernel_size)
+        check_weights((out_channels, in_channels // groups, *self.kernel_size))
         self.stride = positive_pair("stride", stride)
         self.dilation = positive_pair("dilation", dilation)
         self.padding = padding_pair(padding, self.kernel_size, self.stride, self.dilation)

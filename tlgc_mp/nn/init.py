@@ -16,6 +16,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from tlgc_mp.errors import UsageError
+from tlgc_mp.nn.arguments import check_module
 from tlgc_mp.nn.fully_learnable import FullyLearnableGroupConv2d
 from tlgc_mp.nn.two_level import TwoLevelConv2d
 
@@ -50,8 +52,12 @@ def init_parameters(model: nn.Module, seed: int, *, shard_index: int = 0) -> Non
         shard_index: which of its equal shards this model holds, when it is one; 0 when it is whole.
 
     Raises:
+        UsageError: ``model`` is no module, or ``seed`` no int.
         TypeError: a module holds parameters of its own that no rule here covers.
     """
+    check_module("model", model)
+    if not isinstance(seed, int):
+        raise UsageError(f"seed={seed!r} is no seed; use an int")
     for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""
         if isinstance(module, TwoLevelConv2d):

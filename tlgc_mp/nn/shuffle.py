@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tlgc_mp.nn.arguments import check_groups
+from tlgc_mp.nn.arguments import check_device, check_dtype, check_groups, check_weights, padding_pair, positive_pair
 
 
 class ShuffleConv2d(nn.Conv2d):
@@ -21,7 +21,7 @@ class ShuffleConv2d(nn.Conv2d):
     for.
 
     Raises:
-        UsageError: ``groups`` does not divide both channel counts.
+        UsageError: an argument that cannot work, such as ``groups`` that does not divide both channel counts.
     """
 
     def __init__(
@@ -38,6 +38,13 @@ class ShuffleConv2d(nn.Conv2d):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_groups(groups, in_channels=in_channels, out_channels=out_channels)
+        check_device(device)
+        check_dtype(dtype)
+        kernel, steps = positive_pair("kernel_size", kernel_size), positive_pair("stride", stride)
+        check_weights((out_channels, in_channels // groups, *kernel))
+        reach = positive_pair("dilation", dilation)
+        if padding != "same" or steps != (1, 1):  # torch pads for an even kernel too
+            padding_pair(padding, kernel, steps, reach)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
         )

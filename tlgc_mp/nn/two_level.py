@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from tlgc_mp.errors import UsageError, one_of
-from tlgc_mp.nn.arguments import check_groups, padding_pair, positive_pair
+from tlgc_mp.nn.arguments import (
+    check_device,
+    check_dtype,
+    check_groups,
+    check_weights,
+    padding_pair,
+    positive_pair,
+)
 from tlgc_mp.nn.coarse_level import Exchange, Fused, Overlapped, WholeExchange, Window
 
 WIDE_GROUP = 128
@@ -95,11 +102,14 @@ class TwoLevelConv2d(nn.Module):
     ) -> None:
         super().__init__()
         check_groups(groups, in_channels=in_channels, out_channels=out_channels)
+        check_device(device)
+        check_dtype(dtype)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.groups = groups
         self.local_groups = groups
         self.kernel_size: tuple[int, int] = positive_pair("kernel_size", kernel_size)
+        check_weights((out_channels, in_channels // groups, *self.kernel_size))
         self.stride: tuple[int, int] = positive_pair("stride", stride)
         self.dilation: tuple[int, int] = positive_pair("dilation", dilation)
         self.padding: tuple[int, int] = padding_pair(padding, self.kernel_size, self.stride, self.dilation)

@@ -54,6 +54,26 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def check_numbers(settings: Mapping[str, Any]) -> None:
+    """Refuses what DeepSpeed takes unseen and then fails on, in the first step.
+
+    Raises:
+        UsageError: ``gradient_clipping``, ``gradient_predivide_factor`` or ``steps_per_print`` is not such a number.
+    """
+    for key, least, what in _NUMBERS:
+        value = settings.get(key)
+        fits = isinstance(value, int if key == "steps_per_print" else int | float) and not isinstance(value, bool)
+        if value is not None and not (fits and least <= value < float("inf")):
+            raise UsageError(f"{key}={shown(value)} in the DeepSpeed configuration is not {what}; leave it out")
+
+
+_NUMBERS = (
+    ("gradient_clipping", 0.0, "a number of 0 or more"),
+    ("gradient_predivide_factor", 1e-30, "a number above 0"),
+    ("steps_per_print", 1, "a count of steps"),
+)
+
+
 def tensor_parallel_size(settings: Mapping[str, Any]) -> int | None:
     """P as the configuration gives it (``tensor_parallel.autotp_size``), or ``None`` where it does not.
 

@@ -16,11 +16,11 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from tlgc_mp.errors import UsageError
-from tlgc_mp.parallel.config import read_config, tensor_parallel_size, zero_stage
+from tlgc_mp.errors import UsageError, is_count
+from tlgc_mp.parallel.config import check_numbers, read_config, tensor_parallel_size, zero_stage
 from tlgc_mp.parallel.topology import Launch, Topology
 
 SLOW_START_SECONDS = 3.0
@@ -65,8 +65,8 @@ def initialize(
         (engine, optimizer, dataloader, lr_scheduler).
 
     Raises:
-        UsageError: the configuration cannot be read or holds values that DeepSpeed refuses, P does not divide the world
-            size, or a layer cannot be split over P ranks.
+        UsageError: an argument is of another kind, the configuration cannot be read or holds values that DeepSpeed
+            refuses, P does not divide the world size, or a layer cannot be split over P ranks.
     """
     import deepspeed
     import torch
@@ -74,6 +74,7 @@ def initialize(
     from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
     from tlgc_mp.nn import init_parameters
+    from tlgc_mp.nn.arguments import check_module
     from tlgc_mp.parallel.layers import collect_checkpoint_info
     from tlgc_mp.parallel.sharding import shard
 
@@ -84,11 +85,14 @@ def initialize(
         raise UsageError("config: no DeepSpeed configuration is given; give a dict or the path of a JSON file")
     if model is None:
         raise UsageError("model: none is given; give a torch.nn.Module")
+    check_module("model", model)
+    _check_kinds(optimizer, model_parameters, lr_scheduler, distributed_port, seed)
     settings = read_config(given)
     settings.setdefault("gradient_clipping", 0.0)  # DeepSpeed clips to 1 where nothing is said
     settings.setdefault("zero_force_ds_cpu_optimizer", False)  # DeepSpeed offloads no optimizer but its own else
     ranks = tensor_parallel_size(settings) or 1
     stage = zero_stage(settings)
+    check_numbers(settings)
     start_distributed(distributed_port)
     Topology(torch.distributed.get_world_size(), torch.distributed.get_rank(), ranks)
     device = torch.device(get_accelerator().current_device_name())
@@ -124,8 +128,10 @@ def initialize(
                 collate_fn=collate_fn,
                 config=settings,
             )
-        except ZeRORuntimeException as error:
-            raise _refused(error) from None
+        except UsageError:
+            raise
+        except (ZeRORuntimeException, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise _refused(error) from error
     if stage == 0:
         _keep_to_the_fast_path(made[0])
     if mpu is not None:
@@ -284,6 +290,27 @@ def _retarget_optimizer(optimizer: Any, replaced: dict[int, Any]) -> Any:
     for group in optimizer.param_groups:
         group["params"] = _retarget(group["params"], replaced)
     return optimizer
+
+
+def _check_kinds(optimizer: Any, model_parameters: Any, lr_scheduler: Any, port: Any, seed: Any) -> None:
+    """Refuses arguments of which DeepSpeed would make something else, or an error of its own."""
+    import torch
+
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer) and not callable(optimizer):
+        raise UsageError(f"optimizer={optimizer!r} is none; give a torch optimizer, or a callable that makes one")
+    if lr_scheduler is not None and not hasattr(lr_scheduler, "step") and not callable(lr_scheduler):
+        raise UsageError(f"lr_scheduler={lr_scheduler!r} is none; give a scheduler, or a callable that makes one")
+    if model_parameters is not None:
+        if isinstance(model_parameters, str | dict | torch.Tensor) or not isinstance(model_parameters, Iterable):
+            raise UsageError("model_parameters: give parameters of the model, or groups of them, in a list")
+        if isinstance(model_parameters, Sequence):
+            for item in model_parameters:
+                if not isinstance(item, torch.Tensor) and not (isinstance(item, dict) and "params" in item):
+                    raise UsageError(f"model_parameters: {item!r} is no parameter, nor a group of them with 'params'")
+    if not is_count(port) or port > 65535:
+        raise UsageError(f"distributed_port={port!r} is no port; use 1 to 65535")
+    if seed is not None and not isinstance(seed, int):
+        raise UsageError(f"seed={seed!r} is no seed; use an int")
 
 
 def _check_settings(settings: dict[str, Any], mpu: Any) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tlgc_mp.errors import UsageError
+from tlgc_mp.nn.arguments import check_module
 
 Blocks: TypeAlias = type[nn.Module] | tuple[type[nn.Module], ...]
 
@@ -43,8 +44,12 @@ def checkpoint_activations(model: nn.Module, blocks: Blocks | None = None) -> nn
         blocks = getattr(model, "block_types", None)
         if blocks is None:
             raise UsageError(f"blocks: {type(model).__name__} does not say which its blocks are; give their classes")
+    check_module("model", model)
+    classes = blocks if isinstance(blocks, tuple) else (blocks,)
+    if not classes or not all(isinstance(block, type) and issubclass(block, nn.Module) for block in classes):
+        raise UsageError(f"blocks={blocks!r} are no classes of modules; give one, or a tuple of them")
     found = list(_outermost(model, blocks))
-    names = ", ".join(block.__name__ for block in (blocks if isinstance(blocks, tuple) else (blocks,)))
+    names = ", ".join(block.__name__ for block in classes)
     if not found:
         raise UsageError(f"blocks={names}: the model has none; give the classes of its blocks")
     for block in found:

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tlgc_mp.errors import UsageError
 from tlgc_mp.nn import FullyLearnableGroupConv2d, init_parameters
+from tlgc_mp.nn.arguments import check_device, check_module
 from tlgc_mp.parallel.layers import LAYERS, ShardedLayer
 from tlgc_mp.parallel.plan import plan
 from tlgc_mp.parallel.watch import watch_first_pass
@@ -44,11 +46,19 @@ def shard(
         ``model``.
 
     Raises:
-        UsageError: a layer that cannot be split over that many ranks. The first forward pass raises one too, where the
-            model joins, cuts or reduces channels between its layers.
+        UsageError: torch.distributed is not initialized, an argument is of another kind, or a layer cannot be split
+            over that many ranks. The first forward pass raises one too, where the model joins, cuts or reduces channels
+            between its layers.
     """
+    check_module("model", model)
+    check_device(device)
+    if seed is not None and not isinstance(seed, int):
+        raise UsageError(f"seed={seed!r} is no seed; use an int")
+    if not dist.is_initialized():
+        raise UsageError("shard: torch.distributed is not initialized; call torch.distributed.init_process_group first")
     group = process_group if process_group is not None else dist.group.WORLD
-    assert group is not None, "torch.distributed is not initialized"
+    if not isinstance(group, dist.ProcessGroup):
+        raise UsageError(f"process_group={group!r} is none that this rank is in; give a group of it")
     placements = plan(model, dist.get_world_size(group))
     coarse_group = dist.new_group(
         dist.get_process_group_ranks(group), timeout=COLLECTIVE_TIMEOUT, use_local_synchronization=True
@@ -82,6 +92,7 @@ def gather_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tenso
     Args:
         keep: whether this rank wants it; one that only helps the others gets an empty dict, and holds one tensor.
     """
+    check_module("model", model)
     state: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
