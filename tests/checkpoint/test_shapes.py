@@ -18,13 +18,15 @@ SPLITS = ((2, 1), (1, 2), (2, 2))
 KINDS: list[Kind] = [(Shape(p, d, stage), "sgd", "fp32") for p, d in SPLITS for stage in (0, 1, 2, 3)]
 KINDS += [(Shape(*shape), "sgd", "bf16") for shape in ((2, 1, 0), (2, 2, 0), (1, 2, 2), (2, 2, 3))]
 KINDS += [(Shape(2, 2, stage), optimizer, "fp32") for optimizer in ("adam", "adamw") for stage in (0, 1, 3)]
-KINDS += [(Shape(2, 1, 0), "plain-sgd", "fp32")]
+KINDS += [(Shape(2, 1, 0), "plain-sgd", "fp32"), (Shape(4, 1, 1), "sgd", "fp32")]
 KINDS += [(Shape(2, 1, stage), "two-groups", "fp32") for stage in (0, 2, 3)]
 KINDS += [(Shape(1, 2, stage), optimizer, "offload") for stage, optimizer in ((1, "sgd"), (3, "adam"))]
 OTHERS: list[tuple[Kind, Shape]] = [
     ((Shape(2, 2, 1), "sgd", "fp32"), Shape(4, 1, 0)),
     ((Shape(2, 1, 0), "sgd", "fp32"), Shape(4, 1, 3)),
     ((Shape(2, 2, 1), "sgd", "fp32"), Shape(1, 1, 0)),
+    ((Shape(4, 1, 1), "sgd", "fp32"), Shape(1, 1, 3)),
+    ((Shape(4, 1, 1), "sgd", "fp32"), Shape(2, 1, 1)),
     ((Shape(2, 1, 3), "sgd", "fp32"), Shape(1, 2, 1)),
     ((Shape(2, 2, 3), "adam", "fp32"), Shape(1, 2, 1)),
     ((Shape(1, 2, 2), "sgd", "fp32"), Shape(2, 1, 3)),
