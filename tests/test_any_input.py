@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -25,6 +26,7 @@ import tlgc_mp.bench.zero
 import tlgc_mp.checkpoint.offline
 import tlgc_mp.models
 import tlgc_mp.training.settings
+from tests.bench.test_training_report import row
 from tlgc_mp.bench.settings import STRATEGIES
 from tlgc_mp.cli import _parser, main
 from tlgc_mp.data import DATASETS
@@ -138,6 +140,33 @@ def test_any_configuration_file(content: bytes, world: int) -> None:
 def test_any_configuration_in_python(value: Any) -> None:
     with contextlib.suppress(UsageError):
         assert isinstance(read_config(value), dict)
+
+
+# Rows of runs.
+
+
+@settings(ANY, max_examples=100)
+@given(data=st.data())
+def test_any_value_in_a_row_of_a_report(data: st.DataObject) -> None:
+    rows = [copy.deepcopy(row("gc-2l", 2, seed, 4.0)) for seed in range(data.draw(st.integers(1, 2)))]
+    where: Any = rows[0]
+    while True:
+        key = data.draw(st.sampled_from(list(where) if isinstance(where, dict) else range(len(where))))
+        if not isinstance(where[key], dict | list) or data.draw(st.booleans()):
+            break
+        where = where[key]
+    if data.draw(st.integers(0, 4)) == 0:
+        del where[key]
+    else:
+        where[key] = data.draw(JSON)
+    with folder_of_its_own() as folder:
+        (folder / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+        before = sorted(folder.rglob("*"))
+        status, out, err = run(["report", "rows.jsonl", "--output", "out"])
+        assert status in (0, 2)
+        if status == 2:
+            assert out == "" and err.startswith("tlgc-mp: error: report: ") and err.count("\n") == 1
+            assert sorted(folder.rglob("*")) == before
 
 
 # Flags. A process cannot be given a NUL, and paths stay within the folder of the test.

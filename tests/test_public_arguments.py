@@ -65,6 +65,21 @@ def layers(**arguments: Any) -> list[Callable[[], Any]]:
     return [lambda kind=kind: kind(**given) for kind in kinds]  # type: ignore[misc]
 
 
+def deep(levels: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for _ in range(levels):
+        settings = {"a": settings}
+    return settings
+
+
+def permuted(**changes: Any) -> Callable[[], Any]:
+    tensors = {"weight": torch.zeros(4, 2, 3, 3), "bias": None}
+    orders = {"input_order": torch.arange(4), "output_order": torch.arange(4)}
+    window = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 2}
+    arguments: dict[str, Any] = {**tensors, **orders, **window, **changes}
+    return lambda: tlgc_mp.nn.PermutedGroupConv2d(**arguments)
+
+
 REFUSED: list[tuple[Callable[[], Any], str]] = [
     (create(5), "model=5 is unknown"),
     (create(["wrn-10-1"]), "model=['wrn-10-1'] is unknown"),
@@ -97,6 +112,10 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (initialize(model="network"), "model: a str is none; give a torch.nn.Module"),
     (initialize(config=[]), "config=[] is no configuration; give a dict or the path of a JSON file"),
     (initialize(config=5), "config=5 is no configuration"),
+    (initialize(config=b"{}"), "is no configuration"),
+    (initialize(config=deep(10_000)), "config: it cannot be copied: maximum recursion depth"),
+    (initialize(config={"a": (item for item in ())}), "config: it cannot be copied: cannot pickle 'generator' object"),
+    (lambda: tlgc_mp.load_model("weights.safetensors", device="gpu"), "device='gpu' is none"),
     (initialize(config={"tensor_parallel": 2}), "tensor_parallel=2 is not an object"),
     (initialize(config={"zero_optimization": {"stage": {1}}}), 'zero_optimization.stage="{1}" is not a ZeRO stage'),
     (initialize(config={**CONFIG, "gradient_clipping": "auto"}), 'gradient_clipping="auto" in the DeepSpeed conf'),
@@ -137,6 +156,13 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     *((call, "dtype=torch.int64 is none for weights") for call in layers(dtype=torch.int64)),
     *((call, "device='gpu' is none") for call in layers(device="gpu")),
     *((call, "in_channels, out_channels and kernel_size ask for 8 x 4 x ") for call in layers(kernel_size=2**30)),
+    (permuted(weight="x"), "weight: it is no tensor of filters"),
+    (permuted(weight=torch.zeros(4, 2)), "weight: it is no tensor of filters"),
+    (permuted(input_order=[0, 1]), "input_order: it is no list of channels"),
+    (permuted(output_order=torch.zeros(4)), "output_order: it is no list of channels"),
+    (permuted(groups=3), "groups=3 does not divide out_channels=4"),
+    (permuted(input_order=torch.arange(6)), "input_order: 6 channels; 2 groups read 4"),
+    (permuted(bias=torch.zeros(5)), "bias: it is not one number for each of 4 output channels"),
     (lambda: tlgc_mp.nn.init_parameters(None, 0), "model: a NoneType is none"),  # type: ignore[arg-type]
     (lambda: tlgc_mp.nn.init_parameters(network(), "x"), "seed='x' is no seed"),  # type: ignore[arg-type]
     (lambda: tlgc_mp.data.check_dataset([], None), "--dataset [] is unknown"),  # type: ignore[arg-type]

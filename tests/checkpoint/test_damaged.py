@@ -166,7 +166,7 @@ DESCRIPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "null": (lambda _: {"format": None}, "is of format None, and this version reads format 1"),
     "no format": (_drop("format"), "is of format None"),
     "format true": (_put("format", True), "is of format True"),
-    "files a list": (_put("files", []), "names no files of weights"),
+    "files a list": (_put("files", []), "names no files"),
     "no files": (_put("files", {}), "names no files of weights"),
     "a file without an entry": (_put("files", "scheduler.pt", None), "'scheduler.pt' it tells no size and sum"),
     "a file without its size": (_put("files", "scheduler.pt", {"sha256": ""}), "it tells no size and sum"),

@@ -108,13 +108,11 @@ def read_description(folder: str, tag: str) -> dict[str, Any]:
     if description.get("format") != FORMAT or isinstance(description["format"], bool):
         raise UsageError(f"{path!r} is of format {description.get('format')!r}, and this version reads format {FORMAT}")
     files = description.get("files")
-    if not isinstance(files, dict) or not any(name.endswith(".safetensors") for name in files):
-        raise UsageError(f"{path!r} does not describe a checkpoint: it names no files of weights")
+    if not isinstance(files, dict):
+        raise UsageError(f"{path!r} does not describe a checkpoint: it names no files")
     for name, entry in files.items():
         if os.path.basename(name) != name or not isinstance(entry, dict) or not _is_sealed(entry):
             raise UsageError(f"{path!r} does not describe a checkpoint: of its file {name!r} it tells no size and sum")
-    if not isinstance(description.get("client_state"), dict):
-        raise UsageError(f"{path!r} does not describe a checkpoint: it has no client_state")
     return description
 
 
@@ -128,7 +126,9 @@ def saved_run(folder: str, tag: str) -> dict[str, Any]:
     Raises:
         UsageError: something else saved it.
     """
-    state, where = read_description(folder, tag)["client_state"], os.path.join(folder, tag)
+    state, where = read_description(folder, tag).get("client_state"), os.path.join(folder, tag)
+    if not isinstance(state, dict):
+        raise UsageError(f"{where!r} is not a checkpoint of tlgc-mp train: it has no client_state")
     run, progress = state.get("run"), state.get("progress")
     if not isinstance(run, dict):
         raise UsageError(f"{where!r} is not a checkpoint of tlgc-mp train")

@@ -20,6 +20,7 @@ from tlgc_mp.errors import UsageError
 from tlgc_mp.files import as_path
 from tlgc_mp.models import create_model
 from tlgc_mp.models.names import check_split
+from tlgc_mp.nn.arguments import check_device
 from tlgc_mp.parallel.plan import plan
 
 _ARGUMENTS = ("conv", "groups", "coarse_everywhere", "coarse_kernel_size", "coarse_init")
@@ -75,6 +76,7 @@ def load_model(path: str, device: torch.device | str = "cpu") -> nn.Module:
         UsageError: the file cannot be read, or is not such a file.
     """
     path = as_path("path", path)
+    check_device(device)
     try:
         with safe_open(path, framework="pt") as file:
             arguments = json.loads((file.metadata() or {})[_METADATA])

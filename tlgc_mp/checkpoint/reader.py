@@ -111,6 +111,8 @@ class CheckpointReader:
                 raise UsageError(f"{path!r} cannot be read: {error}") from None
             except (KeyError, ValueError, TypeError, RecursionError):
                 raise UsageError(f"{path!r} does not say where its tensors belong; give one that was saved") from None
+        if not self._files:
+            raise UsageError(f"the checkpoint {self.where!r} names no files of weights")
         for tensor, pieces in self._pieces.items():
             self._check(tensor, [(piece, elements) for _, piece, elements in pieces])
 

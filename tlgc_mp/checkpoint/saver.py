@@ -405,6 +405,8 @@ def _fill(state: EngineState, reader: CheckpointReader, replica_state: dict[str,
 def _described(description: dict[str, Any], groups: int) -> dict[str, Any]:
     """The description of the optimizer, where that and the engine's counts are as they were written."""
     optimizer, engine = description.get("optimizer"), description.get("engine")
+    if not isinstance(description.get("client_state"), dict):
+        raise UsageError(f"its {folders.DESCRIPTION} has no client_state")
     if not isinstance(engine, dict) or not all(is_count(engine.get(name), 0) for name in _COUNTERS):
         raise UsageError(f"its {folders.DESCRIPTION} does not count the engine's steps")
     if not isinstance(optimizer, dict) or not isinstance(optimizer.get("type"), str):

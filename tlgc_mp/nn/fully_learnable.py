@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tlgc_mp.errors import UsageError
 from tlgc_mp.nn.arguments import (
     check_device,
     check_dtype,
@@ -158,6 +159,9 @@ class PermutedGroupConv2d(nn.Module):
         input_order: (n',), the channel of the input that each channel of the convolution reads.
         output_order: the channel of the convolution that each output channel is.
         stride, padding, dilation, groups: of the convolution.
+
+    Raises:
+        UsageError: a tensor of another kind or shape than these.
     """
 
     bias: nn.Parameter | None
@@ -177,6 +181,18 @@ class PermutedGroupConv2d(nn.Module):
         groups: int,
     ) -> None:
         super().__init__()
+        if not isinstance(weight, Tensor) or weight.dim() != 4 or not weight.is_floating_point():
+            raise UsageError("weight: it is no tensor of filters; give one of (m', n'/N, d, d)")
+        for name, order in (("input_order", input_order), ("output_order", output_order)):
+            if not isinstance(order, Tensor) or order.dim() != 1 or order.dtype != torch.int64:
+                raise UsageError(f"{name}: it is no list of channels; give a tensor of one dimension, int64")
+        check_groups(groups, out_channels=weight.shape[0], input_order=len(input_order))
+        if len(input_order) != groups * weight.shape[1]:
+            raise UsageError(
+                f"input_order: {len(input_order)} channels; {groups} groups read {groups * weight.shape[1]}"
+            )
+        if bias is not None and (not isinstance(bias, Tensor) or bias.shape != output_order.shape):
+            raise UsageError(f"bias: it is not one number for each of {len(output_order)} output channels")
         self.weight = nn.Parameter(weight)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.register_buffer("input_order", input_order)

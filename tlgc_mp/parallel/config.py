@@ -18,7 +18,10 @@ def read_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str,
             object.
     """
     if isinstance(config, Mapping):
-        return copy.deepcopy(dict(config))
+        try:
+            return copy.deepcopy(dict(config))
+        except Exception as error:  # too deep, or an object in it that is not to be copied
+            raise UsageError(f"config: it cannot be copied: {error}; give what a JSON file could hold") from None
     if not isinstance(config, str | os.PathLike):
         raise UsageError(f"config={shown(config)} is no configuration; give a dict or the path of a JSON file")
     import hjson
