@@ -33,6 +33,14 @@ TAKEN = (
         (OSError(errno.ENOMEM, "Cannot allocate memory"), Cause("out of memory: [Errno 12] Cannot allocate memory")),
         (torch.OutOfMemoryError("CUDA out of memory."), Cause("out of memory: CUDA out of memory.")),
         (RuntimeError("shape '[2]' is invalid"), Cause("RuntimeError: shape '[2]' is invalid")),
+        (
+            RuntimeError("DataLoader worker (pid(s) 8211) exited unexpectedly"),
+            Cause("data worker process 8211 has died", traced=False),
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 8211) is killed by signal: Killed. "),
+            Cause("data worker process 8211 has died", traced=False),
+        ),
         (RuntimeError("first\n  second"), Cause("RuntimeError: first second")),
         (RuntimeError(GLOO), Cause(f"RuntimeError: {GLOO}", echo=True)),
         (dist.DistNetworkError("recv failed"), Cause("DistNetworkError: recv failed", echo=True)),

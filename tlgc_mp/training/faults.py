@@ -20,6 +20,7 @@ _CONNECTION = re.compile(
     re.IGNORECASE,
 )
 _PORT_TAKEN = re.compile(r"port: (\d+).*EADDRINUSE", re.DOTALL)
+_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")  # by which torch tells that one is gone
 _LONGEST = 300
 
 
@@ -69,6 +70,8 @@ def cause_of(error: BaseException) -> Cause:
             "(MASTER_PORT, or the launcher's --master_port)",
             traced=False,
         )
+    if isinstance(error, RuntimeError) and (worker := _WORKER.match(said)):
+        return Cause(f"data worker process {worker[1]} has died", traced=False)
     text = f"{type(error).__name__}: {said}" if said else type(error).__name__
     connection = isinstance(error, (dist.DistError, ConnectionError)) or (
         isinstance(error, RuntimeError) and _CONNECTION.search(said) is not None
