@@ -250,10 +250,8 @@ class Watchdog:
 
     def _find(self, now: float) -> _Verdict | None:
         """What has gone wrong, if anything."""
-        if self._minds_workers:
-            for process in started_workers[self._first_worker :]:
-                if not process.is_alive():
-                    return self._about(self._rank, f"data worker process {process.pid} {_ending(process.exitcode)}")
+        if (worker := self._dead_worker()) is not None:
+            return self._about(self._rank, worker)
         if self._store is None:
             return None
         for rank, when in self._ended.items():
@@ -271,6 +269,14 @@ class Watchdog:
             if silence > self._timeout:
                 who = f"{self._process(self._next)}{self._state(self._next)}"
                 return self._about(self._next, f"{who} has not answered for {silence:.0f} s", lost=True)
+        return None
+
+    def _dead_worker(self) -> str | None:
+        """What has become of a data worker process of this rank that is needed and gone."""
+        if self._minds_workers:
+            for process in started_workers[self._first_worker :]:
+                if not process.is_alive():
+                    return f"data worker process {process.pid} {_ending(process.exitcode)}"
         return None
 
     def _store_failed(self, how: str) -> _Verdict:
@@ -313,8 +319,13 @@ class Watchdog:
             time.sleep(_FIRST_WORD_SECONDS)
         standing = self._verdict
         if standing is None:
-            text = cause.text
-            if cause.traced and (path := self._write_traceback(error)):
+            deadline = time.monotonic() + _GLANCE_SECONDS * 10
+            while (
+                (worker := self._dead_worker()) is None and isinstance(error, EOFError) and time.monotonic() < deadline
+            ):
+                time.sleep(_GLANCE_SECONDS)  # a worker that was killed as it handed over a batch is gone in a moment
+            text = worker or cause.text
+            if worker is None and cause.traced and (path := self._write_traceback(error)):
                 text = f"{text} (traceback: {path})"
             standing = self._tell(self._about(self._rank, text, cause.status))
         self._farewell(ECHO_SECONDS)
