@@ -53,7 +53,7 @@ INJECTED = {
     "memory": (1, "out of memory: "),
     "nan": (1, "the loss is nan in epoch 2 after step 2; nothing of it is saved"),
     "disk": (0, "a file cannot be written: No space left on device: /dev/full"),
-    "worker": (1, "data worker process "),
+    "worker": (1, "was killed by SIGKILL"),
 }
 
 

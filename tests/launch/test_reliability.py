@@ -43,7 +43,7 @@ FAULTS = {
     "memory": "out of memory: ",
     "nan": "the loss is nan",
     "disk": "No space left on device",
-    "worker": "data worker process ",
+    "worker": "was killed by SIGKILL",
 }
 
 
