@@ -15,7 +15,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.parallel.common import SEED, TrainingRun, assert_close, batches, run_ranks_once, train_one_device
+from tests.parallel.common import (
+    SEED,
+    TrainingRun,
+    assert_close,
+    batches,
+    coarse_from_the_first,
+    run_ranks_once,
+    train_one_device,
+)
 from tests.ranks import run_ranks
 from tlgc_mp import create_model
 from tlgc_mp.baselines import layer_pipeline
@@ -38,7 +46,7 @@ STATUS = Path("/proc/self/status")
 
 def _model(name: str, conv: str, groups: int, device: str) -> Any:
     torch.manual_seed(SEED)
-    return create_model(name, conv=conv, groups=groups, device=device)
+    return create_model(name, conv=conv, groups=groups, device=device, **coarse_from_the_first(conv))
 
 
 def _sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:

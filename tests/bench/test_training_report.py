@@ -33,7 +33,7 @@ def row(conv: str, groups: int, seed: int, error: float, **changes: Any) -> dict
         "conv": conv,
         "groups": groups,
         "coarse_kernel_size": None,
-        "coarse_init": "he",
+        "coarse_init": "zero",
         "seed": seed,
         "tensor_parallel": 1,
         "data_parallel": 1,
@@ -56,7 +56,7 @@ ROWS = [
     *(row("gc", n, seed, 5.0 + 2 * k + seed) for k, n in enumerate((2, 4)) for seed in (0, 1)),
     *(row("gc-2l", n, seed, 4.0 + k + 2 * k * seed) for k, n in enumerate((2, 4)) for seed in (0, 1)),
     row("gc-2l", 2, 0, 6.5, coarse_kernel_size=1),
-    row("gc-2l", 2, 0, 6.25, coarse_init="zero"),
+    row("gc-2l", 2, 0, 6.25, coarse_init="he"),
 ]
 
 
@@ -94,7 +94,7 @@ def test_seeds_are_averaged_and_their_spread_told(folder: Path) -> None:
     assert gc[5] == f"1.5050 ± {statistics.stdev([1.50, 1.51]):.4f}"
     assert gc[6:] == ["120.0", "3.0"]
     assert _cells(text, "GC-2L, d0 = 1", "2", "1")[0][4] == "6.50"
-    assert _cells(text, "GC-2L, zero initialization", "2", "1")[0][4] == "6.25"
+    assert _cells(text, "GC-2L, he initialization", "2", "1")[0][4] == "6.25"
 
 
 def test_slopes_are_those_of_each_seed(folder: Path) -> None:

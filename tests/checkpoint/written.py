@@ -67,11 +67,13 @@ def write(run: Path) -> dict[str, Tensor]:
 
 
 def describe(checkpoint: Path, change: Any) -> None:
-    """Writes ``checkpoint.json`` again, as ``change`` of its contents leaves it, or as it returns them."""
+    """Writes ``checkpoint.json`` again with its sum, as ``change`` of its contents leaves it, or as it returns them."""
     path = checkpoint / "checkpoint.json"
     description = json.loads(path.read_text())
+    del description["sha256"]
     changed = change(description)
-    path.write_text(json.dumps(description if changed is None else changed))
+    content = description if changed is None else changed
+    path.write_text(folders.description_text(content) if isinstance(content, dict) else json.dumps(content))
 
 
 def reindex(checkpoint: Path, change: Any, rank: int = 0) -> None:

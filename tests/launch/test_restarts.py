@@ -18,6 +18,7 @@ from tests.launch.jobs import BIN, free_port, marked, started
 # A launch of training that trains nothing: it notes its arguments, and ends with the next of the statuses it is given.
 SCRIPT = """
 import json, os, signal, subprocess, sys, time
+from tlgc_mp.checkpoint.folder import description_text
 folder = os.path.dirname(os.path.abspath(__file__))
 with open(os.path.join(folder, "attempts"), "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
@@ -42,7 +43,7 @@ if isinstance(action, str):
     with open(os.path.join(checkpoint, "checkpoint.json"), "w") as file:
         empty = {"bytes": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
         files = {"shard-00-00.safetensors": empty}
-        json.dump({"format": 1, "files": files, "client_state": {}, "saved": 1.0}, file)
+        file.write(description_text({"format": 1, "files": files, "client_state": {}, "saved": 1.0}))
     open(os.path.join(checkpoint, "shard-00-00.safetensors"), "w").close()
     open(os.path.join(checkpoint, "..", "latest"), "w").write(action)
     action = 1

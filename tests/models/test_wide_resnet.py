@@ -86,7 +86,7 @@ def test_imagenet_wide_resnet(conv: str, groups: int) -> None:
 @pytest.mark.parametrize("size", [64, 33])
 def test_imagenet_wide_resnet_on_small_images(size: int) -> None:
     torch.manual_seed(3)
-    model = create_model("imagenet-wrn-34-2", groups=16, num_classes=7).eval()
+    model = create_model("imagenet-wrn-34-2", groups=16, num_classes=7, coarse_init="he").eval()
     images = torch.randn(2, 3, size, size)
     stem = model.get_submodule("stem")
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_logits_are_those_of_the_units_in_a_row() -> None:
 
 def test_forward_leaves_its_input_alone() -> None:
     torch.manual_seed(3)
-    model = create_model("wrn-10-1", groups=2)
+    model = create_model("wrn-10-1", groups=2, coarse_init="he")
     images = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     before = images.clone()
     model(images)
@@ -164,7 +164,7 @@ def test_the_seed_makes_the_model() -> None:
     def state(seed: int, draws: int) -> dict[str, Tensor]:
         torch.manual_seed(seed)
         torch.rand(draws)
-        return create_model("wrn-10-1", groups=4).state_dict()
+        return create_model("wrn-10-1", groups=4, coarse_init="he").state_dict()
 
     first, again, other = state(5, 0), state(5, 3), state(6, 0)
     assert all(torch.equal(first[key], again[key]) for key in first)

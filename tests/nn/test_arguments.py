@@ -95,7 +95,7 @@ def test_a_coarse_mode_that_is_none_is_refused() -> None:
 @pytest.mark.parametrize("frozen", ["weight", "restriction", "prolongation", "bias", "input"])
 def test_what_is_frozen_gets_no_gradient_and_all_else_its_own(frozen: str, mode: str) -> None:
     torch.manual_seed(SEED)
-    layer = TwoLevelConv2d(8, 12, 3, groups=4, bias=True, dtype=torch.float64)
+    layer = TwoLevelConv2d(8, 12, 3, groups=4, bias=True, dtype=torch.float64, coarse_init="he")
     layer.coarse_mode = mode
     tensors = {"input": torch.randn(2, 8, 5, 5, dtype=torch.float64), **dict(layer.named_parameters())}
 
@@ -116,7 +116,9 @@ def test_what_is_frozen_gets_no_gradient_and_all_else_its_own(frozen: str, mode:
 @pytest.mark.parametrize(("kernel_size", "dilation"), [(3, 1), ((5, 1), 1), (3, 2), (2, 2), (1, 1)])
 def test_padding_by_name_is_torchs(padding: str, kernel_size: int | tuple[int, int], dilation: int) -> None:
     torch.manual_seed(SEED)
-    layer = TwoLevelConv2d(8, 12, kernel_size, padding=padding, dilation=dilation, groups=4, dtype=torch.float64)
+    layer = TwoLevelConv2d(
+        8, 12, kernel_size, padding=padding, dilation=dilation, groups=4, dtype=torch.float64, coarse_init="he"
+    )
     x = torch.randn(2, 8, 7, 6, dtype=torch.float64)
     fine = F.conv2d(x, layer.weight, padding=padding, dilation=dilation, groups=4)
     coarse = F.conv2d(x, layer.restriction, padding=padding, dilation=dilation, groups=4)

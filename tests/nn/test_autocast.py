@@ -13,7 +13,7 @@ TOLERANCE = 0.01
 @pytest.mark.parametrize("coarse_mode", ["overlapped", "fused"])
 def test_bfloat16_autocast(coarse_mode: str) -> None:
     torch.manual_seed(SEED)
-    layer = TwoLevelConv2d(16, 24, 3, padding=1, groups=4, bias=True)
+    layer = TwoLevelConv2d(16, 24, 3, padding=1, groups=4, bias=True, coarse_init="he")
     layer.coarse_mode = coarse_mode
     assert layer.bias is not None
     torch.nn.init.normal_(layer.bias)

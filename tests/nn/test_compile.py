@@ -11,7 +11,7 @@ MODES = ["overlapped", "fused"]
 
 
 def make(coarse_mode: str) -> TwoLevelConv2d:
-    layer = TwoLevelConv2d(8, 12, 3, stride=2, padding=1, groups=4, bias=True, dtype=torch.float64)
+    layer = TwoLevelConv2d(8, 12, 3, stride=2, padding=1, groups=4, bias=True, dtype=torch.float64, coarse_init="he")
     layer.coarse_mode = coarse_mode
     return layer
 

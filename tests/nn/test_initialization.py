@@ -20,9 +20,9 @@ def model() -> nn.Sequential:
     """One of each kind of layer that has initial values."""
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, bias=False),
-        TwoLevelConv2d(16, 32, 3, groups=GROUPS, bias=True),
+        TwoLevelConv2d(16, 32, 3, groups=GROUPS, bias=True, coarse_init="he"),
         nn.BatchNorm2d(32),
-        TwoLevelConv2d(32, 16, 3, groups=GROUPS, coarse_kernel_size=1),
+        TwoLevelConv2d(32, 16, 3, groups=GROUPS, coarse_kernel_size=1, coarse_init="he"),
         nn.Conv2d(16, 16, 3, groups=GROUPS),
         nn.Flatten(),
         nn.Linear(16, 10),
@@ -48,7 +48,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("coarse_kernel_size", [3, 5])
 def test_spread(initialize: Callable[[TwoLevelConv2d], None], coarse_kernel_size: int) -> None:
     torch.manual_seed(SEED)
-    layer = TwoLevelConv2d(512, 1024, 3, groups=8, bias=True, coarse_kernel_size=coarse_kernel_size)
+    layer = TwoLevelConv2d(512, 1024, 3, groups=8, bias=True, coarse_kernel_size=coarse_kernel_size, coarse_init="he")
     with torch.no_grad():
         for param in layer.parameters():
             param.fill_(math.nan)

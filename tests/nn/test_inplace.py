@@ -18,7 +18,7 @@ SEED = 31
 @pytest.mark.parametrize("coarse_mode", ["overlapped", "fused"])
 def test_in_place_relu(coarse_mode: str, bias: bool, kernel_size: int, memory_format: torch.memory_format) -> None:
     torch.manual_seed(SEED)
-    layer = TwoLevelConv2d(8, 12, kernel_size, groups=4, bias=bias, dtype=torch.float64)
+    layer = TwoLevelConv2d(8, 12, kernel_size, groups=4, bias=bias, dtype=torch.float64, coarse_init="he")
     layer.coarse_mode = coarse_mode
     x = torch.randn(2, 8, 5, 6, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
 

@@ -30,7 +30,7 @@ def test_layer_keeps_the_format(
     grad_format: torch.memory_format,
     memory_format: torch.memory_format,
 ) -> None:
-    layer = TwoLevelConv2d(8, 12, kernel_size, padding=1, groups=4, bias=True)
+    layer = TwoLevelConv2d(8, 12, kernel_size, padding=1, groups=4, bias=True, coarse_init="he")
     layer.coarse_mode = coarse_mode
     x = torch.randn(BATCH, 8, 6, 5).to(memory_format=memory_format).requires_grad_()
     y = layer(x)

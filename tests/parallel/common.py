@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.ranks import run_ranks
+from tlgc_mp.models.names import TWO_LEVEL
 from tlgc_mp.nn import TwoLevelConv2d, init_parameters
 from tlgc_mp.parallel.layers import ShardedLayer
 
@@ -51,12 +52,17 @@ def batches(count: int, size: int, dtype: torch.dtype, seed: int = SEED, side: i
     ]
 
 
+def coarse_from_the_first(conv: str) -> dict[str, Any]:
+    """Arguments of ``create_model`` with which a coarse level has its part in the very first output."""
+    return {"coarse_init": "he"} if conv in TWO_LEVEL else {}
+
+
 def seeded_model(conv: str, groups: int, dtype: torch.dtype, device: str, seed: int = SEED) -> nn.Module:
     """WRN-10-2 with the initial weights of ``seed``, or on the meta device about to get them."""
     from tlgc_mp import create_model
 
     torch.manual_seed(seed)
-    return create_model("wrn-10-2", conv=conv, groups=groups, device=device).to(dtype)
+    return create_model("wrn-10-2", conv=conv, groups=groups, device=device, **coarse_from_the_first(conv)).to(dtype)
 
 
 class SmoothBlock(nn.Sequential):
@@ -73,9 +79,16 @@ def smooth_network(device: str) -> nn.Module:
             nn.Conv2d(3, 16, 3, padding=1, bias=False),
             nn.BatchNorm2d(16),
             nn.SiLU(),
-            SmoothBlock(TwoLevelConv2d(16, 32, 3, padding=1, stride=2, groups=4), nn.BatchNorm2d(32), nn.SiLU()),
-            SmoothBlock(TwoLevelConv2d(32, 32, 3, padding=1, groups=4, bias=True, coarse_kernel_size=1), nn.SiLU()),
-            SmoothBlock(TwoLevelConv2d(32, 64, 1, groups=4), nn.BatchNorm2d(64), nn.SiLU()),
+            SmoothBlock(
+                TwoLevelConv2d(16, 32, 3, padding=1, stride=2, groups=4, coarse_init="he"),
+                nn.BatchNorm2d(32),
+                nn.SiLU(),
+            ),
+            SmoothBlock(
+                TwoLevelConv2d(32, 32, 3, padding=1, groups=4, bias=True, coarse_kernel_size=1, coarse_init="he"),
+                nn.SiLU(),
+            ),
+            SmoothBlock(TwoLevelConv2d(32, 64, 1, groups=4, coarse_init="he"), nn.BatchNorm2d(64), nn.SiLU()),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
             nn.Linear(64, 10),

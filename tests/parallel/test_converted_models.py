@@ -47,7 +47,12 @@ squeeze-and-excite of seresnet18 stays dense, and is gathered."""
 def _model(name: str) -> nn.Module:
     torch.manual_seed(SEED)
     make, arguments = MODELS[name]
-    return convert(make(num_classes=10), groups=GROUPS, **arguments)  # type: ignore[call-arg]
+    model = convert(make(num_classes=10), groups=GROUPS, **arguments)  # type: ignore[call-arg]
+    if "init" not in arguments:
+        for layer in model.modules():
+            if isinstance(layer, TwoLevelConv2d):  # so that the coarse level has its part in the very first output
+                nn.init.normal_(layer.prolongation, 0.0, GROUPS**-0.5)
+    return model
 
 
 def _sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:

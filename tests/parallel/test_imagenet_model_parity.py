@@ -19,6 +19,7 @@ from tests.parallel.common import (
     TrainingRun,
     assert_close,
     batches,
+    coarse_from_the_first,
     gather_gradients,
     run_ranks_once,
     train_one_device,
@@ -37,7 +38,7 @@ NARROW = "narrow"
 CONVOLUTIONS: dict[str, Callable[..., nn.Module]] = {
     "sc": functools.partial(nn.Conv2d, bias=False),
     "gc": functools.partial(nn.Conv2d, bias=False),
-    "gc-2l": TwoLevelConv2d,
+    "gc-2l": functools.partial(TwoLevelConv2d, coarse_init="he"),
 }
 SPLIT: list[tuple[int, Network]] = [
     *((2, (name, conv, groups)) for name in ("mobilenet_v2", NARROW) for conv, groups in (("sc", 1), ("gc", 4))),
@@ -70,7 +71,9 @@ def _model(network: Network, device: str, dtype: torch.dtype) -> nn.Module:
         if device != "meta":
             init_parameters(model.to_empty(device=device), SEED)
     else:
-        model = create_model(name, conv=conv, groups=groups, num_classes=10, device=device).to(dtype)
+        model = create_model(
+            name, conv=conv, groups=groups, num_classes=10, device=device, **coarse_from_the_first(conv)
+        ).to(dtype)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -78,7 +78,7 @@ def test_one_device() -> None:
 def test_the_blocks_of_mobilenet_v2() -> None:
     def model() -> nn.Module:
         torch.manual_seed(SEED)
-        return create_model("mobilenet_v2", groups=GROUPS, num_classes=10).double()
+        return create_model("mobilenet_v2", groups=GROUPS, num_classes=10, coarse_init="he").double()
 
     expected, actual = _train(model()), _train(checkpoint_activations(model()))
     # Not bit for bit: a block's input hands its gradient on in another memory format, which sums in another order.

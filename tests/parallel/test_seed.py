@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.parallel.common import SEED, run_ranks_once, seeded_model
+from tests.parallel.common import SEED, coarse_from_the_first, run_ranks_once, seeded_model
 from tlgc_mp import create_model
 from tlgc_mp.parallel import gather_state_dict, shard
 
@@ -24,7 +24,7 @@ def _initial_states() -> dict[tuple[str, int, str], dict[str, Tensor]]:
                 model = seeded_model(conv, groups, torch.float32, device)
                 torch.randn(dist.get_rank() + 1)
                 states[conv, ranks, device] = gather_state_dict(shard(model, group))
-            given = create_model("wrn-10-2", conv=conv, groups=groups, device="meta")
+            given = create_model("wrn-10-2", conv=conv, groups=groups, device="meta", **coarse_from_the_first(conv))
             torch.manual_seed(SEED + 1)
             states[conv, ranks, "meta, seed given"] = gather_state_dict(shard(given, group, seed=SEED))
     return states
@@ -46,7 +46,7 @@ def test_weights_do_not_depend_on_the_split(conv: str, groups: int, ranks: int, 
 def test_another_seed_gives_other_weights(conv: str, groups: int) -> None:
     state = seeded_model(conv, groups, torch.float32, "cpu").state_dict()
     torch.manual_seed(SEED + 1)
-    other = create_model("wrn-10-2", conv=conv, groups=groups, device="cpu").state_dict()
+    other = create_model("wrn-10-2", conv=conv, groups=groups, **coarse_from_the_first(conv)).state_dict()
     drawn = [name for name in state if state[name].ndim > 1]
     assert drawn
     assert all((state[name] != other[name]).float().mean() > 0.99 for name in drawn)

@@ -13,7 +13,7 @@ from tlgc_mp.parallel import shard
 
 def _model() -> nn.Module:
     torch.manual_seed(SEED)
-    shared = TwoLevelConv2d(8, 8, 3, padding=1, groups=2)
+    shared = TwoLevelConv2d(8, 8, 3, padding=1, groups=2, coarse_init="he")
     stem, head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 10)
     return nn.Sequential(stem, shared, nn.SiLU(), shared, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).double()
 

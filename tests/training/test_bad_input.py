@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint.written import PROGRESS, RUN
-from tlgc_mp.checkpoint.folder import sealed
+from tlgc_mp.checkpoint.folder import description_text, sealed
 from tlgc_mp.cli import main
 
 SYNTHETIC = ["--dataset", "synthetic", "--model", "wrn-10-1", "--image-size", "8"]
@@ -48,11 +47,11 @@ MISTAKES: dict[str, tuple[int, list[str], list[str]]] = {
         ["coarse_kernel_size=1", "'gc'", "gc-2l, gc-2l-proto"],
     ),
     "coarse kernel that has no centre": (1, [*SYNTHETIC, "--coarse-kernel-size", "2"], ["coarse_kernel_size=2", "odd"]),
-    "coarse initialization": (1, [*SYNTHETIC, "--coarse-init", "xavier"], ["coarse_init='xavier'", "he, zero, scaled"]),
+    "coarse initialization": (1, [*SYNTHETIC, "--coarse-init", "xavier"], ["coarse_init='xavier'", "zero, scaled, he"]),
     "initialization without a coarse level": (
         1,
-        [*SYNTHETIC, "--conv", "shuffle", "--coarse-init", "zero"],
-        ["coarse_init='zero'", "'shuffle'", "gc-2l, gc-2l-proto"],
+        [*SYNTHETIC, "--conv", "shuffle", "--coarse-init", "he"],
+        ["coarse_init='he'", "'shuffle'", "gc-2l, gc-2l-proto"],
     ),
     "steps": (1, [*SYNTHETIC, "--limit-steps", "0"], ["--limit-steps=0", "1 or more"]),
     "groups of MobileNetV2": (
@@ -285,7 +284,7 @@ def folder(tmp_path: Path) -> Path:
         shard.write_bytes(b"weights")
         state = {"run": {**RUN, "model": "wrn-16-1"}, "num_classes": 10, "progress": PROGRESS}
         described = {"format": 1, "files": {shard.name: sealed(str(shard))}, "client_state": state}
-        (checkpoint / "checkpoint.json").write_text(json.dumps(described)[: 30 if run == "torn" else None])
+        (checkpoint / "checkpoint.json").write_text(description_text(described)[: 30 if run == "torn" else None])
         if run == "gone":
             shard.unlink()
     return tmp_path

@@ -96,13 +96,13 @@ def test_learned_groups_are_counted_as_they_are_at_the_end(tmp_path: Path, stage
 
 @pytest.mark.timeout(120)
 def test_the_coarse_level_is_as_asked_for(tmp_path: Path) -> None:
-    options = ("--coarse-kernel-size", "1", "--coarse-init", "zero", "--limit-steps", "1", "--epochs", "1")
+    options = ("--coarse-kernel-size", "1", "--coarse-init", "scaled", "--limit-steps", "1", "--epochs", "1")
     (outcome,) = run_ranks(1, train, str(tmp_path / "run"), *options)
     assert outcome.status == 0, outcome.stderr
     result = json.loads((tmp_path / "run/result.json").read_text())
     model = create_model("wrn-10-1", groups=4, coarse_kernel_size=1, device="meta")
     assert result["parameters"] == sum(param.numel() for param in model.parameters())
-    assert (result["coarse_kernel_size"], result["coarse_init"]) == (1, "zero")
+    assert (result["coarse_kernel_size"], result["coarse_init"]) == (1, "scaled")
 
 
 @pytest.mark.timeout(120)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tlgc_mp.data.catalog import DATASETS
 from tlgc_mp.errors import UsageError, is_count, shown
-from tlgc_mp.models.names import COARSE_INITS, CONVOLUTIONS, check_model
+from tlgc_mp.models.names import COARSE_INITS, CONVOLUTIONS, TWO_LEVEL, check_model
 from tlgc_mp.training.runs import RESULT
 
 Row = dict[str, Any]
@@ -167,7 +167,7 @@ def variant_of(row: Row) -> Variant:
     departures = []
     if row["coarse_kernel_size"] is not None:
         departures.append(f"d0 = {row['coarse_kernel_size']}")
-    if row["coarse_init"] != COARSE_INITS[0]:
+    if row["conv"] in TWO_LEVEL and row["coarse_init"] != COARSE_INITS[0]:
         departures.append(f"{row['coarse_init']} initialization")
     return Variant(row["conv"], row["groups"], ", ".join(departures))
 

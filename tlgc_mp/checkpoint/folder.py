@@ -1,6 +1,6 @@
 """The folder of checkpoints: what lies where, what is whole, and which one is the newest. Loads no torch.
 
-FOLDER/TAG/checkpoint.json       what it is a checkpoint of, and the size and SHA-256 of every other file
+FOLDER/TAG/checkpoint.json       what it is a checkpoint of, the size and SHA-256 of every other file, and its own sum
 FOLDER/TAG/shard-P-D.safetensors what tensor-parallel rank P of replica D wrote
 FOLDER/TAG/scheduler.pt          the state of the learning-rate schedule
 FOLDER/latest                    the tag of the newest checkpoint
@@ -92,21 +92,25 @@ def tags(folder: str) -> list[str]:
 
 
 def read_description(folder: str, tag: str) -> dict[str, Any]:
-    """The contents of the checkpoint's ``checkpoint.json``.
+    """The contents of the checkpoint's ``checkpoint.json``, without its sum.
 
     Raises:
-        UsageError: it cannot be read, or is of another format.
+        UsageError: it cannot be read, is of another format, or is not as it was written.
     """
     path = os.path.join(folder, tag, DESCRIPTION)
     try:
         with open(path, encoding="utf-8") as file:
             description = json.load(file)
+        written = description.pop("sha256", None) if isinstance(description, dict) else None
+        changed = written != _sum_of(description)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(description, dict):
         raise UsageError(f"{path!r} does not describe a checkpoint")
     if description.get("format") != FORMAT or isinstance(description["format"], bool):
         raise UsageError(f"{path!r} is of format {description.get('format')!r}, and this version reads format {FORMAT}")
+    if changed:
+        raise UsageError(f"{path!r} is damaged: its checksum is not the one it was written with")
     files = description.get("files")
     if not isinstance(files, dict):
         raise UsageError(f"{path!r} does not describe a checkpoint: it names no files")
@@ -114,6 +118,15 @@ def read_description(folder: str, tag: str) -> dict[str, Any]:
         if os.path.basename(name) != name or not isinstance(entry, dict) or not _is_sealed(entry):
             raise UsageError(f"{path!r} does not describe a checkpoint: of its file {name!r} it tells no size and sum")
     return description
+
+
+def description_text(content: dict[str, Any]) -> str:
+    """What stands in ``checkpoint.json``: ``content`` and the SHA-256 of it, as JSON."""
+    return json.dumps({**content, "sha256": _sum_of(content)}, indent=1) + "\n"
+
+
+def _sum_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _is_sealed(entry: dict[str, Any]) -> bool:
@@ -234,7 +247,7 @@ def commit(folder: str, tag: str, description: dict[str, Any]) -> None:
     """Names a checkpoint whose files are all on the disk, and moves ``latest`` to it."""
     partial = os.path.join(folder, tag + PARTIAL)
     content = {"format": FORMAT, **description, "saved": time.time()}
-    replace_file(os.path.join(partial, DESCRIPTION), json.dumps(content, indent=1) + "\n")
+    replace_file(os.path.join(partial, DESCRIPTION), description_text(content))
     os.rename(partial, os.path.join(folder, tag))
     sync_folder(folder)
     replace_file(os.path.join(folder, LATEST), tag + "\n")

@@ -45,7 +45,7 @@ def create_model(
     num_classes: int | None = None,
     coarse_everywhere: bool = False,
     coarse_kernel_size: int | None = None,
-    coarse_init: str = "he",
+    coarse_init: str = "zero",
     device: torch.device | str | None = None,
 ) -> nn.Module:
     """Builds a model by name.

@@ -14,7 +14,7 @@ convolution with shuffled channels. flgc: fully learnable group convolution."""
 TWO_LEVEL = ("gc-2l", "gc-2l-proto")
 """Those with a coarse level."""
 
-COARSE_INITS = ("he", "zero", "scaled")
+COARSE_INITS = ("zero", "scaled", "he")
 """What :class:`tlgc_mp.nn.TwoLevelConv2d` takes as ``coarse_init``, the default first."""
 
 FLGC_ACROSS_RANKS = (

@@ -38,12 +38,13 @@ WIDE_GROUP = 128
 
 COARSE_MODES = ("overlapped", "fused")
 
-COARSE_INITS = {"he": (1.0, 2.0), "zero": (1.0, 0.0), "scaled": (0.5, 0.5)}
+COARSE_INITS = {"zero": (1.0, 0.0), "scaled": (0.5, 0.5), "he": (1.0, 2.0)}
 """Name -> (share of He's variance that the fine filters get, N times the variance of the prolongation's entries).
 
-he: He initialization of every part (fan-in d * d * n/N, N for the prolongation), so the coarse term has twice the
-variance of the fine one. zero: no coarse term at first. scaled: both terms have the same variance, and their sum has
-that of a group convolution with He initialization.
+zero: a group convolution with He initialization and no coarse term at first, the prolongation being zero. scaled: both
+terms have the same variance, and their sum has that of a group convolution with He initialization. he: He
+initialization of every part (fan-in d * d * n/N, N for the prolongation), so the coarse term has twice the variance of
+the fine one. docs/reproduction.md compares them.
 """
 
 
@@ -98,7 +99,7 @@ class TwoLevelConv2d(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        coarse_init: str = "he",
+        coarse_init: str = "zero",
     ) -> None:
         super().__init__()
         check_groups(groups, in_channels=in_channels, out_channels=out_channels)
