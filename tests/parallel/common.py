@@ -174,8 +174,9 @@ def train_one_device(
 
     Under data parallelism BatchNorm normalizes over each micro-batch of a replica alone. So the micro-batches go
     through the model one after the other, each replica with running statistics of its own, and their losses are
-    averaged.
+    averaged. What is dropped is drawn from :data:`SEED`.
     """
+    torch.manual_seed(SEED)
     run = TrainingRun(losses=[[] for _ in range(replicas)])
     statistics = [{name: buffer.clone() for name, buffer in model.named_buffers()} for _ in range(replicas)]
     optimizer = optimizer_factory(model.parameters())

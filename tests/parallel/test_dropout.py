@@ -1,4 +1,4 @@
-"""Dropout of split channels: every rank drops differently, the same seed drops the same, and the mean stays."""
+"""Dropout of split channels drops, at every P, what one device drops of all channels."""
 
 from __future__ import annotations
 
@@ -14,12 +14,31 @@ from tests.parallel.common import SEED, run_ranks_once
 from tlgc_mp.parallel import shard
 from tlgc_mp.parallel.layers import ParallelDropout
 
-RANKS, BATCH, CHANNELS = 2, 500, 512
+WORLD, CHANNELS = 4, 24
+SPLITS = [1, 2, 4]
 SHARES = [0.0, 0.2, 0.5, 1.0]
+INPUTS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "features": ((50, CHANNELS), {}),
+    "contiguous maps": ((5, CHANNELS, 3, 4), {}),
+    "channels_last maps": ((5, CHANNELS, 3, 4), {"memory_format": torch.channels_last}),
+    "one position": ((50, CHANNELS, 1, 1), {"memory_format": torch.channels_last}),
+    "bfloat16": ((50, CHANNELS), {"dtype": torch.bfloat16}),
+}
 
 
-def _dropout(share: float, ranks: int, inplace: bool = False) -> nn.Module:
-    """The dropout of a network that is split over ``ranks`` ranks, or over one."""
+def _input(name: str) -> Tensor:
+    shape, options = INPUTS[name]
+    return torch.arange(1.0, 1.0 + torch.Size(shape).numel()).view(shape).to(**options)
+
+
+def _dropped(dropout: nn.Module, x: Tensor) -> Tensor:
+    """Of two passes, so that the second goes on where the first has left the random state."""
+    torch.manual_seed(SEED)
+    return torch.stack([dropout(x.clone(memory_format=torch.preserve_format)) for _ in range(2)])
+
+
+def _dropout(ranks: int, share: float, inplace: bool) -> nn.Module:
+    """The dropout of a network that is split over ``ranks`` ranks."""
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Dropout(share, inplace), nn.Flatten(), nn.Linear(8, 10))
     group, _ = dist.new_subgroups(group_size=ranks)
     dropout = shard(model, group).get_submodule("1")
@@ -27,83 +46,56 @@ def _dropout(share: float, ranks: int, inplace: bool = False) -> nn.Module:
     return dropout
 
 
-def _dropped(dropout: nn.Module, seed: int, passes: int = 1) -> list[Tensor]:
-    torch.manual_seed(seed)
-    return [dropout(torch.ones(BATCH, CHANNELS)) for _ in range(passes)]
+def _mine(x: Tensor, ranks: int) -> Tensor:
+    """This rank's channels of ``x``, in the memory format of ``x``."""
+    return x.tensor_split(ranks, dim=1)[dist.get_rank() % ranks].clone(memory_format=torch.preserve_format)
 
 
-def _recomputed(dropout: nn.Module) -> bool:
-    """Whether activation checkpointing drops in backward what it dropped in forward."""
-    x = torch.ones(BATCH, CHANNELS, requires_grad=True)
-    out = checkpoint(dropout, x, use_reentrant=False)
-    (grad,) = torch.autograd.grad(out.sum(), x)
-    return torch.equal(grad, out)
-
-
-def _on_ranks() -> dict[str, Any]:
-    answers: dict[str, Any] = {}
-    for share in SHARES:
-        dropout = _dropout(share, RANKS)
-        answers[f"share {share}"] = _dropped(dropout, SEED)[0]
-        answers[f"evaluation {share}"] = _dropped(dropout.eval(), SEED)[0]
-        answers[f"share {share}, in place"] = _dropped(_dropout(share, RANKS, inplace=True), SEED)[0]
-        answers[f"share {share}, one rank"] = _dropped(_dropout(share, 1), SEED)[0]
-    dropout = _dropout(0.2, RANKS)
-    answers["first"] = _dropped(dropout, SEED, 2)
-    answers["again"] = _dropped(_dropout(0.2, RANKS), SEED, 2)
-    answers["other"] = _dropped(dropout, SEED + 1, 2)
-    answers["recomputed"] = _recomputed(dropout)
-    answers["bfloat16"] = dropout(torch.ones(BATCH, CHANNELS, dtype=torch.bfloat16)).dtype
+def _on_ranks() -> dict[Any, Any]:
+    answers: dict[Any, Any] = {}
+    for ranks in SPLITS:
+        for inplace in (False, True):
+            for share in SHARES:
+                dropout = _dropout(ranks, share, inplace)
+                for name in INPUTS:
+                    answers[ranks, share, inplace, name] = _dropped(dropout, _mine(_input(name), ranks))
+                    answers["evaluation", ranks, share, inplace, name] = dropout.eval()(_mine(_input(name), ranks))
+                    dropout.train()
+        x = _mine(_input("channels_last maps"), ranks).requires_grad_()
+        out = checkpoint(_dropout(ranks, 0.2, False), x, use_reentrant=False)
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        answers["recomputed", ranks] = torch.equal(grad * x, out) and bool((grad == 0).any())
     return answers
 
 
-def _answers() -> list[dict[str, Any]]:
-    return run_ranks_once(RANKS, _on_ranks)
+def _answers() -> list[dict[Any, Any]]:
+    return run_ranks_once(WORLD, _on_ranks)
 
 
-def _agreement(first: Tensor, second: Tensor) -> float:
-    """Of how many values both keep, or both drop."""
-    return ((first == 0) == (second == 0)).float().mean().item()
-
-
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("share", SHARES)
-def test_share_that_is_dropped_and_mean(share: float) -> None:
-    for answers in _answers():
-        found = answers[f"share {share}"]
-        kept = found[found != 0]
-        assert (kept == 1 / (1 - share)).all() if share < 1 else not len(kept)
-        # 256000 values: four standard errors of the share are 0.004 at most.
-        assert 1 - len(kept) / found.numel() == pytest.approx(share, abs=0.004), f"seed {SEED}"
-        assert torch.equal(answers[f"share {share}, in place"], found)
-        assert torch.equal(answers[f"evaluation {share}"], torch.ones(BATCH, CHANNELS))
+@pytest.mark.parametrize("ranks", SPLITS)
+def test_what_one_device_drops(ranks: int, share: float, inplace: bool, name: str) -> None:
+    whole = _dropped(nn.Dropout(share), _input(name))
+    assert (whole == 0).float().mean().item() == pytest.approx(share, abs=0.1)
+    for first in range(0, WORLD, ranks):
+        of_the_ranks = [answers[ranks, share, inplace, name] for answers in _answers()[first : first + ranks]]
+        found = torch.cat(of_the_ranks, dim=2)
+        assert found.dtype == whole.dtype
+        assert torch.equal(found, whole), f"seed {SEED}"
 
 
-def test_ranks_seeded_alike_drop_independently() -> None:
-    """Of two independent masks with 0.2 dropped, 0.8^2 + 0.2^2 of the values agree."""
-    first, second = _answers()
-    for one, other in zip(first["first"], second["first"], strict=True):
-        assert _agreement(one, other) == pytest.approx(0.68, abs=0.005), f"seed {SEED}"
-
-
-def test_the_seed_makes_the_mask() -> None:
-    for answers in _answers():
-        for step in range(2):
-            assert torch.equal(answers["first"][step], answers["again"][step])
-            assert _agreement(answers["first"][step], answers["other"][step]) == pytest.approx(0.68, abs=0.005)
-        assert _agreement(*answers["first"]) == pytest.approx(0.68, abs=0.005), "two passes drop alike"
-
-
+@pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("share", SHARES)
-def test_one_rank_drops_what_torch_does(share: float) -> None:
-    torch.manual_seed(SEED)
-    expected = nn.Dropout(share)(torch.ones(BATCH, CHANNELS))
-    for answers in _answers():
-        assert torch.equal(answers[f"share {share}, one rank"], expected)
+@pytest.mark.parametrize("ranks", SPLITS)
+def test_nothing_is_dropped_in_evaluation(ranks: int, share: float, name: str) -> None:
+    for inplace in (False, True):
+        for rank, answers in enumerate(_answers()):
+            expected = _input(name).tensor_split(ranks, dim=1)[rank % ranks]
+            assert torch.equal(answers["evaluation", ranks, share, inplace, name], expected)
 
 
-def test_activation_checkpointing_drops_the_same_twice() -> None:
-    assert [answers["recomputed"] for answers in _answers()] == [True] * RANKS
-
-
-def test_type_is_kept() -> None:
-    assert [answers["bfloat16"] for answers in _answers()] == [torch.bfloat16] * RANKS
+@pytest.mark.parametrize("ranks", SPLITS)
+def test_activation_checkpointing_drops_the_same_twice(ranks: int) -> None:
+    assert [answers["recomputed", ranks] for answers in _answers()] == [True] * WORLD

@@ -22,7 +22,6 @@ from deepspeed.module_inject.layers import (
 from torch import Tensor, nn
 
 from tlgc_mp.nn import ShuffleConv2d, TwoLevelConv2d, TwoLevelPrototypeConv2d
-from tlgc_mp.nn.init import block_seed
 from tlgc_mp.parallel.collectives import (
     CoarseExchange,
     coarse_gather,
@@ -264,11 +263,12 @@ def _parallel_batch_norm_class(kind: Any) -> Any:
 
 
 class ParallelDropout(nn.Dropout, ShardedLayer):
-    """Dropout of split channels: each rank draws what it drops from a random stream of its own. No communication.
+    """Dropout of split channels, which are dimension 1. No communication.
 
-    The stream of a forward pass depends on the next number of torch's CPU random state and on the rank's place. So
-    ranks seeded alike drop differently, the same seed drops the same again, and where that state is set back, as
-    activation checkpointing does, so is what is dropped. One rank alone drops what torch does.
+    Each rank draws, from torch's random state of its device, what one device would drop of all channels, and takes its
+    own of them. So ranks seeded alike drop the same at every P > 1, on the CPU what one device drops; and where the
+    state is set back, as activation checkpointing does, so is what is dropped. The draw takes the memory of all
+    channels for a moment.
     """
 
     __init__ = ShardedLayer.__init__
@@ -276,9 +276,15 @@ class ParallelDropout(nn.Dropout, ShardedLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.tp_world_size == 1 or not self.training or self.p == 0:
             return super().forward(x)
-        number = int(torch.randint(2**62, ()))
-        generator = torch.Generator(x.device).manual_seed(block_seed(number, "dropout", self.tp_index))
-        kept = torch.empty_like(x).bernoulli_(1 - self.p, generator=generator)
+        batch, channels, *map_size = x.shape
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)  # values are drawn in memory's order
+        whole = torch.empty(
+            (batch, channels * self.tp_world_size, *map_size),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last if last else torch.contiguous_format,
+        ).bernoulli_(1 - self.p)
+        kept = whole.narrow(1, channels * self.tp_index, channels)
         scaled = kept.div_(1 - self.p) if self.p < 1 else kept
         return x.mul_(scaled) if self.inplace else x * scaled
 

@@ -12,7 +12,7 @@ without a process group: splitting a model and counting its parameters follow th
     shuffle     group convolution with shuffled channels: local, but for an all-to-all of its output
     gathered    a dense convolution in the middle: input channels gathered, output channels split; exact and expensive
     channels    BatchNorm, and subclasses that hold what it holds: local
-    dropout     local, with a random stream of its own on each rank
+    dropout     local: its channels of what is dropped of all
     row         the head: input features split, partial logits summed
 """
 
