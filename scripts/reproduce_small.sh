@@ -24,7 +24,7 @@ plan() { # one line a run: its folder and its options
                 echo "'$output/$conv-$groups-seed-$seed' --conv $conv --groups $groups --seed $seed"
             done
         done
-        for variant in "--coarse-kernel-size 1" "--coarse-init zero" "--coarse-init scaled"; do
+        for variant in "--coarse-kernel-size 1" "--coarse-init scaled" "--coarse-init he"; do
             echo "'$output/gc-2l-8${variant// /-}-seed-$seed' --conv gc-2l --groups 8 $variant --seed $seed"
         done
     done
