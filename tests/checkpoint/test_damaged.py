@@ -112,6 +112,21 @@ def test_any_damage_to_any_file(name: str, how: str, at: int, content: bytes) ->
             assert json.loads(path.read_bytes()) == json.loads(old)  # white space may come and go
 
 
+@pytest.mark.parametrize("key", ["saved", "engine", "sha256"])
+def test_a_description_that_reads_well_and_is_not_as_written(key: str) -> None:
+    with a_copy() as run:
+        path = run / "checkpoints" / TAG / "checkpoint.json"
+        content = json.loads(path.read_text())
+        changes = {"saved": 1.0, "engine": {**content["engine"], "global_steps": 9}, "sha256": "0" * 64}
+        assert content[key] != changes[key]
+        path.write_text(json.dumps({**content, key: changes[key]}))
+        with pytest.raises(
+            UsageError, match=r"checkpoint\.json' is damaged: its checksum is not the one it was written"
+        ):
+            export_checkpoint(str(run), str(run.parent / "out"))
+        assert list(run.parent.iterdir()) == [run]
+
+
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.sampled_from([0, 1, -1])),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
