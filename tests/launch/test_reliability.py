@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from tests.launch.disks import FILLER, fill, small_disk
 from tests.launch.forked import SHORT, WORLD, ForkedJob, figures, forked, told_once
 from tests.launch.jobs import free_port, started
 from tlgc_mp.checkpoint.folder import CHECKPOINTS, newest_whole
@@ -43,6 +44,7 @@ FAULTS = {
     "memory": "out of memory: ",
     "nan": "the loss is nan",
     "disk": "No space left on device",
+    "full disk": "No space left on device",
     "worker": "was killed by SIGKILL",
 }
 
@@ -81,7 +83,9 @@ def test_fault_at_a_random_moment(tmp_path: Path, undisturbed: Undisturbed, faul
         for attempt in range(10):
             folder = tmp_path / f"{repetition}-{attempt}"
             folder.mkdir()
-            if fault in ("kill", "stop"):
+            if fault == "full disk":
+                row = _on_a_full_disk(folder, undisturbed, chance)
+            elif fault in ("kill", "stop"):
                 row = _from_outside(folder, undisturbed, fault, chance)
             else:
                 row = _from_inside(folder, fault, chance)
@@ -166,6 +170,24 @@ def _from_outside(folder: Path, undisturbed: Undisturbed, fault: str, chance: ra
         return Repetition(_ended(job, fault, rank, began), None)
 
 
+def _on_a_full_disk(folder: Path, undisturbed: Undisturbed, chance: random.Random) -> Repetition | None:
+    """Fills the file system of a run at a random moment; ``None`` where the run was over before."""
+    with small_disk(folder / "disk", 16) as disk:
+        (folder / "run-said").mkdir()
+        (disk / "run-said").symlink_to(folder / "run-said")
+        with _train(folder, output_dir=disk / "run") as job:
+            _wait_for_start(job)
+            time.sleep(chance.uniform(0, 0.8 * undisturbed.seconds))
+            if len(job.lines()) == len(undisturbed.figures):
+                return None
+            began = time.monotonic()
+            fill(disk)
+            done = Repetition(_ended(job, "full disk", None, began), None)
+        (disk / FILLER).unlink()
+        shutil.copytree(disk / "run", folder / "run")
+    return done
+
+
 def _from_inside(folder: Path, fault: str, chance: random.Random) -> Repetition:
     """Has a fault happen before a random step."""
     at = chance.randrange(STEPS)
@@ -183,14 +205,15 @@ def _from_inside(folder: Path, fault: str, chance: random.Random) -> Repetition:
     return Repetition(seconds, 0 if fault == "disk" else at % STEPS_AN_EPOCH)
 
 
-def _ended(job: ForkedJob, fault: str, rank: int, began: float) -> float:
-    """Checks how a job ends after a fault; how many seconds it took."""
+def _ended(job: ForkedJob, fault: str, rank: int | None, began: float) -> float:
+    """Checks how a job ends after a fault, of that rank where it is one rank's; how many seconds it took."""
     bound = BOUND + (RANK_TIMEOUT if fault == "stop" else 0.0)
     statuses = job.wait(bound)
     seconds = time.monotonic() - began
     assert 0 not in statuses
     line = told_once(job.stderr())
-    assert line.startswith(f"tlgc-mp: rank {rank}: ") and FAULTS[fault] in line, line
+    told_by = "tlgc-mp: rank " if rank is None else f"tlgc-mp: rank {rank}: "
+    assert line.startswith(told_by) and FAULTS[fault] in line, line
     assert "Traceback" not in job.said()
     assert not job.left(bound)
     return seconds
@@ -208,9 +231,11 @@ def _finish(folder: Path, undisturbed: Undisturbed) -> None:
 
 
 @contextlib.contextmanager
-def _train(folder: Path, *options: str, port: str | None = None, **variables: str) -> Iterator[ForkedJob]:
-    words = [*SHORT, "--rank-timeout", str(RANK_TIMEOUT), *options]
-    with forked(words, folder / "run", port=port or free_port(), WEIGHTS=str(folder), **variables) as job:
+def _train(
+    folder: Path, *options: str, output_dir: Path | None = None, port: str | None = None, **variables: str
+) -> Iterator[ForkedJob]:
+    words, output_dir = [*SHORT, "--rank-timeout", str(RANK_TIMEOUT), *options], output_dir or folder / "run"
+    with forked(words, output_dir, port=port or free_port(), WEIGHTS=str(folder), **variables) as job:
         yield job
 
 
