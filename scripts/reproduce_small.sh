@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's comparisons at a size for two CPU cores: WRN-10-2 on CIFAR-10 at 16 x 16 pixels, four epochs, every
-# convolution at N = 2, 4, 8, 16, three seeds, and the coarse level's variants at N = 8. Four to six hours.
+# convolution at N = 2, 4, 8, 16, three seeds, and the coarse level's variants at N = 8. Two to six hours.
 #
 #   scripts/reproduce_small.sh DATA [OUTPUT]
 #
