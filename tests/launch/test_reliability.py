@@ -210,7 +210,8 @@ def _ended(job: ForkedJob, fault: str, rank: int | None, began: float) -> float:
     bound = BOUND + (RANK_TIMEOUT if fault == "stop" else 0.0)
     statuses = job.wait(bound)
     seconds = time.monotonic() - began
-    assert 0 not in statuses
+    # Rank 1 may have done all it had to when rank 0 cannot write the run's last figures.
+    assert any(statuses) if fault == "full disk" else 0 not in statuses
     line = told_once(job.stderr())
     told_by = "tlgc-mp: rank " if rank is None else f"tlgc-mp: rank {rank}: "
     assert line.startswith(told_by) and FAULTS[fault] in line, line

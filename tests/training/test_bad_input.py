@@ -128,6 +128,11 @@ MISTAKES: dict[str, tuple[int, list[str], list[str]]] = {
         [*SYNTHETIC, "--output-dir", "{tmp}/old"],
         ["--output-dir", "{tmp}/old", "--resume"],
     ),
+    "output folder holds a run whose checkpoints are gone": (
+        1,
+        [*SYNTHETIC, "--output-dir", "{tmp}/emptied"],
+        ["--output-dir", "{tmp}/emptied", "--resume"],
+    ),
     "output folder is a file": (
         1,
         [*SYNTHETIC, "--output-dir", "{tmp}/file"],
@@ -274,8 +279,11 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "even/val").mkdir()
     (tmp_path / "even/val/cat").mkdir()
     (tmp_path / "even/val/cat/0.png").touch()
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old/metrics.jsonl").write_text('{"epoch": 1}\n')
+    (tmp_path / "emptied/checkpoints").mkdir(parents=True)
+    (tmp_path / "emptied/checkpoints/latest").write_text("epoch-1\n")
+    for run in ("old", "emptied"):
+        (tmp_path / run).mkdir(exist_ok=True)
+        (tmp_path / run / "metrics.jsonl").write_text('{"epoch": 1}\n')
     for run in ("gone", "other", "torn"):
         checkpoint = tmp_path / run / "checkpoints" / "epoch-3"
         checkpoint.mkdir(parents=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.forked import figures
 from tests.ranks import run_ranks
 from tests.training.runs import EPOCHS, OPTIONS, STEPS, metrics, train, train_until
 from tlgc_mp.cli import main
@@ -182,6 +183,15 @@ def test_checkpoint_of_another_run_is_refused(
     assert err.startswith("tlgc-mp: error: --resume:")
     assert [part for part in parts if part not in err] == [], err
     assert (output_dir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.timeout(120)
+def test_a_run_cut_off_before_its_first_checkpoint_stood_begins_again(whole_run: WholeRun, tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints/epoch-1.partial").mkdir(parents=True)
+    (tmp_path / "run/metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
+    outcomes = run_ranks(2, train, str(tmp_path / "run"))
+    assert [outcome.status for outcome in outcomes] == [0, 0], outcomes
+    assert figures(metrics(tmp_path / "run")) == figures(metrics(whole_run(2)))
 
 
 def _cut(path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from tlgc_mp.files import replace_file
@@ -42,7 +45,9 @@ class Metrics:
                 key: {"enabled": True, "output_path": settings.output_dir, "job_name": job}
                 for key, job in (("tensorboard", "tensorboard"), ("csv_monitor", "csv"))
             }
-            self._monitor = MonitorMaster(DeepSpeedMonitorConfig(**places))
+            _leave_to_the_main_thread()
+            with _naming(settings.output_dir):
+                self._monitor = MonitorMaster(DeepSpeedMonitorConfig(**places))
         if self._speaks:
             self.lines = [line for line in _read_lines(self.path) if line["epoch"] < first_epoch]
             replace_file(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
@@ -53,12 +58,10 @@ class Metrics:
             return
         line = {"epoch": epoch, "step": step, "samples": samples, **figures}
         self.lines.append(line)
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self.path) from error  # what fails to write does not say where
-        self._monitor.write_events([(f"Epoch/{key}", value, step) for key, value in figures.items()])
+        with _naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        with contextlib.nullcontext() if self._monitor is self._engine.monitor else _naming(self._settings.output_dir):
+            self._monitor.write_events([(f"Epoch/{key}", value, step) for key, value in figures.items()])
 
     def write_result(self, num_classes: int, figures: dict[str, Any]) -> None:
         """Writes ``result.json``, the row of a finished run: what it was, what came out, epoch by epoch, and where."""
@@ -80,6 +83,27 @@ class Metrics:
     def best(self) -> dict[str, Any]:
         """The epoch with the smallest test error, the earliest of equals."""
         return min(self.lines, key=lambda line: line["test_error_percent"])
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """What fails to be written does not say where: inside, it says ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or path) from error
+
+
+def _leave_to_the_main_thread() -> None:
+    """Has TensorBoard's thread not tell of a file that it cannot write: the error comes up in the main thread too."""
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        ours = type(failed.thread).__module__.startswith("tensorboard.")
+        if not (ours and isinstance(failed.exc_value, OSError)):
+            before(failed)
+
+    threading.excepthook = hook
 
 
 def _read_lines(path: str) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from tlgc_mp.checkpoint.folder import find_checkpoint, saved_run
+from tlgc_mp.checkpoint.folder import CHECKPOINTS, LATEST, find_checkpoint, saved_run, tags
 from tlgc_mp.data import check_dataset
 from tlgc_mp.errors import UsageError, is_count, shown
 from tlgc_mp.models.names import check_coarse_level, check_model, check_split
@@ -314,12 +314,20 @@ def _check_resumed(settings: TrainSettings, saved: dict[str, Any]) -> None:
             )
 
 
+def _never_saved(checkpoints: str) -> bool:
+    """Whether a run was cut off while its first checkpoint was being written, the first epoch's figures just before: it
+    cannot be gone on with, only begun again."""
+    latest = os.path.join(checkpoints, LATEST)
+    return os.path.isdir(checkpoints) and not os.path.exists(latest) and not tags(checkpoints)
+
+
 def _check_output(path: str) -> None:
     """Refuses an output folder that cannot take a new run."""
     if os.path.exists(path) and not os.path.isdir(path):
         raise UsageError(f"--output-dir={path!r} is a file; give a folder")
     metrics = os.path.join(path, METRICS)
-    if os.path.exists(metrics) and os.path.getsize(metrics):  # one cut off in its first epoch has written no line
+    # One cut off in its first epoch has written no line.
+    if os.path.exists(metrics) and os.path.getsize(metrics) and not _never_saved(os.path.join(path, CHECKPOINTS)):
         raise UsageError(f"--output-dir={path!r} holds a run already; give --resume to continue it, or another folder")
     existing = path
     while not os.path.exists(existing):
