@@ -38,6 +38,7 @@ class Metrics:
         self._settings = settings
         self._speaks = settings.topology.rank == 0
         self._engine = engine
+        _leave_to_the_main_thread()
         if engine.monitor.enabled:
             self._monitor = engine.monitor
         else:
@@ -45,7 +46,6 @@ class Metrics:
                 key: {"enabled": True, "output_path": settings.output_dir, "job_name": job}
                 for key, job in (("tensorboard", "tensorboard"), ("csv_monitor", "csv"))
             }
-            _leave_to_the_main_thread()
             with _naming(settings.output_dir):
                 self._monitor = MonitorMaster(DeepSpeedMonitorConfig(**places))
         if self._speaks:
