@@ -2,7 +2,8 @@
 
 ``FAULT`` names a function below, ``FAULT_RANK`` the rank it happens in, ``FAULT_STEP`` the step before which it does,
 counted from 0 over the epochs of this process. With ``FAULT_ONCE``, it happens only where that file is not there yet,
-and makes it. In the folder ``WEIGHTS`` each rank leaves a digest of its state after each epoch.
+and makes it; with ``NEVER_SAVES`` too, no checkpoint is finished until then. In the folder ``WEIGHTS`` each rank leaves
+a digest of its state after each epoch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -71,7 +73,16 @@ def stop() -> None:
 FAULTS = {function.__name__: function for function in (exception, memory, nan, disk, worker, kill, stop)}
 
 
+def _never_save() -> None:
+    """No checkpoint of this process gets its name: its saves take for ever."""
+    from tlgc_mp.checkpoint import folder
+
+    folder.commit = lambda *_: time.sleep(3600)  # type: ignore[assignment]
+
+
 def main() -> NoReturn:
+    if "NEVER_SAVES" in os.environ and not os.path.exists(os.environ["FAULT_ONCE"]):
+        _never_save()
     if "FAULT" in os.environ and Launch.detect().rank == int(os.environ["FAULT_RANK"]):
         _arm(FAULTS[os.environ["FAULT"]], int(os.environ["FAULT_STEP"]), os.environ.get("FAULT_ONCE"))
     if "WEIGHTS" in os.environ:

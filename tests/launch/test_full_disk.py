@@ -41,3 +41,17 @@ def test_a_disk_that_fills_up(tmp_path: Path) -> None:
         with forked([*options, "--resume"], disk / "run", port=free_port()) as job:
             assert job.wait(100.0) == [0, 0], job.said()
             assert figures(job.lines()) == undisturbed
+
+
+@pytest.mark.timeout(120)
+def test_a_disk_that_is_full_before_the_run(tmp_path: Path) -> None:
+    """Folders can be made and nothing written: TensorBoard's thread is the first to find that out."""
+    with small_disk(tmp_path / "disk", 1) as disk:
+        (tmp_path / "run-said").mkdir()
+        (disk / "run-said").symlink_to(tmp_path / "run-said")
+        fill(disk)
+        with forked(SHORT, disk / "run", port=free_port()) as job:
+            assert 0 not in job.wait(SECONDS + 70.0)
+            assert f"No space left on device: {disk / 'run'}" in told_once(job.stderr())
+            assert "Traceback" not in job.said()
+            assert not job.left()

@@ -170,3 +170,18 @@ def test_killed_rank_is_made_good_under_mpirun(tmp_path: Path) -> None:
         assert len(said) == 2 and "rank 1: process" in said[0], said
         assert said[1].endswith(f"from {tmp_path / 'killed' / 'checkpoints' / 'epoch-1'} (restart 1 of 1)")
         assert figures(job.lines()) == figures(undisturbed.lines())
+
+
+@pytest.mark.timeout(290)
+def test_killed_before_its_first_checkpoint_stood_begins_again(tmp_path: Path) -> None:
+    """The first epoch's figures are there, its checkpoint is still being written."""
+    with forked(SHORT, tmp_path / "undisturbed", port=free_port()) as undisturbed:
+        assert undisturbed.wait(100.0) == [0, 0], undisturbed.said()
+
+    launch = [sys.executable, "-m", "tlgc_mp", "launch", "--max-restarts", "1", "--"]
+    fault = {"FAULT": "kill", "FAULT_RANK": "1", "FAULT_STEP": "4", "FAULT_ONCE": str(tmp_path / "once")}
+    module = "tests.launch.faulty"
+    with started("mpirun", SHORT, tmp_path / "killed", before=launch, module=module, NEVER_SAVES="1", **fault) as job:
+        assert job.wait(250.0) == 0, job.said()
+        assert "from the beginning, as there is no whole checkpoint yet (restart 1 of 1)" in job.stderr
+        assert figures(job.lines()) == figures(undisturbed.lines())
