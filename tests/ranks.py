@@ -3,6 +3,8 @@
 Ranks are forked from a server process that has imported torch, torchvision and deepspeed once and computed nothing, so
 a test starts them in a fraction of a second and each is as good as new. A rank that fails fails the test with that
 rank's traceback; a rank that hangs is killed at the time limit.
+
+They run on the CPU, also where there is an accelerator; those that are asked to use it start from nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as tlgc-mp has it, and read when torch is loaded
 _context = multiprocessing.get_context("forkserver")
@@ -37,24 +40,32 @@ _context.set_forkserver_preload(
 
 
 def _rank_main(
-    function: Any, arguments: tuple[Any, ...], rank: int, world: int, port: int, rendezvous: str, pipe: Connection
+    function: Any,
+    arguments: tuple[Any, ...],
+    rank: int,
+    world: int,
+    local_rank: int,
+    backend: str,
+    port: int,
+    rendezvous: str,
+    pipe: Connection,
 ) -> None:
     import datetime
-
-    import torch.distributed as dist
 
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world),
-        LOCAL_RANK=str(rank),
+        LOCAL_RANK=str(local_rank),
         LOCAL_SIZE=str(world),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
     try:
+        if backend != "gloo":
+            torch.accelerator.set_device_index(local_rank)
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{rendezvous}",
             rank=rank,
             world_size=world,
@@ -71,27 +82,41 @@ def _rank_main(
         pipe.close()
 
 
-def run_ranks(world: int, function: Any, *arguments: Any, timeout: float = 120.0) -> list[Any]:
-    """``function(*arguments)`` on ``world`` ranks with torch.distributed (Gloo) up; what each returned, by rank.
+def run_ranks(
+    world: int, function: Any, *arguments: Any, timeout: float = 120.0, on_accelerator: bool = False
+) -> list[Any]:
+    """``function(*arguments)`` on ``world`` ranks with torch.distributed up; what each returned, by rank.
 
-    ``function`` is a module-level function; what it returns is saved as torch saves it.
+    ``function`` is a module-level function; what it returns is saved as torch saves it. On accelerators the ranks talk
+    through what DeepSpeed uses there (NCCL, say) where there are as many, and through Gloo where they share one.
     """
+    context: Any = _context
+    backend, local_ranks, environment = "gloo", list(range(world)), dict(os.environ)
+    if on_accelerator:
+        context = multiprocessing.get_context("spawn")
+        os.environ["DS_ACCELERATOR"] = torch.accelerator.current_accelerator(check_available=True).type
+        if torch.accelerator.device_count() >= world:
+            backend = dist.get_default_backend_for_device(torch.accelerator.current_accelerator())
+        else:
+            local_ranks = [0] * world
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world):
-            receive, send = _context.Pipe(duplex=False)
-            process = _context.Process(
+            receive, send = context.Pipe(duplex=False)
+            rendezvous = os.path.join(folder, "rendezvous")
+            process = context.Process(
                 target=_rank_main,
-                args=(function, arguments, rank, world, port, os.path.join(folder, "rendezvous"), send),
+                args=(function, arguments, rank, world, local_ranks[rank], backend, port, rendezvous, send),
                 daemon=True,
             )
             process.start()
             send.close()
             pipes.append(receive)
             processes.append(process)
+        os.environ.update(environment)
         results: dict[int, Any] = {}
         failures: list[str] = []
         deadline = time.monotonic() + timeout

@@ -19,7 +19,8 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "strategy at no number": (["--strategies", "gc-2l@two"], ["--strategies='gc-2l@two'", "'two'", "gc-2l@2"]),
     "strategy at zero": (["--strategies", "gc-2l@0"], ["--strategies='gc-2l@0'", "number of ranks"]),
     "no ranks": (["--tp", "0"], ["--tp=0", "1 or more"]),
-    "one rank of naive-mp": (["--tp", "1", "--strategies", "naive-mp"], ["--tp=1", "naive-mp", "2 ranks or more"]),
+    "one rank of pipeline": (["--tp", "1", "--strategies", "pipeline"], ["--tp=1", "pipeline", "2 ranks or more"]),
+    "two ranks, all groups on one": (["--strategies", "gc-2l-dense"], ["--tp=2", "gc-2l-dense", "gc-2l-dense@1"]),
     "ranks do not divide the stem": (["--tp", "3", "--strategies", "gc-2l"], ["=3", "16 channels", "1, 2, 4, 8, 16"]),
     "ranks do not divide the groups": (
         ["--tp", "4", "--groups", "2", "--strategies", "gc-2l"],
@@ -28,7 +29,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "groups zero": (["--groups", "0", "--strategies", "gc-2l"], ["groups=0", "1, 2, 4, 8, 16"]),
     "more ranks than units": (
         ["--depth", "10", "--tp", "4", "--strategies", "naive-mp"],
-        ["--tp=4", "3 residual units", "2 to 3"],
+        ["--tp=4", "3 residual units", "3 or less"],
     ),
     "width": (["--widths", "0"], ["width 0", "1 or more"]),
     "width no number": (["--widths", "forty"], ["--widths", "'forty'"]),

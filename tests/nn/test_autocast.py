@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from tlgc_mp.nn import TwoLevelConv2d
+from tlgc_mp.nn.two_level import COARSE_MODES
 
 SEED = 16
 TOLERANCE = 0.01
 """Of the difference's norm, relative: bfloat16 rounds by up to 2^-8 = 0.004, here two or three times in a row."""
 
 
-@pytest.mark.parametrize("coarse_mode", ["overlapped", "fused"])
+@pytest.mark.parametrize("coarse_mode", COARSE_MODES)
 def test_bfloat16_autocast(coarse_mode: str) -> None:
     torch.manual_seed(SEED)
     layer = TwoLevelConv2d(16, 24, 3, padding=1, groups=4, bias=True, coarse_init="he")
@@ -27,7 +28,10 @@ def test_bfloat16_autocast(coarse_mode: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         actual = layer(x)
     assert actual.dtype == torch.bfloat16
-    actual_grads = torch.autograd.grad(actual, inputs, cotangent.bfloat16())
+    actual_grads = torch.autograd.grad(actual, inputs, cotangent.bfloat16(), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(actual, inputs, cotangent.bfloat16())
+    assert all(torch.equal(one, other) for one, other in zip(inside, actual_grads, strict=True))
 
     for name, got, want in zip(
         ["output", *names], (actual.float(), *actual_grads), (expected, *expected_grads), strict=True

@@ -5,9 +5,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tlgc_mp.nn import TwoLevelConv2d
+from tlgc_mp.nn.two_level import COARSE_MODES
 
 SEED = 23
-MODES = ["overlapped", "fused"]
 
 
 def make(coarse_mode: str) -> TwoLevelConv2d:
@@ -16,7 +16,7 @@ def make(coarse_mode: str) -> TwoLevelConv2d:
     return layer
 
 
-@pytest.mark.parametrize("coarse_mode", MODES)
+@pytest.mark.parametrize("coarse_mode", COARSE_MODES)
 def test_fake_tensors(coarse_mode: str) -> None:
     with FakeTensorMode():
         layer = make(coarse_mode)
@@ -30,7 +30,7 @@ def test_fake_tensors(coarse_mode: str) -> None:
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
-@pytest.mark.parametrize("coarse_mode", MODES)
+@pytest.mark.parametrize("coarse_mode", COARSE_MODES)
 def test_compiled_layer_is_the_eager_one(coarse_mode: str, memory_format: torch.memory_format) -> None:
     torch.manual_seed(SEED)
     layer = make(coarse_mode)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tlgc_mp.nn import TwoLevelConv2d
+from tlgc_mp.nn.two_level import COARSE_MODES
 
 Pair = tuple[int, int]
 
@@ -36,10 +37,11 @@ class Case:
     groups: int
     bias: bool
     memory_format: torch.memory_format
+    weight_format: torch.memory_format
 
     @property
     def modes(self) -> list[str]:
-        return ["overlapped", "fused"] if self.coarse_kernel == self.kernel else ["overlapped"]
+        return list(COARSE_MODES) if self.coarse_kernel == self.kernel else ["overlapped"]
 
     def layer(self) -> TwoLevelConv2d:
         return TwoLevelConv2d(
@@ -53,7 +55,7 @@ class Case:
             self.bias,
             self.coarse_kernel,
             dtype=torch.float64,
-        )
+        ).to(memory_format=self.weight_format)  # type: ignore[call-overload]
 
 
 def random_case(seed: int) -> Case:
@@ -84,6 +86,7 @@ def random_case(seed: int) -> Case:
         groups=groups,
         bias=draw.random() < 0.5,
         memory_format=draw.choice((torch.channels_last, torch.contiguous_format)),
+        weight_format=draw.choice((torch.channels_last, torch.contiguous_format)),
     )
 
 
@@ -185,6 +188,8 @@ KINDS: dict[str, Callable[[Case], bool]] = {
     "bias": lambda c: c.bias,
     "no bias": lambda c: not c.bias,
     "channels_last": lambda c: c.memory_format == torch.channels_last and c.in_channels > 1,
+    "weights channels_last": lambda c: c.weight_format == torch.channels_last and c.in_channels > c.groups,
+    "weights contiguous": lambda c: c.weight_format == torch.contiguous_format and c.in_channels > c.groups,
     "contiguous": lambda c: c.memory_format == torch.contiguous_format and c.in_channels > 1,
 }
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tlgc_mp.nn import TwoLevelConv2d
+from tlgc_mp.nn.two_level import COARSE_MODES
 
 SEED = 31
 
@@ -15,7 +16,7 @@ SEED = 31
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("kernel_size", [1, 3])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("coarse_mode", ["overlapped", "fused"])
+@pytest.mark.parametrize("coarse_mode", COARSE_MODES)
 def test_in_place_relu(coarse_mode: str, bias: bool, kernel_size: int, memory_format: torch.memory_format) -> None:
     torch.manual_seed(SEED)
     layer = TwoLevelConv2d(8, 12, kernel_size, groups=4, bias=bias, dtype=torch.float64, coarse_init="he")

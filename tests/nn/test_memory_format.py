@@ -15,6 +15,7 @@ from torch.autograd.graph import Node
 
 from tlgc_mp.models import create_model
 from tlgc_mp.nn import TwoLevelConv2d
+from tlgc_mp.nn.two_level import COARSE_MODES
 
 BATCH = 7
 """Not the first dimension of any weight, so that it tells activations from weights."""
@@ -22,15 +23,18 @@ BATCH = 7
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("grad_format", [torch.channels_last, torch.contiguous_format], ids=str)
-@pytest.mark.parametrize("coarse_mode", ["overlapped", "fused"])
+@pytest.mark.parametrize("weight_format", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("coarse_mode", COARSE_MODES)
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_layer_keeps_the_format(
     kernel_size: int,
     coarse_mode: str,
+    weight_format: torch.memory_format,
     grad_format: torch.memory_format,
     memory_format: torch.memory_format,
 ) -> None:
     layer = TwoLevelConv2d(8, 12, kernel_size, padding=1, groups=4, bias=True, coarse_init="he")
+    layer.to(memory_format=weight_format)  # type: ignore[call-overload]
     layer.coarse_mode = coarse_mode
     x = torch.randn(BATCH, 8, 6, 5).to(memory_format=memory_format).requires_grad_()
     y = layer(x)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tlgc_mp.nn import TwoLevelPrototypeConv2d
+from tlgc_mp.nn.two_level import COARSE_MODES
 
 
 def step_by_step(layer: TwoLevelPrototypeConv2d, x: Tensor) -> Tensor:
@@ -22,7 +23,7 @@ def step_by_step(layer: TwoLevelPrototypeConv2d, x: Tensor) -> Tensor:
     return fine + F.conv2d(coarse, layer.spread[:, None, None, None], groups=groups)
 
 
-@pytest.mark.parametrize("mode", ["overlapped", "fused"])
+@pytest.mark.parametrize("mode", COARSE_MODES)
 @pytest.mark.parametrize(("n", "m", "groups"), [(4, 6, 1), (4, 6, 2), (8, 4, 4), (6, 12, 3)])
 def test_output_and_gradients(n: int, m: int, groups: int, mode: str) -> None:
     torch.manual_seed(n + m + groups)

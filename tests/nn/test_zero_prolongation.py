@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tlgc_mp.nn import TwoLevelConv2d
+from tlgc_mp.nn.two_level import COARSE_MODES
 
 SEED = 2110
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize(
-    ("coarse_mode", "coarse_kernel_size"), [("overlapped", None), ("fused", None), ("overlapped", 5)]
+    ("coarse_mode", "coarse_kernel_size"), [*((mode, None) for mode in COARSE_MODES), ("overlapped", 5)]
 )
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_zero_prolongation_is_group_convolution(

@@ -1,4 +1,8 @@
-"""Where the time of a step goes: the profiler's record of one, in a few kinds that add up to the step."""
+"""Where the time of a step goes: the profiler's record of one, in a few kinds that add up to the step.
+
+On the CPU the time is that of the rank's main thread. On an accelerator it is that of the kernels that an operator
+starts, and what is left of the step is time in which the accelerator has nothing to do.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, supported_activities
 
 KINDS: dict[str, tuple[str, ...]] = {
     "convolution, forward": ("aten::mkldnn_convolution", "aten::_slow_conv2d_forward", "aten::cudnn_convolution"),
     "convolution, backward": ("aten::convolution_backward", "aten::_slow_conv2d_backward"),
     "matrix products": ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::baddbmm_"),
-    "BatchNorm": ("aten::native_batch_norm", "aten::native_batch_norm_backward"),
+    "BatchNorm": (
+        *("aten::native_batch_norm", "aten::native_batch_norm_backward"),
+        *("aten::cudnn_batch_norm", "aten::cudnn_batch_norm_backward"),
+    ),
     "ReLU": ("aten::relu_", "aten::clamp_min_", "aten::threshold_backward"),
     "additions": ("aten::add", "aten::add_"),
     "copies and fills": ("aten::copy_", "aten::fill_", "aten::zero_", "aten::cat"),
@@ -26,16 +34,21 @@ REST = "waiting and the rest"
 
 
 def profile_step(step: Callable[[], Any]) -> dict[str, float]:
-    """Runs ``step``; returns kind -> seconds of this rank's main thread, which add up to the step's wall clock."""
+    """Runs ``step``; returns kind -> seconds, which add up to the step's wall clock."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
     kinds = dict.fromkeys((*KINDS, OPTIMIZER, COLLECTIVES, REST), 0.0)
     kind_of = {name: kind for kind, names in KINDS.items() for name in names}
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU] if on_cpu else supported_activities()) as profiler:
         began = time.perf_counter()
         step()
+        accelerator.synchronize()
         seconds = time.perf_counter() - began
     main = {event.thread for event in profiler.events() if event.name.startswith("Optimizer.step")}
     for event in profiler.events():
-        if main and event.thread not in main:
+        if event.device_type != DeviceType.CPU or (on_cpu and main and event.thread not in main):
             continue
         if _within(event, "Optimizer.step"):
             kind = OPTIMIZER
@@ -43,7 +56,7 @@ def profile_step(step: Callable[[], Any]) -> dict[str, float]:
             kind = COLLECTIVES
         else:
             kind = kind_of.get(event.name, REST)
-        kinds[kind] += event.self_cpu_time_total / 1e6
+        kinds[kind] += (event.self_cpu_time_total if on_cpu else event.self_device_time_total) / 1e6
     kinds[REST] += seconds - sum(kinds.values())
     return kinds
 

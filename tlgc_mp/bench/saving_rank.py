@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from tlgc_mp.bench.zero_rank import training_engine
 from tlgc_mp.checkpoint import CheckpointSaver
+from tlgc_mp.parallel.engine import barrier
 
 _BLOCK = 1 << 24
 _STEPS = 2
@@ -44,7 +45,7 @@ def measure_saving(request: dict[str, Any], device: torch.device) -> dict[str, A
             figures["plain"].append(_timed(lambda: _write_plainly(request["folder"], size)))
             figures["blocking"].append(_timed(lambda: savers[False].save("blocking", {})))
             figures["step"].append(_timed(lambda: [step() for _ in range(_STEPS)]) / _STEPS)
-            dist.barrier()
+            barrier()
             began = time.perf_counter()
             savers[True].save("beside", {})
             figures["stall"].append(time.perf_counter() - began)
@@ -52,9 +53,9 @@ def measure_saving(request: dict[str, Any], device: torch.device) -> dict[str, A
             watch.start()
             figures["step_beside"].append(_timed(lambda: [step() for _ in range(_STEPS)]) / _STEPS)
             watch.join()
-            dist.barrier()
+            barrier()
     finally:
-        dist.barrier()
+        barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
     return {"bytes": size, "first_stall": first, **figures}
@@ -68,7 +69,7 @@ def _note_end(saver: CheckpointSaver, began: float, seconds: list[float]) -> Non
 
 def _timed(act: Any) -> float:
     """Seconds that ``act`` takes on this rank, begun by all ranks together."""
-    dist.barrier()
+    barrier()
     began = time.perf_counter()
     act()
     return time.perf_counter() - began

@@ -20,14 +20,16 @@ STRATEGIES: dict[str, str] = {
     "zero3": "sc",
     "gc-2l-overlapped": "gc-2l",
     "gc-2l-fused": "gc-2l",
+    "gc-2l-dense": "gc-2l",
 }
 """Name of a strategy -> the convolution of the network that it trains.
 
-gc-2l: two-level group convolution. gc-2l-overlapped, gc-2l-fused: the same with every layer in that coarse mode, where
-gc-2l leaves each its own. gc: group convolution. shuffle: group convolution, its output channels shuffled over all
-ranks. naive-mp: the dense network split by layers, one rank busy at
-a time. pipeline: the same with micro-batches. channel-parallel: the dense network, input channels gathered and output
-channels split. zero3: the dense network, data-parallel, parameters split (ZeRO stage 3).
+gc-2l: two-level group convolution. gc-2l-overlapped, gc-2l-fused, gc-2l-dense: the same with every layer in that coarse
+mode, where gc-2l leaves each its own; the last on one rank only. gc: group convolution. shuffle: group convolution, its
+output channels shuffled over all ranks. naive-mp: the dense network split by layers, one rank busy at a time; on one
+rank it is the dense network on one device. pipeline: the same with micro-batches. channel-parallel: the dense network,
+input channels gathered and output channels split. zero3: the dense network, data-parallel, parameters split (ZeRO stage
+3).
 """
 
 CHECKPOINTED = tuple(name for name, conv in STRATEGIES.items() if conv != "sc" or name == "channel-parallel")
@@ -156,8 +158,10 @@ def _strategy(name: str, ranks: list[int]) -> tuple[str, list[int]]:
 def _case(strategy: str, depth: int, width: int, ranks: int, batch_size: int, options: Any) -> Case:
     conv = STRATEGIES[strategy]
     check_ranks("--tp", ranks)
-    if conv == "sc" and ranks == 1:
+    if conv == "sc" and ranks == 1 and strategy != "naive-mp":
         raise UsageError(f"--tp=1: {strategy} needs 2 ranks or more; use {strategy}@2, or leave it out")
+    if strategy == "gc-2l-dense" and ranks > 1:
+        raise UsageError(f"--tp={ranks}: {strategy} holds all groups on one rank; use {strategy}@1, or leave it out")
     groups = 1 if conv == "sc" else ranks if options.groups is None else options.groups
     model = f"wrn-{depth}-{width}"
     check_model(model, conv, groups)
@@ -165,7 +169,7 @@ def _case(strategy: str, depth: int, width: int, ranks: int, batch_size: int, op
         check_split(model, conv, groups, ranks)
     units = (depth - 4) // 2
     if strategy in ("naive-mp", "pipeline") and ranks > units:
-        raise UsageError(f"--tp={ranks}: {strategy} splits the {units} residual units of {model}; use 2 to {units}")
+        raise UsageError(f"--tp={ranks}: {strategy} splits the {units} residual units of {model}; use {units} or less")
     if strategy == "zero3" and batch_size % ranks:
         raise UsageError(
             f"--batch-sizes={batch_size} does not divide among the {ranks} replicas of zero3 at width {width}; "

@@ -17,7 +17,7 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from tlgc_mp.files import replace_file
-from tlgc_mp.parallel.engine import use_huge_pages
+from tlgc_mp.parallel.engine import barrier, use_huge_pages
 
 if TYPE_CHECKING:
     import torch
@@ -76,11 +76,9 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         from deepspeed.accelerator import get_accelerator
 
         from tlgc_mp.bench import meters, strategies
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    device = torch.device(accelerator.current_device_name())
     start_distributed()
+    accelerator = get_accelerator()
+    device = torch.device(accelerator.current_device_name())
     if request["strategy"] == CORE_RATE:
         return {"best_flops_per_second": _core_rate(device, request["dtype"])}
     if request["strategy"] == ZERO_MEMORY:
@@ -115,10 +113,8 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
 
 def _together(accelerator: Any) -> tuple[float, float]:
     """(wall clock, CPU seconds of this process) as all ranks are about to go on together."""
-    import torch.distributed as dist
-
     accelerator.synchronize()
-    dist.barrier()
+    barrier()
     return time.perf_counter(), time.process_time()
 
 
@@ -150,7 +146,6 @@ def _instrumented_step(work: Workload, accelerator: Any) -> dict[str, Any]:
 def _core_rate(device: torch.device, dtype: str) -> float:
     """The best rate, in FLOP/s, of a dense 3x3 convolution forward and backward, channels_last, all ranks at once."""
     import torch
-    import torch.distributed as dist
     import torch.nn.functional as F
 
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
@@ -161,7 +156,7 @@ def _core_rate(device: torch.device, dtype: str) -> float:
         x, weight = (t.to(memory_format=torch.channels_last).requires_grad_() for t in (x, weight))
         grad = torch.randn_like(x, requires_grad=False)
         flops = 3 * 2 * weight.numel() * batch_size * size**2
-        dist.barrier()
+        barrier()
         for _ in range(CORE_RATE_REPEATS):
             began = time.perf_counter()
             output = F.conv2d(x, weight, padding=1)

@@ -1,4 +1,4 @@
-"""The computation of a two-level group convolution: forward and backward passes, in two ways that give the same.
+"""The computation of a two-level group convolution: forward and backward passes, in three ways that give the same.
 
     y_k = A_k x_k + S_k [R_0 x_1, ..., R_0 x_N]
 
@@ -8,13 +8,20 @@ input and h x w output positions, L = B * h * w.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+PARTS, PART_LENGTH = 256, 128
+"""Of a sum over all positions on an accelerator: how many parts at most, and of how many positions at least."""
 
 
 class Exchange(Protocol):
@@ -99,6 +106,21 @@ class Window(NamedTuple):
         return F.pad(planes, (horizontal, horizontal, vertical, vertical)) if vertical or horizontal else planes
 
 
+def _without_autocast(method: Method) -> Method:
+    """A pass of an autograd function in the types that its tensors have: on accelerators autocast would sum in float32
+    what is to be multiplied in bfloat16."""
+
+    @functools.wraps(method)
+    def run(ctx: Any, tensor: Tensor, *others: Any) -> Any:
+        device = tensor.device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return method(ctx, tensor, *others)
+        with torch.autocast(device, enabled=False):
+            return method(ctx, tensor, *others)
+
+    return cast(Method, run)
+
+
 def _taps(restriction: Tensor) -> Tensor:
     """(G, n/N, d0, d0) -> (G, d0 * d0, n/N); a view where it is channels_last."""
     return restriction.permute(0, 2, 3, 1).flatten(1, 2)
@@ -131,6 +153,19 @@ def _restrict_transposed(grad: Tensor, x: Tensor, groups: int, window: Window, h
     return window.pad(planes, -1).reshape(groups, kernel_h * kernel_w, -1)
 
 
+def _sum_over_positions(taps: Tensor, x: Tensor) -> Tensor:
+    """(G, taps, L) times (G, L, width) -> (G, taps, width).
+
+    On an accelerator in parts, for all of its cores: one matrix product as long and narrow as this occupies a few.
+    """
+    positions = x.shape[1]
+    parts = 1 if x.device.type == "cpu" else math.gcd(positions // math.gcd(positions, PART_LENGTH), PARTS)
+    if parts == 1:
+        return taps @ x
+    by_part = taps.unflatten(2, (parts, -1)).transpose(1, 2)  # G, parts, taps, L / parts
+    return (by_part @ x.unflatten(1, (parts, -1))).sum(1)
+
+
 def _convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, window: Window, groups: int, needed: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -150,6 +185,7 @@ class Overlapped(torch.autograd.Function):
     """
 
     @staticmethod
+    @_without_autocast
     def forward(
         ctx: Any,
         x: Tensor,
@@ -176,6 +212,7 @@ class Overlapped(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, restriction, prolongation, gathered = ctx.saved_tensors
         groups = ctx.groups
@@ -192,7 +229,7 @@ class Overlapped(torch.autograd.Function):
             grad_x = grad_x.contiguous(memory_format=ctx.memory_format)
         grad_restriction = None
         if ctx.needs_input_grad[2]:
-            grad_taps = taps @ _grouped(x, groups)  # G, d0 * d0, n/N
+            grad_taps = _sum_over_positions(taps, _grouped(x, groups))  # G, d0 * d0, n/N
             grad_restriction = grad_taps.unflatten(1, ctx.coarse.kernel).permute(0, 3, 1, 2)
         return grad_x, grad_weight, grad_restriction, grad_prolongation, grad_bias, None, None, None, None
 
@@ -201,6 +238,7 @@ class Fused(torch.autograd.Function):
     """The same with the restriction as one more filter of each group's fine convolution (Section 3.2, d0 = d)."""
 
     @staticmethod
+    @_without_autocast
     def forward(
         ctx: Any,
         x: Tensor,
@@ -235,6 +273,7 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, filters, prolongation, gathered = ctx.saved_tensors
         groups = ctx.groups
@@ -255,3 +294,70 @@ class Fused(torch.autograd.Function):
             by_group = grad_filters.unflatten(0, (groups, -1))
             grad_weight, grad_restriction = by_group[:, :-1].flatten(0, 1), by_group[:, -1]
         return grad_x, grad_weight, grad_restriction, grad_prolongation, grad_bias, None, None, None
+
+
+def _composed(weight: Tensor, restriction: Tensor, prolongation: Tensor) -> Tensor:
+    """The dense filters (m, n, d, d) of a whole layer, channels_last: A_k on the diagonal, and S_k R_0 everywhere."""
+    groups, width, kernel_h, kernel_w = restriction.shape
+    taps = restriction.permute(2, 3, 0, 1)  # d, d, N, n/N
+    filters = taps.new_empty(prolongation.shape[0], *taps.shape)  # m, d, d, N, n/N
+    torch.mul(prolongation.view(-1, 1, 1, groups, 1), taps, out=filters)
+    diagonal = filters.unflatten(0, (groups, -1)).diagonal(dim1=0, dim2=4)  # m/N, d, d, n/N, N
+    diagonal.add_(weight.unflatten(0, (groups, -1)).permute(1, 3, 4, 2, 0))
+    return filters.view(-1, kernel_h, kernel_w, groups * width).permute(0, 3, 1, 2)
+
+
+class Dense(torch.autograd.Function):
+    """The same as one dense convolution with the filters A_k + S_k R_0 (d0 = d, all groups on one device).
+
+    It does N times the arithmetic. Where groups are narrow an accelerator is faster all the same: a group's few
+    channels do not fill its matrix units, and there is nothing left to do beside the convolution. The filters are
+    composed in the type of the parameters and rounded once, to that of ``x``.
+    """
+
+    @staticmethod
+    @_without_autocast
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        restriction: Tensor,
+        prolongation: Tensor,
+        bias: Tensor | None,
+        fine: Window,
+    ) -> Tensor:
+        ctx.memory_format = _memory_format(x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        filters = _composed(weight, restriction, prolongation).to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+        out = F.conv2d(x, filters, bias, fine.stride, fine.padding, fine.dilation)
+        ctx.save_for_backward(x, filters, restriction, prolongation)
+        ctx.fine = fine
+        return out.contiguous(memory_format=ctx.memory_format)
+
+    @staticmethod
+    @once_differentiable
+    @_without_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, filters, restriction, prolongation = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        needed = (ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4]))
+        grad_x, grad_filters = _convolution_backward(grad, x, filters, ctx.fine, 1, needed)
+        if grad_x is not None:
+            grad_x = grad_x.contiguous(memory_format=ctx.memory_format)
+        grad_weight = grad_restriction = grad_prolongation = None
+        if grad_filters is not None:
+            groups, width, *kernel = restriction.shape
+            dtype = restriction.dtype
+            by_group = grad_filters.to(dtype).permute(0, 2, 3, 1).reshape(filters.shape[0], -1, groups, width)
+            blocks = by_group.unflatten(0, (groups, -1)).diagonal(dim1=0, dim2=3)  # m/N, d * d, n/N, N
+            grad_weight = blocks.permute(3, 0, 1, 2).reshape(-1, *kernel, width).permute(0, 3, 1, 2)
+            by_group = by_group.permute(2, 0, 1, 3).flatten(2)  # N, m, d * d * n/N
+            taps = _taps(restriction).flatten(1).unsqueeze(2)  # N, d * d * n/N, 1
+            grad_prolongation = (by_group @ taps).squeeze(2).t()
+            sums = prolongation.t().unsqueeze(1) @ by_group  # N, 1, d * d * n/N
+            grad_restriction = sums.view(groups, *kernel, width).permute(0, 3, 1, 2)
+        grad_bias = None
+        if ctx.needs_input_grad[4]:
+            grad_bias = _rows(grad).sum(0, dtype=restriction.dtype)
+        return grad_x, grad_weight, grad_restriction, grad_prolongation, grad_bias, None

@@ -1,7 +1,8 @@
 """Two-level group convolution (GC-2L) on one device.
 
 *Two-level Group Convolution*, Y. Lee, J. Park, C.-O. Lee, https://arxiv.org/abs/2110.05060, Equations (3.3) to (3.5),
-with the fused fine-and-restriction convolution of Section 3.2 where groups are narrow.
+with the fused fine-and-restriction convolution of Section 3.2 where groups are narrow; on an accelerator that holds all
+of them, narrow groups are composed with the coarse level into one dense convolution.
 
 A group convolution keeps the diagonal blocks A_k of a convolution. The two-level form adds a coarse level: every group
 restricts its channels to one representative (R_0), the N representatives are shared, and every group prolongs all of
@@ -31,12 +32,12 @@ from tlgc_mp.nn.arguments import (
     padding_pair,
     positive_pair,
 )
-from tlgc_mp.nn.coarse_level import Exchange, Fused, Overlapped, WholeExchange, Window
+from tlgc_mp.nn.coarse_level import Dense, Exchange, Fused, Overlapped, WholeExchange, Window
 
 WIDE_GROUP = 128
 """Output channels of a group from which on the restriction is computed on its own; measured in docs/performance.md."""
 
-COARSE_MODES = ("overlapped", "fused")
+COARSE_MODES = ("overlapped", "fused", "dense")
 
 COARSE_INITS = {"zero": (1.0, 0.0), "scaled": (0.5, 0.5), "he": (1.0, 2.0)}
 """Name -> (share of He's variance that the fine filters get, N times the variance of the prolongation's entries).
@@ -72,8 +73,10 @@ class TwoLevelConv2d(nn.Module):
     Attributes:
         coarse_mode: how the coarse level is computed; the results are the same but for rounding. ``"overlapped"``:
             the restriction on its own and first, and the collectives run under the fine convolution. ``"fused"``:
-            the restriction as one more filter of each group's fine convolution, d0 = d only. Chosen by the width of a
-            group, and may be assigned; a mode that is none raises UsageError.
+            the restriction as one more filter of each group's fine convolution, d0 = d only. ``"dense"``: one dense
+            convolution with the composed filters A_k + S_k R_0, d0 = d and all groups on this device only. Chosen by
+            the width of a group and the device that its parameters are on, and may be assigned; a mode that is none
+            raises UsageError.
 
     Raises:
         UsageError: a count that is not positive, ``groups`` that does not divide both channel counts, or a padding or
@@ -125,8 +128,7 @@ class TwoLevelConv2d(nn.Module):
         ]
         self._fine = Window(self.kernel_size, self.stride, self.padding, self.dilation)
         self._coarse = Window(self.coarse_kernel_size, self.stride, _pair(tuple(coarse_padding)), self.dilation)
-        narrow = out_channels // groups < WIDE_GROUP and self.coarse_kernel_size == self.kernel_size
-        self.coarse_mode = "fused" if narrow else "overlapped"
+        self._assigned_mode: str | None = None
         self.exchange: Exchange = WholeExchange()
         if coarse_init not in COARSE_INITS:
             raise UsageError(f"coarse_init={coarse_init!r} is unknown; use {one_of(COARSE_INITS)}")
@@ -168,17 +170,29 @@ class TwoLevelConv2d(nn.Module):
 
     @property
     def coarse_mode(self) -> str:
-        return self._coarse_mode
+        modes = self._coarse_modes()
+        if self._assigned_mode in modes:  # the layer may have been split since
+            return self._assigned_mode
+        narrow = self.out_channels // self.groups < WIDE_GROUP and "fused" in modes
+        if narrow and "dense" in modes and self.weight.device.type not in ("cpu", "meta"):
+            return "dense"
+        return "fused" if narrow else "overlapped"
 
     @coarse_mode.setter
     def coarse_mode(self, mode: str) -> None:
-        modes = COARSE_MODES if self.coarse_kernel_size == self.kernel_size else COARSE_MODES[:1]
+        modes = self._coarse_modes()
         if mode not in modes:
             raise UsageError(
-                f"coarse_mode={mode!r} is none of this layer's, coarse_kernel_size being {self.coarse_kernel_size} and "
-                f"kernel_size {self.kernel_size}; use {one_of(modes)}"
+                f"coarse_mode={mode!r} is none of this layer's, coarse_kernel_size being {self.coarse_kernel_size}, "
+                f"kernel_size {self.kernel_size} and {self.local_groups} of {self.groups} groups here; "
+                f"use {one_of(modes)}"
             )
-        self._coarse_mode = mode
+        self._assigned_mode = mode
+
+    def _coarse_modes(self) -> tuple[str, ...]:
+        if self.coarse_kernel_size != self.kernel_size:
+            return COARSE_MODES[:1]
+        return COARSE_MODES if self.local_groups == self.groups else COARSE_MODES[:2]
 
     def reset_parameters(self) -> None:
         """Draws the parameters (:meth:`initial_deviations`) from torch's own random state; the bias starts at zero."""
@@ -195,8 +209,12 @@ class TwoLevelConv2d(nn.Module):
             raise UsageError(
                 f"input of shape {tuple(x.shape)} does not fit; give (B, {channels}, H, W), H x W at least the kernel"
             )
+        mode = self.coarse_mode
+        if mode == "dense":
+            tensors = (self.weight, self.restriction, self._prolongation_matrix(), self.bias)
+            return Dense.apply(*_computed_in(x), *tensors, self._fine)
         tensors = _computed_in(x, self.weight, self.restriction, self._prolongation_matrix(), self.bias)
-        if self.coarse_mode == "fused":
+        if mode == "fused":
             return Fused.apply(*tensors, self._fine, groups, self.exchange)
         return Overlapped.apply(*tensors, self._fine, self._coarse, groups, self.exchange)
 

@@ -175,7 +175,7 @@ def _save_16bit_model(
         path = os.path.join(save_dir, save_filename)
         torch.save(kept, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
-    torch.distributed.barrier()
+    barrier()
     return True
 
 
@@ -196,6 +196,7 @@ def start_distributed(distributed_port: int = 29500) -> None:
         if get_accelerator().device_name() == "cpu":
             keep_freed_memory()
         launch = Launch.detect()
+        _take_device(launch.local_rank)
         if launch.world == 1 and "MASTER_ADDR" not in os.environ:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         if launch.world == 1 or "RANK" in os.environ:
@@ -207,6 +208,32 @@ def start_distributed(distributed_port: int = 29500) -> None:
             deepspeed.init_distributed(
                 dist_backend=get_accelerator().communication_backend_name(), distributed_port=distributed_port
             )
+
+
+def barrier() -> None:
+    """Returns when every rank of the world has called it."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    # NCCL would guess the device otherwise, and say so.
+    own = [get_accelerator().current_device()] if torch.distributed.get_backend() == "nccl" else None
+    torch.distributed.barrier(device_ids=own)
+
+
+def _take_device(local_rank: int) -> None:
+    """Has this rank work on an accelerator of its own, before it allocates anything or talks to another rank."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return
+    count = accelerator.device_count()
+    if local_rank >= count:
+        raise UsageError(
+            f"local rank {local_rank} has no accelerator: this node has {count} of kind {accelerator.device_name()}; "
+            f"start {count} rank(s) on it, or set DS_ACCELERATOR=cpu"
+        )
+    accelerator.set_device(local_rank)
 
 
 def use_huge_pages() -> None:

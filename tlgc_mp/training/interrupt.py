@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from tlgc_mp.parallel.engine import barrier
+
 _KEY = "tlgc_mp/stop_before_step"
 _PATIENCE_SECONDS = 2.0
 
@@ -79,7 +81,7 @@ class StopRequest:
     def leave(self, saved: str) -> NoReturn:
         """Says on rank 0 where the state ``saved`` lies, and raises :class:`Interrupted` on every rank. Collective."""
         self._say(saved)
-        dist.barrier()  # a launcher ends the other ranks as soon as one has left
+        barrier()  # a launcher ends the other ranks as soon as one has left
         raise Interrupted(self.received or signal.SIGTERM)
 
     def asked(self, device: torch.device | str) -> bool:

@@ -23,7 +23,7 @@ from tlgc_mp.data.streams import stream_seed
 from tlgc_mp.errors import UsageError
 from tlgc_mp.models import create_model
 from tlgc_mp.parallel import checkpoint_activations, initialize
-from tlgc_mp.parallel.engine import start_distributed
+from tlgc_mp.parallel.engine import barrier, start_distributed
 from tlgc_mp.parallel.plan import parameter_counts
 from tlgc_mp.parallel.sharding import effective_parameters
 from tlgc_mp.parallel.topology import Launch, usable_cores
@@ -113,7 +113,7 @@ def train(settings: TrainSettings, launch: Launch, watchdog: Watchdog) -> None:
             _say(speaks, respread)
     if speaks:
         os.makedirs(settings.output_dir, exist_ok=True)
-    dist.barrier()
+    barrier()
     run = _Run(settings, engine, batches, tests, steps, progress, loss_sum, data.num_classes)
     with StopRequest() as stop:
         saved = run.train(stop)
