@@ -13,7 +13,7 @@ from tlgc_mp.cli import main
 
 pytestmark = pytest.mark.skipif(not torch.accelerator.is_available(), reason="this machine has no accelerator")
 
-OPTIONS = ["--model", "wrn-10-2", "--groups", "4", "--dataset", "digits", "--epochs", "3", "--learning-rate", "0.005"]
+OPTIONS = ["--model", "wrn-10-2", "--groups", "4", "--dataset", "digits", "--epochs", "3", "--learning-rate", "0.01"]
 
 
 def _kind() -> str:
@@ -39,7 +39,7 @@ def test_stopped_and_resumed(tmp_path: Path, config: dict[str, object]) -> None:
     with started("plain", options, tmp_path / "whole", DS_ACCELERATOR=_kind()) as job:
         _finished(job)
         whole = job.lines()
-    assert whole[2]["train_loss"] < 0.7 * whole[0]["train_loss"]
+    assert whole[2]["train_loss"] < 0.9 * whole[0]["train_loss"]
 
     with started("plain", options, tmp_path / "stopped", DS_ACCELERATOR=_kind()) as job:
         job.wait_for_epoch()

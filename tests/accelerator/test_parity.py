@@ -27,7 +27,7 @@ from tests.parallel.common import (
 )
 from tests.ranks import run_ranks
 from tlgc_mp.nn import TwoLevelConv2d
-from tlgc_mp.nn.two_level import COARSE_MODES, WIDE_GROUP
+from tlgc_mp.nn.two_level import COARSE_MODES, DENSE_BELOW
 from tlgc_mp.parallel import gather_state_dict, initialize, shard
 from tlgc_mp.parallel.topology import Topology
 
@@ -77,7 +77,8 @@ def test_layer_is_that_of_the_cpu(seed: int) -> None:
         cotangent = normal(*expected.shape)
         grads = torch.autograd.grad(expected, (x, *layer.parameters()), cotangent)
         grads_there = torch.autograd.grad(actual, (x_there, *twin.parameters()), cotangent.to(_device()))
-        assert actual.is_contiguous(memory_format=case.memory_format)
+        if 1 not in (case.in_channels, *case.size):  # such a tensor is of both formats
+            assert actual.is_contiguous(memory_format=case.memory_format)
         for got, want in zip((actual, *grads_there), (expected, *grads), strict=True):
             torch.testing.assert_close(got.cpu(), want, rtol=1e-10, atol=1e-10)
 
@@ -102,7 +103,7 @@ def test_layer_of_many_positions(mode: str) -> None:
 def test_narrow_groups_of_one_accelerator_are_dense() -> None:
     narrow = TwoLevelConv2d(64, 64, 3, groups=4, device=_device())
     assert narrow.coarse_mode == "dense"
-    assert TwoLevelConv2d(64, 4 * WIDE_GROUP, 3, groups=4, device=_device()).coarse_mode == "overlapped"
+    assert TwoLevelConv2d(64, 4 * DENSE_BELOW, 3, groups=4, device=_device()).coarse_mode == "overlapped"
     narrow.local_groups = 2
     assert narrow.coarse_mode == "fused"
 

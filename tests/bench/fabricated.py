@@ -22,6 +22,7 @@ def rank_result(seconds: list[float], busy: list[float], **changes: Any) -> dict
     return {
         "seconds": seconds,
         "busy_cpu_seconds": busy,
+        "busy_device_seconds": None,
         "flops": 10**9,
         "collectives": {},
         "accounting": {"convolution, forward": 0.75, "optimizer": 0.25},

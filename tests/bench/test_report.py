@@ -46,6 +46,20 @@ def test_arithmetic_is_over_cpu_seconds_where_a_rank_idles_or_shares_its_core() 
     assert fabricated.row("gc-2l", 40, 2, 4.0, 2.0)["achieved_flops_per_second"] == pytest.approx(0.25e9)
 
 
+def test_on_accelerators_arithmetic_is_over_their_own_seconds_where_a_rank_idles() -> None:
+    ranks = [fabricated.rank_result([4.0], [9.0], busy_device_seconds=0.5)] * 2
+    ours, dense = (
+        make_row(Record(Case(name, 28, 40, 2, 2, 8), True, measurements=[(0, ranks)]), "fp32", 2e9, cores=1)
+        for name in ("gc-2l", "naive-mp")
+    )
+    assert ours["achieved_flops_per_second"] == pytest.approx(0.25e9)
+    assert dense["achieved_flops_per_second"] == pytest.approx(2e9)
+    machine = {**fabricated.DESCRIPTION["machine"], "accelerator": "Abacus X"}
+    text = report.markdown([ours], {**fabricated.DESCRIPTION, "machine": machine})
+    assert "Machine: Abacus X on Abacus 9, 2 cores" in text
+    assert _cells(text, "40", "gc-2l", "2", "2")[1][6:9] == ["9.000", "0.500", "1.0"]
+
+
 def test_memory_is_that_of_the_rank_with_the_largest_peak() -> None:
     ranks = [
         fabricated.rank_result([1.0], [1.0], peak_memory_bytes=9, activation_bytes=3),
@@ -85,7 +99,7 @@ def test_all_figures_are_in_the_tables() -> None:
     text = report.markdown([fabricated.row("gc-2l", 10, 2, 4.0, 3.0)], fabricated.DESCRIPTION)
     comparison, times, memory, accounting = _cells(text, "10", "gc-2l", "2", "2")
     assert comparison[8:11] == ["", "", "4"]  # nothing to compare with
-    assert times[4:] == ["4.000", "2.00", "3.000", "1.0", "0.2", "2.0", "0.12", "0.500", "0.250", "2.00"]
+    assert times[4:] == ["4.000", "2.00", "3.000", "", "1.0", "0.2", "2.0", "0.12", "0.500", "0.250", "2.00"]
     assert memory[4:] == ["5.0", "1.0", "2.0", "3.0", "4.0"]
     assert accounting[4:] == ["0.750", "0.250"]
     for said in ("Abacus 9, 2 cores, 16 GiB", "torch 2.0", "abc123", "tlgc-mp bench scaling"):

@@ -99,16 +99,19 @@ def test_activation_checkpointing_keeps_less(tmp_path: Path) -> None:
 class Measurements:
     """Stands in for :func:`launch.measure`: answers at once, and remembers what it was asked."""
 
-    def __init__(self, answers: dict[tuple[str, int], launch.Outcome]) -> None:
+    def __init__(self, answers: dict[tuple[str, int], launch.Outcome], device_memory: int | None) -> None:
         self.answers = answers
         self.asked: list[tuple[str, int]] = []
         self.momentum: set[bool] = set()
+        self.device_memory = device_memory
 
     def __call__(self, request: dict[str, Any], ranks: int, time_limit: float) -> launch.Outcome:
         key = (request["strategy"], request.get("micro_batches", 1))
         self.asked.append(key)
         if key[0] == "core-rate":
-            return launch.Outcome([{"best_flops_per_second": 2e9}] * ranks)
+            name = None if self.device_memory is None else "Abacus X"
+            rate = {"best_flops_per_second": 2e9, "device": name, "device_memory_bytes": self.device_memory}
+            return launch.Outcome([rate] * ranks)
         self.momentum.add(request["momentum"])
         seconds = 1.0 / key[1] if key[1] < 8 else 9.0
         return self.answers.get(key) or launch.Outcome([fabricated.rank_result([seconds], [seconds])] * ranks)
@@ -119,9 +122,10 @@ def _run(
     folder: Path,
     *flags: str,
     memory: float = 1e12,
+    device_memory: int | None = None,
     answers: dict[tuple[str, int], launch.Outcome] | None = None,
 ) -> tuple[int, Measurements]:
-    measurements = Measurements(answers or {})
+    measurements = Measurements(answers or {}, device_memory)
     monkeypatch.setattr(launch, "measure", measurements)
     monkeypatch.setattr(capacity, "available_bytes", lambda: int(memory))
     return main(["bench", "scaling", "--output", str(folder), *flags]), measurements
@@ -161,11 +165,12 @@ def test_one_number_of_micro_batches_may_fail(tmp_path: Path, monkeypatch: pytes
     assert status == 0 and _rows(tmp_path)[0]["micro_batches"] == 2
 
 
+@pytest.mark.parametrize(("memory", "device_memory"), [(24e9, None), (1e9, 12_000_000_000)], ids=["cpu", "devices"])
 def test_where_the_dense_network_does_not_fit_all_go_without_momentum(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: float, device_memory: int | None
 ) -> None:
     flags = ["--widths", "80", "--strategies", "gc-2l", "naive-mp", "zero3", "--rounds", "1"]
-    status, measurements = _run(monkeypatch, tmp_path, *flags, memory=24e9)
+    status, measurements = _run(monkeypatch, tmp_path, *flags, memory=memory, device_memory=device_memory)
     assert status == 0 and measurements.momentum == {False}
     ours, naive, zero3 = _rows(tmp_path)
     assert "gradient" in naive["note"] and "gradient" not in ours["note"]

@@ -91,6 +91,15 @@ def test_a_coarse_mode_that_is_none_is_refused() -> None:
     assert layer.coarse_mode == "overlapped"
 
 
+def test_the_dense_mode_is_of_layers_that_hold_all_groups() -> None:
+    layer = TwoLevelConv2d(8, 12, 3, groups=4)
+    layer.coarse_mode = "dense"
+    layer.local_groups = 2
+    assert layer.coarse_mode == "fused"
+    with pytest.raises(UsageError, match=r"^coarse_mode='dense' is none.* 2 of 4 groups here; use one of overlapped, "):
+        layer.coarse_mode = "dense"
+
+
 @pytest.mark.parametrize("mode", COARSE_MODES)
 @pytest.mark.parametrize("frozen", ["weight", "restriction", "prolongation", "bias", "input"])
 def test_what_is_frozen_gets_no_gradient_and_all_else_its_own(frozen: str, mode: str) -> None:

@@ -102,10 +102,11 @@ def describe(description: Mapping[str, Any]) -> list[str]:
     """The lines that say where figures come from: machine, versions, commit, date and command."""
     machine = description["machine"]
     memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else ""
+    accelerator = f"{machine['accelerator']} on " if machine.get("accelerator") else ""
     versions = ", ".join(f"{name} {version}" for name, version in description["versions"].items())
     changed = " with uncommitted changes" if description["uncommitted_changes"] else ""
     return [
-        f"Machine: {machine['cpu']}, {machine['cores']} cores{memory}. {versions}. "
+        f"Machine: {accelerator}{machine['cpu']}, {machine['cores']} cores{memory}. {versions}. "
         f"Commit {description['commit'] or 'not known'}{changed}. {description['date']}.",
         "",
         f"    {' '.join(description['command'])}",
@@ -159,6 +160,7 @@ _TIME = (
     "step, s",
     "images/s",
     "busy CPU, s",
+    "busy device, s",
     "GFLOP a rank",
     "GFLOP/s",
     "best GFLOP/s",
@@ -175,6 +177,7 @@ def _time(row: Row) -> list[str]:
         _number(row["median_step_seconds"], 3),
         _number(row["images_per_second"], 2),
         _number(row["busy_cpu_seconds"], 3),
+        _number(row["busy_device_seconds"], 3),
         _number(row["flops_per_rank"], 1, 1e9),
         _number(row["achieved_flops_per_second"], 1, 1e9),
         _number(row["best_flops_per_second"], 1, 1e9),

@@ -22,10 +22,12 @@ says otherwise.
     busy_cpu_seconds           s          CPU seconds of a step, median over the samples of the busiest rank's
     flops_per_rank             FLOP       of a step: what the formulas of its convolutions and its head need, forward
                                           and backward; a multiplication and an addition are two
+    busy_device_seconds        s          of a profiled step: in which the accelerator computed; null on the CPU
     achieved_flops_per_second  FLOP/s     flops_per_rank over the median step; over busy_cpu_seconds where a rank does
-                                          not have a core to itself, or idles by design (naive-mp)
-    best_flops_per_second      FLOP/s     the fastest dense 3x3 convolution, forward and backward, on a core in this run
-                                          while all cores do the same
+                                          not have a core to itself, or idles by design (naive-mp; on an accelerator
+                                          over busy_device_seconds)
+    best_flops_per_second      FLOP/s     the fastest dense 3x3 convolution, forward and backward, on a core (or an
+                                          accelerator) in this run while all do the same
     achieved_share                        the first of these two over the second
     collective_seconds         s          of a step, in collectives, sends and receives, waiting for other ranks
                                           included; measured in steps of their own, as are the next five
@@ -125,7 +127,12 @@ def make_row(record: Record, dtype: str, best_flops_per_second: float | None, co
     busiest = max(range(case.ranks), key=by_rank.__getitem__)
     median = statistics.median(sample["seconds"] for sample in samples)
     busy = statistics.median(max(sample["busy_cpu_seconds"]) for sample in samples)
-    achieved = last[busiest]["flops"] / (busy if case.strategy == "naive-mp" or case.ranks > cores else median)
+    busy_device = last[busiest]["busy_device_seconds"]
+    if busy_device is not None:
+        worked = busy_device if case.strategy == "naive-mp" else median
+    else:
+        worked = busy if case.strategy == "naive-mp" or case.ranks > cores else median
+    achieved = last[busiest]["flops"] / worked
     largest = max((r for _, ranks in record.measurements for r in ranks), key=lambda r: r["peak_memory_bytes"])
     seconds_an_image = median / case.batch_size
 
@@ -138,6 +145,7 @@ def make_row(record: Record, dtype: str, best_flops_per_second: float | None, co
         "median_step_seconds": median,
         "images_per_second": 1 / seconds_an_image,
         "busy_cpu_seconds": busy,
+        "busy_device_seconds": busy_device,
         "flops_per_rank": last[busiest]["flops"],
         "achieved_flops_per_second": achieved,
         "best_flops_per_second": best_flops_per_second,
@@ -157,6 +165,7 @@ _MEASURED = (
     "median_step_seconds",
     "images_per_second",
     "busy_cpu_seconds",
+    "busy_device_seconds",
     "flops_per_rank",
     "achieved_flops_per_second",
     "best_flops_per_second",

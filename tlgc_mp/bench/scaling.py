@@ -28,23 +28,26 @@ def run(settings: BenchSettings) -> int:
     """Measures, writes the files, says how it goes; the exit status: 1 if a strategy failed other than for memory."""
     description = describe_run()
     cores_here = description["machine"]["cores"]
-    _write_json(settings, "run.json", description)
-    available = capacity.available_bytes()
-    records = [_plan(case, settings, available) for case in settings.cases]
     best: dict[int, float] = {}
+    device_memory: int | None = None
+    records: list[Record] = []
     rows: list[dict[str, Any]] = []
     for round_index in range(settings.rounds):
-        for cores in sorted({min(record.case.ranks, cores_here) for record in records}):
+        for cores in sorted({min(case.ranks, cores_here) for case in settings.cases}):
             outcome = launch.measure({"strategy": CORE_RATE, "dtype": settings.dtype}, cores, settings.time_limit)
             result = outcome.error
             if result is None:
                 rate = max(rank["best_flops_per_second"] for rank in outcome.ranks)
                 best[cores] = max(best.get(cores, 0.0), rate)
-                result = f"{rate / 1e9:.1f} GFLOP/s a core"
-            print(f"round {round_index + 1}  {CORE_RATE}  cores={cores}  {result}", flush=True)
+                description["machine"]["accelerator"] = outcome.ranks[0]["device"]
+                device_memory = outcome.ranks[0]["device_memory_bytes"]
+                result = f"{rate / 1e9:.1f} GFLOP/s each"
+            print(f"round {round_index + 1}  {CORE_RATE}  ranks={cores}  {result}", flush=True)
+        _write_json(settings, "run.json", description)
+        records = records or [_plan(case, settings, device_memory) for case in settings.cases]
         for record in records:
             if record.error is None:
-                _measure(record, round_index, settings)
+                _measure(record, round_index, settings, device_memory)
                 _say(record, round_index)
             rows = [_row(r, settings, best, cores_here) for r in records]
             _write_json(settings, "scaling.json", rows)
@@ -57,25 +60,35 @@ def _row(record: Record, settings: BenchSettings, best: dict[int, float], cores:
     return make_row(record, settings.dtype, best.get(min(record.case.ranks, cores)), cores)
 
 
-def _plan(case: Case, settings: BenchSettings, available: int | None) -> Record:
-    """With momentum, unless the dense network among the cases of its width has no room for it in ``available`` bytes.
+def _available(case: Case, device_memory: int | None) -> int | None:
+    """Memory for all ranks of ``case``: what is free on this machine, or where each has an accelerator, on those."""
+    return capacity.available_bytes() if device_memory is None else device_memory * case.ranks
+
+
+def _plan(case: Case, settings: BenchSettings, device_memory: int | None) -> Record:
+    """With momentum, unless the dense network among the cases of its width has no room for it.
 
     Then no case of that width has any, so that all do the same work, and the naive one, which would not fit even so,
     steps each parameter as soon as its gradient is there.
     """
     record = Record(case, settings.momentum)
     dense = [other for other in settings.cases if other.width == case.width and other.strategy in _DENSE_SPLIT]
-    if settings.momentum and dense and available is not None:
-        needed = max(capacity.needed_bytes(other, momentum=True) for other in dense)
-        if needed > available:
-            record.momentum = False
-            record.note = (
-                f"without momentum: with it the dense network at w={case.width} needs about {needed / 1e9:.0f} GB, "
-                f"and {available / 1e9:.0f} GB are free"
-            )
-            if case.strategy == "naive-mp":
-                record.update_in_backward = True
-                record.note += "; each parameter is stepped as soon as its gradient is there"
+    too_large = [
+        (needed, available)
+        for other in dense
+        if (available := _available(other, device_memory)) is not None
+        and (needed := capacity.needed_bytes(other, momentum=True)) > available
+    ]
+    if settings.momentum and too_large:
+        needed, available = max(too_large)
+        record.momentum = False
+        record.note = (
+            f"without momentum: with it the dense network at w={case.width} needs about {needed / 1e9:.0f} GB, "
+            f"and {available / 1e9:.0f} GB are free"
+        )
+        if case.strategy == "naive-mp":
+            record.update_in_backward = True
+            record.note += "; each parameter is stepped as soon as its gradient is there"
     return record
 
 
@@ -83,11 +96,11 @@ _DENSE_SPLIT = ("naive-mp", "pipeline", "channel-parallel")
 """Strategies that hold the dense network once; ZeRO holds more than that, which says nothing about the network."""
 
 
-def _measure(record: Record, round_index: int, settings: BenchSettings) -> None:
+def _measure(record: Record, round_index: int, settings: BenchSettings, device_memory: int | None) -> None:
     """Measures ``record``'s case once more, and in the first round finds its number of micro-batches."""
     case = record.case
     needed = capacity.needed_bytes(case, record.momentum, record.update_in_backward)
-    available = capacity.available_bytes()
+    available = _available(case, device_memory)
     if available is not None and needed > available:
         record.out_of_memory = True
         record.error = f"does not fit: needs about {needed / 1e9:.0f} GB, and {available / 1e9:.0f} GB are free"

@@ -37,6 +37,8 @@ WARM_UP_STEPS = 2
 CORE_RATE_SHAPES = ((128, 32, 16), (256, 16, 16), (320, 32, 4), (640, 16, 4), (1280, 8, 4))
 """Channels in and out, image size and images of the convolutions of which the fastest counts."""
 CORE_RATE_REPEATS = 3
+ACCELERATOR_IMAGES = 32
+"""Times as many images on an accelerator, which a batch for a core would leave idle."""
 
 
 def main(arguments: list[str]) -> None:
@@ -63,10 +65,12 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
             ``steps``; or ``"zero-memory"`` and what :func:`tlgc_mp.bench.zero_rank.measure_rank` takes.
 
     Returns:
-        ``{"best_flops_per_second"}`` for the core rate; what ``measure_rank`` returns for ``"zero-memory"``; for a
-        strategy ``seconds`` and ``busy_cpu_seconds`` of each timed step, ``flops``, ``accounting`` and ``collectives``
-        by kind, ``collective_seconds``, ``collective_bytes``, ``coarse_seconds``, ``peak_memory_bytes``,
-        ``parameter_bytes``, ``gradient_bytes``, ``optimizer_bytes`` and ``activation_bytes``.
+        ``best_flops_per_second``, and ``device`` and ``device_memory_bytes`` (name and free memory of this rank's
+        accelerator, else null) for the core rate; what ``measure_rank`` returns for ``"zero-memory"``; for a strategy
+        ``seconds`` and ``busy_cpu_seconds`` of each timed step, ``busy_device_seconds`` of one (null on the CPU),
+        ``flops``, ``accounting`` and ``collectives`` by kind, ``collective_seconds``, ``collective_bytes``,
+        ``coarse_seconds``, ``peak_memory_bytes``, ``parameter_bytes``, ``gradient_bytes``, ``optimizer_bytes`` and
+        ``activation_bytes``.
     """
     from tlgc_mp.parallel.engine import quiet_start, start_distributed
 
@@ -80,7 +84,12 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     accelerator = get_accelerator()
     device = torch.device(accelerator.current_device_name())
     if request["strategy"] == CORE_RATE:
-        return {"best_flops_per_second": _core_rate(device, request["dtype"])}
+        memory = None if device.type == "cpu" else int(accelerator.available_memory())
+        return {
+            "best_flops_per_second": _core_rate(device, request["dtype"]),
+            "device": _device_name(device),
+            "device_memory_bytes": memory,
+        }
     if request["strategy"] == ZERO_MEMORY:
         from tlgc_mp.bench.zero_rank import measure_rank
 
@@ -121,7 +130,7 @@ def _together(accelerator: Any) -> tuple[float, float]:
 def _instrumented_step(work: Workload, accelerator: Any) -> dict[str, Any]:
     """Two more steps, with meters that would slow the timed ones."""
     from tlgc_mp.bench import meters
-    from tlgc_mp.bench.accounting import profile_step
+    from tlgc_mp.bench.accounting import REST, profile_step
 
     memory: dict[str, int] = {}
     saved = meters.SavedActivations(list(work.model.parameters()))
@@ -132,8 +141,11 @@ def _instrumented_step(work: Workload, accelerator: Any) -> dict[str, Any]:
         accelerator.synchronize()
     collectives = clock.by_kind()
     _together(accelerator)
+    accounting = profile_step(work.step)
+    on_cpu = accelerator.device_name() == "cpu"
     return {
-        "accounting": profile_step(work.step),
+        "accounting": accounting,
+        "busy_device_seconds": None if on_cpu else sum(accounting.values()) - accounting[REST],
         "collectives": collectives,
         "collective_seconds": clock.seconds(),
         "collective_bytes": sum(traffic["bytes"] for traffic in collectives.values()),
@@ -141,6 +153,16 @@ def _instrumented_step(work: Workload, accelerator: Any) -> dict[str, Any]:
         "activation_bytes": saved.peak_bytes,
         **memory,
     }
+
+
+def _device_name(device: torch.device) -> str | None:
+    """Of an accelerator; ``None`` for the CPU."""
+    import torch
+
+    if device.type == "cpu":
+        return None
+    named = getattr(torch.get_device_module(device), "get_device_name", None)
+    return named(device) if named is not None else device.type
 
 
 def _core_rate(device: torch.device, dtype: str) -> float:
@@ -151,6 +173,7 @@ def _core_rate(device: torch.device, dtype: str) -> float:
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     best = 0.0
     for channels, size, batch_size in CORE_RATE_SHAPES:
+        batch_size *= 1 if device.type == "cpu" else ACCELERATOR_IMAGES
         x = torch.randn(batch_size, channels, size, size, device=device, dtype=kind)
         weight = torch.randn(channels, channels, 3, 3, device=device, dtype=kind)
         x, weight = (t.to(memory_format=torch.channels_last).requires_grad_() for t in (x, weight))

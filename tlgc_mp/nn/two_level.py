@@ -37,6 +37,9 @@ from tlgc_mp.nn.coarse_level import Dense, Exchange, Fused, Overlapped, WholeExc
 WIDE_GROUP = 128
 """Output channels of a group from which on the restriction is computed on its own; measured in docs/performance.md."""
 
+DENSE_BELOW = 256
+"""The same on an accelerator that holds all groups: below it the composed dense convolution is faster."""
+
 COARSE_MODES = ("overlapped", "fused", "dense")
 
 COARSE_INITS = {"zero": (1.0, 0.0), "scaled": (0.5, 0.5), "he": (1.0, 2.0)}
@@ -173,10 +176,10 @@ class TwoLevelConv2d(nn.Module):
         modes = self._coarse_modes()
         if self._assigned_mode in modes:  # the layer may have been split since
             return self._assigned_mode
-        narrow = self.out_channels // self.groups < WIDE_GROUP and "fused" in modes
-        if narrow and "dense" in modes and self.weight.device.type not in ("cpu", "meta"):
+        width = self.out_channels // self.groups
+        if "dense" in modes and width < DENSE_BELOW and self.weight.device.type not in ("cpu", "meta"):
             return "dense"
-        return "fused" if narrow else "overlapped"
+        return "fused" if "fused" in modes and width < WIDE_GROUP else "overlapped"
 
     @coarse_mode.setter
     def coarse_mode(self, mode: str) -> None:
