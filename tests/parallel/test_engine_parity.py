@@ -28,6 +28,7 @@ from tests.parallel.common import (
     smooth_network,
     train_one_device,
 )
+from tlgc_mp.nn import TwoLevelConv2d
 from tlgc_mp.parallel import gather_state_dict, initialize
 from tlgc_mp.parallel.topology import Topology
 
@@ -41,12 +42,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clipped": {"gradient_clipping": CLIP},
     "accumulated": {"gradient_clipping": 0.0, "gradient_accumulation_steps": 2},
     "bf16": {"gradient_clipping": 0.0, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+    "composed": {"gradient_clipping": 0.0},  # every layer that can be is one dense convolution, as on an accelerator
 }
 PLAIN = [((p, d), "plain", stage) for p, d in ((2, 1), (1, 2), (2, 2), (4, 1)) for stage in (0, 1, 2, 3)]
 CLIPPED = [((2, 1), "clipped", stage) for stage in (0, 1, 2, 3)] + [((2, 2), "clipped", stage) for stage in (0, 3)]
 ACCUMULATED = [((2, 1), "accumulated", 0), *(((2, 2), "accumulated", stage) for stage in (1, 2, 3))]
 BF16 = [((2, 1), "bf16", stage) for stage in (0, 2, 3)]
-RUNS = PLAIN + CLIPPED + ACCUMULATED + BF16
+COMPOSED = [((1, 2), "composed", stage) for stage in (0, 1, 2, 3)]
+RUNS = PLAIN + CLIPPED + ACCUMULATED + BF16 + COMPOSED
 """((P, D), variant, ZeRO stage)"""
 
 WIDE_RESNET_SEEDS = (SEED, 1, 2)
@@ -68,6 +71,12 @@ def _one_engine(
         "zero_allow_untested_optimizer": True,
         **VARIANTS[variant],
     }
+    layers = [module for module in model.modules() if isinstance(module, TwoLevelConv2d)]
+    if variant == "composed":
+        for layer in layers:
+            if layer.coarse_kernel_size == layer.kernel_size:
+                layer.coarse_mode = "dense"
+        assert sum(layer.coarse_mode == "dense" for layer in layers) == 2
     engine, *_ = initialize(model=model, optimizer=sgd, config=config, seed=seed)
     accumulation = engine.gradient_accumulation_steps()
     run = TrainingRun(losses=[[]])
@@ -120,7 +129,7 @@ def _one_device(replicas: int, variant: str) -> TrainingRun:
     )
 
 
-@pytest.mark.parametrize(("split", "variant", "stage"), PLAIN + CLIPPED + ACCUMULATED)
+@pytest.mark.parametrize(("split", "variant", "stage"), PLAIN + CLIPPED + ACCUMULATED + COMPOSED)
 def test_losses_and_final_parameters(split: tuple[int, int], variant: str, stage: int) -> None:
     expected = _one_device(split[1], variant)
     assert_trained(expected)

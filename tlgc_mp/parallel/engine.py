@@ -183,20 +183,24 @@ def start_distributed(distributed_port: int = 29500) -> None:
     """Brings up torch.distributed through DeepSpeed, under whichever launcher started this process.
 
     ``deepspeed`` and ``torchrun`` say who is who in the environment; under ``mpirun`` DeepSpeed asks mpi4py; a plain
-    process becomes a world of one. Says so on rank 0 when it takes long. Does nothing when all is up already.
+    process becomes a world of one. Says so on rank 0 when it takes long. When all is up already, it only takes this
+    rank's accelerator, the one that DeepSpeed's engine is about to take.
+
+    Raises:
+        UsageError: this node has fewer accelerators than ranks.
     """
     with quiet_start():
         import deepspeed
         import deepspeed.comm
         from deepspeed.accelerator import get_accelerator
 
+        launch = Launch.detect()
+        _take_device(launch.local_rank)
         if deepspeed.comm.is_initialized():
             return
         _skip_shared_memory_extension()
         if get_accelerator().device_name() == "cpu":
             keep_freed_memory()
-        launch = Launch.detect()
-        _take_device(launch.local_rank)
         if launch.world == 1 and "MASTER_ADDR" not in os.environ:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         if launch.world == 1 or "RANK" in os.environ:
