@@ -18,6 +18,7 @@ import time
 import traceback
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -45,7 +46,7 @@ def _rank_main(
     rank: int,
     world: int,
     local_rank: int,
-    backend: str,
+    own_accelerator: bool,
     port: int,
     rendezvous: str,
     pipe: Connection,
@@ -62,8 +63,12 @@ def _rank_main(
         MASTER_PORT=str(port),
     )
     try:
-        if backend != "gloo":
-            torch.accelerator.set_device_index(local_rank)
+        backend = "gloo"
+        if own_accelerator:
+            from deepspeed.accelerator import get_accelerator
+
+            get_accelerator().set_device(local_rank)
+            backend = get_accelerator().communication_backend_name()
         dist.init_process_group(
             backend,
             init_method=f"file://{rendezvous}",
@@ -91,14 +96,14 @@ def run_ranks(
     through what DeepSpeed uses there (NCCL, say) where there are as many, and through Gloo where they share one.
     """
     context: Any = _context
-    backend, local_ranks, environment = "gloo", list(range(world)), dict(os.environ)
+    variables: dict[str, str] = {}
+    one_each = False
     if on_accelerator:
+        device = torch.accelerator.current_accelerator()
+        assert device is not None
         context = multiprocessing.get_context("spawn")
-        os.environ["DS_ACCELERATOR"] = torch.accelerator.current_accelerator(check_available=True).type
-        if torch.accelerator.device_count() >= world:
-            backend = dist.get_default_backend_for_device(torch.accelerator.current_accelerator())
-        else:
-            local_ranks = [0] * world
+        variables["DS_ACCELERATOR"] = device.type
+        one_each = torch.accelerator.device_count() >= world
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -107,16 +112,17 @@ def run_ranks(
         for rank in range(world):
             receive, send = context.Pipe(duplex=False)
             rendezvous = os.path.join(folder, "rendezvous")
+            local_rank = 0 if on_accelerator and not one_each else rank
             process = context.Process(
                 target=_rank_main,
-                args=(function, arguments, rank, world, local_ranks[rank], backend, port, rendezvous, send),
+                args=(function, arguments, rank, world, local_rank, one_each, port, rendezvous, send),
                 daemon=True,
             )
-            process.start()
+            with mock.patch.dict(os.environ, variables):
+                process.start()
             send.close()
             pipes.append(receive)
             processes.append(process)
-        os.environ.update(environment)
         results: dict[int, Any] = {}
         failures: list[str] = []
         deadline = time.monotonic() + timeout
