@@ -6,6 +6,7 @@ Where the machine has fewer accelerators than a test has ranks, the ranks share 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.nn.test_dense_matrix import SEEDS, random_case
+from tests.nn.test_dense_matrix import SEEDS, drawn, random_case
 from tests.parallel.common import (
     TrainingRun,
     assert_close,
@@ -56,48 +57,36 @@ def _full_precision() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def _compare_with_the_cpu(layer: TwoLevelConv2d, x: Tensor, modes: Iterable[str]) -> Tensor:
+    """Outputs and all gradients of ``layer`` there and here, in float64; returns the last output there."""
+    twin, x_there = copy.deepcopy(layer).to(_device()), x.detach().to(_device()).requires_grad_()
+    for mode in modes:
+        layer.coarse_mode = twin.coarse_mode = mode
+        expected, actual = layer(x), twin(x_there)
+        cotangent = torch.randn_like(expected)
+        grads = torch.autograd.grad(expected, (x, *layer.parameters()), cotangent)
+        grads_there = torch.autograd.grad(actual, (x_there, *twin.parameters()), cotangent.to(_device()))
+        for got, want in zip((actual, *grads_there), (expected, *grads), strict=True):
+            torch.testing.assert_close(got.cpu(), want, rtol=1e-10, atol=1e-10)
+    return actual
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_layer_is_that_of_the_cpu(seed: int) -> None:
     case = random_case(seed)
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    layer = case.layer()
-    with torch.no_grad():
-        for param in layer.parameters():
-            param.copy_(normal(*param.shape))
-    twin = copy.deepcopy(layer).to(_device())
-    x = normal(case.batch, case.in_channels, *case.size).to(memory_format=case.memory_format).requires_grad_()
-    x_there = x.detach().to(_device()).requires_grad_()
-    for mode in case.modes:
-        layer.coarse_mode = twin.coarse_mode = mode
-        expected, actual = layer(x), twin(x_there)
-        cotangent = normal(*expected.shape)
-        grads = torch.autograd.grad(expected, (x, *layer.parameters()), cotangent)
-        grads_there = torch.autograd.grad(actual, (x_there, *twin.parameters()), cotangent.to(_device()))
-        if 1 not in (case.in_channels, *case.size):  # such a tensor is of both formats
-            assert actual.is_contiguous(memory_format=case.memory_format)
-        for got, want in zip((actual, *grads_there), (expected, *grads), strict=True):
-            torch.testing.assert_close(got.cpu(), want, rtol=1e-10, atol=1e-10)
+    layer, x, _ = drawn(case)
+    torch.manual_seed(seed)
+    actual = _compare_with_the_cpu(layer, x, case.modes)
+    if 1 not in (case.in_channels, *case.size):  # such a tensor is of both formats
+        assert actual.is_contiguous(memory_format=case.memory_format)
 
 
-@pytest.mark.parametrize("mode", COARSE_MODES)
-def test_layer_of_many_positions(mode: str) -> None:
+def test_layer_of_many_positions() -> None:
     """On an accelerator a sum over them is made in parts."""
     torch.manual_seed(0)
     layer = TwoLevelConv2d(32, 64, 3, stride=2, padding=1, groups=4, dtype=torch.float64, coarse_init="he")
-    twin = copy.deepcopy(layer).to(_device())
-    layer.coarse_mode = twin.coarse_mode = mode
     x = torch.randn(16, 32, 32, 32, dtype=torch.float64, requires_grad=True)
-    x_there = x.detach().to(_device()).requires_grad_()
-    expected, actual = layer(x), twin(x_there)
-    cotangent = torch.randn_like(expected)
-    grads = torch.autograd.grad(expected, (x, *layer.parameters()), cotangent)
-    grads_there = torch.autograd.grad(actual, (x_there, *twin.parameters()), cotangent.to(_device()))
-    for got, want in zip((actual, *grads_there), (expected, *grads), strict=True):
-        torch.testing.assert_close(got.cpu(), want, rtol=1e-10, atol=1e-10)
+    _compare_with_the_cpu(layer, x, COARSE_MODES)
 
 
 def test_narrow_groups_of_one_accelerator_are_dense() -> None:

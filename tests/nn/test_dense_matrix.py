@@ -90,6 +90,21 @@ def random_case(seed: int) -> Case:
     )
 
 
+def drawn(case: Case) -> tuple[TwoLevelConv2d, Tensor, Callable[..., Tensor]]:
+    """The layer with normal parameters, a normal input, and what draws more of a shape."""
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    layer = case.layer()
+    with torch.no_grad():
+        for param in layer.parameters():
+            param.copy_(normal(*param.shape))
+    x = normal(case.batch, case.in_channels, *case.size).to(memory_format=case.memory_format)
+    return layer, x.requires_grad_(), normal
+
+
 def taps(size: int, out_size: int, kernel: int, stride: int, start: int, dilation: int) -> Tensor:
     """(out_size, kernel, size): 1 where tap ``a`` of output position ``i`` reads input position ``p``, 0 elsewhere."""
     table = torch.zeros(out_size, kernel, size, dtype=torch.float64)
@@ -138,17 +153,7 @@ def reference(layer: TwoLevelConv2d, x: Tensor, case: Case) -> Tensor:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_output_and_gradients(seed: int) -> None:
     case = random_case(seed)
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    layer = case.layer()
-    with torch.no_grad():
-        for param in layer.parameters():
-            param.copy_(normal(*param.shape))
-    x = normal(case.batch, case.in_channels, *case.size).to(memory_format=case.memory_format).requires_grad_()
-
+    layer, x, normal = drawn(case)
     expected = reference(layer, x, case)
     inputs = {"input": x, **dict(layer.named_parameters())}
     cotangent = normal(*expected.shape)
