@@ -181,6 +181,17 @@ def test_where_the_dense_network_does_not_fit_all_go_without_momentum(
     assert ("zero3", 1) not in measurements.asked
 
 
+def test_all_cases_of_a_width_keep_momentum_or_none_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is free differs from one look to the next."""
+    free = iter([24e9])
+    measurements = Measurements({}, None)
+    monkeypatch.setattr(launch, "measure", measurements)
+    monkeypatch.setattr(capacity, "available_bytes", lambda: int(next(free, 1e12)))
+    flags = ["--widths", "80", "--strategies", "gc-2l", "gc", "naive-mp", "--rounds", "1"]
+    assert main(["bench", "scaling", "--output", str(tmp_path), *flags]) == 0
+    assert measurements.momentum == {False}
+
+
 def test_momentum_stays_where_no_dense_network_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--widths", "80", "--strategies", "gc-2l", "--rounds", "1"]
     _, measurements = _run(monkeypatch, tmp_path, *flags, memory=24e9)

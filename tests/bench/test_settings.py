@@ -29,7 +29,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "groups zero": (["--groups", "0", "--strategies", "gc-2l"], ["groups=0", "1, 2, 4, 8, 16"]),
     "more ranks than units": (
         ["--depth", "10", "--tp", "4", "--strategies", "naive-mp"],
-        ["--tp=4", "3 residual units", "3 or less"],
+        ["--tp=4", "3 residual units", "1 to 3"],
+    ),
+    "more ranks of a pipeline than units": (
+        ["--depth", "10", "--tp", "4", "--strategies", "pipeline"],
+        ["--tp=4", "3 residual units", "2 to 3"],
     ),
     "width": (["--widths", "0"], ["width 0", "1 or more"]),
     "width no number": (["--widths", "forty"], ["--widths", "'forty'"]),

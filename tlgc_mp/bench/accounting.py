@@ -1,7 +1,7 @@
 """Where the time of a step goes: the profiler's record of one, in a few kinds that add up to the step.
 
 On the CPU the time is that of the rank's main thread. On an accelerator it is that of the kernels that an operator
-starts, and what is left of the step is time in which the accelerator has nothing to do.
+starts; what is left of the step are kernels of other operators, and time in which the accelerator has nothing to do.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ COLLECTIVES = "collectives"
 REST = "waiting and the rest"
 
 
-def profile_step(step: Callable[[], Any]) -> dict[str, float]:
-    """Runs ``step``; returns kind -> seconds, which add up to the step's wall clock."""
+def profile_step(step: Callable[[], Any]) -> tuple[dict[str, float], float | None]:
+    """Runs ``step``; returns (kind -> seconds, which add up to the step's wall clock; seconds in which the accelerator
+    computed, collectives excepted, or ``None`` on the CPU)."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
@@ -46,6 +47,7 @@ def profile_step(step: Callable[[], Any]) -> dict[str, float]:
         step()
         accelerator.synchronize()
         seconds = time.perf_counter() - began
+    computed = 0.0
     main = {event.thread for event in profiler.events() if event.name.startswith("Optimizer.step")}
     for event in profiler.events():
         if event.device_type != DeviceType.CPU or (on_cpu and main and event.thread not in main):
@@ -56,9 +58,11 @@ def profile_step(step: Callable[[], Any]) -> dict[str, float]:
             kind = COLLECTIVES
         else:
             kind = kind_of.get(event.name, REST)
-        kinds[kind] += (event.self_cpu_time_total if on_cpu else event.self_device_time_total) / 1e6
+        spent = (event.self_cpu_time_total if on_cpu else event.self_device_time_total) / 1e6
+        kinds[kind] += spent
+        computed += spent if kind != COLLECTIVES else 0.0
     kinds[REST] += seconds - sum(kinds.values())
-    return kinds
+    return kinds, None if on_cpu else computed
 
 
 def _within(event: Any, name: str) -> bool:

@@ -22,7 +22,8 @@ says otherwise.
     busy_cpu_seconds           s          CPU seconds of a step, median over the samples of the busiest rank's
     flops_per_rank             FLOP       of a step: what the formulas of its convolutions and its head need, forward
                                           and backward; a multiplication and an addition are two
-    busy_device_seconds        s          of a profiled step: in which the accelerator computed; null on the CPU
+    busy_device_seconds        s          of a profiled step: in which the accelerator computed, collectives
+                                          excepted; null on the CPU
     achieved_flops_per_second  FLOP/s     flops_per_rank over the median step; over busy_cpu_seconds where a rank does
                                           not have a core to itself, or idles by design (naive-mp; on an accelerator
                                           over busy_device_seconds)

@@ -28,6 +28,7 @@ def run(settings: BenchSettings) -> int:
     """Measures, writes the files, says how it goes; the exit status: 1 if a strategy failed other than for memory."""
     description = describe_run()
     cores_here = description["machine"]["cores"]
+    _write_json(settings, "run.json", description)
     best: dict[int, float] = {}
     device_memory: int | None = None
     records: list[Record] = []
@@ -44,7 +45,9 @@ def run(settings: BenchSettings) -> int:
                 result = f"{rate / 1e9:.1f} GFLOP/s each"
             print(f"round {round_index + 1}  {CORE_RATE}  ranks={cores}  {result}", flush=True)
         _write_json(settings, "run.json", description)
-        records = records or [_plan(case, settings, device_memory) for case in settings.cases]
+        if not records:
+            host_memory = capacity.available_bytes()  # once, so that all cases of a width are decided alike
+            records = [_plan(case, settings, host_memory, device_memory) for case in settings.cases]
         for record in records:
             if record.error is None:
                 _measure(record, round_index, settings, device_memory)
@@ -60,12 +63,12 @@ def _row(record: Record, settings: BenchSettings, best: dict[int, float], cores:
     return make_row(record, settings.dtype, best.get(min(record.case.ranks, cores)), cores)
 
 
-def _available(case: Case, device_memory: int | None) -> int | None:
+def _available(case: Case, host_memory: int | None, device_memory: int | None) -> int | None:
     """Memory for all ranks of ``case``: what is free on this machine, or where each has an accelerator, on those."""
-    return capacity.available_bytes() if device_memory is None else device_memory * case.ranks
+    return host_memory if device_memory is None else device_memory * case.ranks
 
 
-def _plan(case: Case, settings: BenchSettings, device_memory: int | None) -> Record:
+def _plan(case: Case, settings: BenchSettings, host_memory: int | None, device_memory: int | None) -> Record:
     """With momentum, unless the dense network among the cases of its width has no room for it.
 
     Then no case of that width has any, so that all do the same work, and the naive one, which would not fit even so,
@@ -76,7 +79,7 @@ def _plan(case: Case, settings: BenchSettings, device_memory: int | None) -> Rec
     too_large = [
         (needed, available)
         for other in dense
-        if (available := _available(other, device_memory)) is not None
+        if (available := _available(other, host_memory, device_memory)) is not None
         and (needed := capacity.needed_bytes(other, momentum=True)) > available
     ]
     if settings.momentum and too_large:
@@ -100,7 +103,7 @@ def _measure(record: Record, round_index: int, settings: BenchSettings, device_m
     """Measures ``record``'s case once more, and in the first round finds its number of micro-batches."""
     case = record.case
     needed = capacity.needed_bytes(case, record.momentum, record.update_in_backward)
-    available = _available(case, device_memory)
+    available = _available(case, capacity.available_bytes(), device_memory)
     if available is not None and needed > available:
         record.out_of_memory = True
         record.error = f"does not fit: needs about {needed / 1e9:.0f} GB, and {available / 1e9:.0f} GB are free"

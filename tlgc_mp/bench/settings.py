@@ -169,7 +169,10 @@ def _case(strategy: str, depth: int, width: int, ranks: int, batch_size: int, op
         check_split(model, conv, groups, ranks)
     units = (depth - 4) // 2
     if strategy in ("naive-mp", "pipeline") and ranks > units:
-        raise UsageError(f"--tp={ranks}: {strategy} splits the {units} residual units of {model}; use {units} or less")
+        least = 1 if strategy == "naive-mp" else 2
+        raise UsageError(
+            f"--tp={ranks}: {strategy} splits the {units} residual units of {model}; use {least} to {units}"
+        )
     if strategy == "zero3" and batch_size % ranks:
         raise UsageError(
             f"--batch-sizes={batch_size} does not divide among the {ranks} replicas of zero3 at width {width}; "

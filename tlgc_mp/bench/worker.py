@@ -130,7 +130,7 @@ def _together(accelerator: Any) -> tuple[float, float]:
 def _instrumented_step(work: Workload, accelerator: Any) -> dict[str, Any]:
     """Two more steps, with meters that would slow the timed ones."""
     from tlgc_mp.bench import meters
-    from tlgc_mp.bench.accounting import REST, profile_step
+    from tlgc_mp.bench.accounting import profile_step
 
     memory: dict[str, int] = {}
     saved = meters.SavedActivations(list(work.model.parameters()))
@@ -141,11 +141,10 @@ def _instrumented_step(work: Workload, accelerator: Any) -> dict[str, Any]:
         accelerator.synchronize()
     collectives = clock.by_kind()
     _together(accelerator)
-    accounting = profile_step(work.step)
-    on_cpu = accelerator.device_name() == "cpu"
+    accounting, busy_device_seconds = profile_step(work.step)
     return {
         "accounting": accounting,
-        "busy_device_seconds": None if on_cpu else sum(accounting.values()) - accounting[REST],
+        "busy_device_seconds": busy_device_seconds,
         "collectives": collectives,
         "collective_seconds": clock.seconds(),
         "collective_bytes": sum(traffic["bytes"] for traffic in collectives.values()),
