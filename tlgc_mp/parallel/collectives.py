@@ -9,20 +9,52 @@
 All are ``torch.library`` operators in the namespace ``tlgc_mp`` with a fake (shape-only) form, so that torch.compile,
 FakeTensor and profilers see them by name. A process group is passed by its name, as torch's own functional
 collectives do. Where DeepSpeed's communication layer is up, they go through it and appear in its communication log.
+
+Below autograd, :func:`all_gather`, :func:`all_reduce` and :func:`reduce_scatter` do the same for code that has rules of
+its own for gradients.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from tlgc_mp.nn.coarse_level import Exchange
+
+recorders: list[Callable[[str, int], None]] = []
+"""Called with the name of each collective that is started and the bytes that this rank gives to it. Empty but for
+reports and tests."""
+
+_REDUCED_AS = {torch.bool: torch.uint8, torch.int16: torch.int32}
+"""Types that Gloo does not reduce, and what they are reduced as."""
+_GATHERED = {
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int8,
+    torch.uint8,
+}
+"""Types that every backend gathers; others are gathered as bytes."""
+
+
+class TensorParallelRanks(Protocol):
+    """The ranks that hold one replica, as the collectives here need to know them."""
+
+    size: int
+    rank: int
+    group_name: str
+
+    @property
+    def group(self) -> dist.ProcessGroup: ...
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:
@@ -162,6 +194,71 @@ def _exchange_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None
 
 
 exchange_channels.register_autograd(_exchange_backward, setup_context=_exchange_context)
+
+
+def all_gather(share: Tensor, ranks: TensorParallelRanks) -> Tensor:
+    """The shares of all P ranks, in rank order: ``share`` of any shape and type -> (P, *share.shape), contiguous.
+
+    Not differentiable. Of a tensor on the meta device, the shape only.
+    """
+    if _is_traced(share):
+        return coarse_gather(share.unsqueeze(0), ranks.size, ranks.group_name)
+    stacked = share.new_empty((ranks.size, *share.shape))
+    if share.is_meta or not share.numel():
+        return stacked
+    sent, received = share.contiguous().view(-1), stacked.view(-1)
+    if share.dtype not in _GATHERED:
+        sent, received = sent.view(torch.uint8), received.view(torch.uint8)
+    _note("all_gather", sent)
+    _comm("all_gather_into_tensor", "all_gather_single")(received, sent, group=ranks.group)
+    return stacked
+
+
+def all_reduce(tensor: Tensor, ranks: TensorParallelRanks, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """The sum over the ranks of a tensor, or what ``op`` says, as a new tensor in the memory format of ``tensor``.
+
+    Not differentiable. Of a tensor on the meta device, the shape only.
+    """
+    if _is_traced(tensor) and op == dist.ReduceOp.SUM:
+        return sum_partials(tensor, ranks.group_name)
+    total = tensor.to(_REDUCED_AS.get(tensor.dtype, tensor.dtype), copy=True)
+    if total.is_meta or not total.numel():
+        return total.to(tensor.dtype)
+    flat = total.as_strided((total.numel(),), (1,), 0)  # a copy is dense
+    if flat.is_complex():
+        flat = torch.view_as_real(flat)
+    _note("all_reduce", flat)
+    _comm("all_reduce", "all_reduce")(flat, op, group=ranks.group)
+    return total.to(tensor.dtype)
+
+
+def reduce_scatter(stacked: Tensor, ranks: TensorParallelRanks) -> Tensor:
+    """This rank's row of the sum over the P ranks: (P, *shape) -> shape, contiguous.
+
+    Not differentiable. Of a tensor on the meta device, the shape only.
+    """
+    if _is_traced(stacked):
+        return coarse_reduce_scatter(stacked, ranks.size, ranks.group_name).squeeze(0)
+    row = stacked.new_empty(stacked.shape[1:])
+    if stacked.is_meta or not row.numel():
+        return row
+    as_type = _REDUCED_AS.get(stacked.dtype, stacked.dtype)
+    given, kept = stacked.contiguous().to(as_type).view(-1), row.to(as_type).view(-1)
+    if given.is_complex():
+        given, kept = torch.view_as_real(given), torch.view_as_real(kept)
+    _note("reduce_scatter", given)
+    _comm("reduce_scatter_tensor", "reduce_scatter_single")(kept, given, group=ranks.group)
+    return row if as_type == row.dtype else row.copy_(kept.view(row.shape))
+
+
+def _is_traced(tensor: Tensor) -> bool:
+    """Whether a graph is being made, of which the collective becomes an operator."""
+    return type(tensor) is not Tensor and type(tensor) is not nn.Parameter
+
+
+def _note(name: str, sent: Tensor) -> None:
+    for record in recorders:
+        record(name, sent.numel() * sent.element_size())
 
 
 class CoarseExchange(Exchange):
