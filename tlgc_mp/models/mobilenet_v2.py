@@ -33,9 +33,11 @@ class MobileNetV2(torchvision.models.MobileNetV2):
 
     Attributes:
         block_types: the classes of its residual blocks.
+        channels_apart: between layers, nothing here mixes channels, pads them, or reads how many there are.
     """
 
     block_types: tuple[type[nn.Module], ...] = (InvertedResidual,)
+    channels_apart = True
 
     def __init__(self, num_classes: int, conv: ConvFactory, last_conv: ConvFactory, dropout: float = 0.2) -> None:
         super().__init__(num_classes=num_classes, dropout=dropout)

@@ -53,9 +53,11 @@ class WideResNet(nn.Module):
 
     Attributes:
         block_types: the classes of its residual blocks.
+        channels_apart: between layers, nothing here mixes channels, pads them, or reads how many there are.
     """
 
     block_types: tuple[type[nn.Module], ...] = (ResidualUnit,)
+    channels_apart = True
 
     def __init__(
         self,

@@ -1,160 +1,182 @@
 """Which part of which layer a tensor-parallel rank holds.
 
-Activations stay split by channel from the stem to the head, in P equal contiguous shares. Every layer that has
-parameters or draws random numbers falls in one of the kinds below; anything else is refused by name, and so is a fully
-learnable group convolution on more than one rank. The plan reads shapes only, so it works on the meta device and
-without a process group: splitting a model and counting its parameters follow the same plan.
+Every parameter may be cut along any dimension, or held whole by every rank: a network computes the same in any case,
+since code that reads a parameter sees all of it (``layers.py``), and each operator takes what it needs
+(``split_tensor.py``). The plan decides what a step costs. It reads shapes only, so it works on the meta device and
+without a process group, and it refuses nothing but layers that have no shapes yet.
 
-    column      the stem: whole input, output channels split; no communication
+    column      a dense convolution or linear layer: its input whole, its output channels cut
+    row         the same: its input channels cut, and a sum over the ranks
+    gathered    column, in a network whose code between layers is known to leave channels apart
     grouped     group (and depthwise) convolution: local
     two-level   two-level group convolution: local, but for the coarse gather
     prototype   its prototype: the same
     shuffle     group convolution with shuffled channels: local, but for an all-to-all of its output
-    gathered    a dense convolution in the middle: input channels gathered, output channels split; exact and expensive
-    channels    BatchNorm, and subclasses that hold what it holds: local
-    dropout     local: its channels of what is dropped of all
-    row         the head: input features split, partial logits summed
+    channels    normalization, PReLU: a value a channel; local, or a sum a position
+    dropout     nothing to hold; it draws what one device draws
+    whole       held by every rank
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 
-from tlgc_mp.errors import UsageError, divisors, one_of
-from tlgc_mp.models.names import FLGC_ACROSS_RANKS
+from tlgc_mp.errors import UsageError, is_count
 from tlgc_mp.nn import FullyLearnableGroupConv2d, ShuffleConv2d, TwoLevelConv2d, TwoLevelPrototypeConv2d
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How one layer is split.
+    """How one layer is held.
 
     Attributes:
         kind: one of the kinds in this module's docstring.
         dims: parameter or buffer name -> the dimension cut into P shares. What is not named is whole on every rank.
+        reason: why a layer is whole; empty otherwise.
     """
 
     kind: str
-    dims: dict[str, int]
+    dims: dict[str, int] = field(default_factory=dict)
+    reason: str = ""
 
 
 def plan(model: nn.Module, tensor_parallel: int) -> dict[str, Placement]:
     """Module name -> placement, for every layer of ``model`` that holds parameters or draws random numbers.
-
-    The first convolution is the stem, and the one linear layer the head.
 
     Args:
         model: on any device, the meta device included.
         tensor_parallel: P.
 
     Raises:
-        UsageError: a layer that cannot be split over P ranks, by name, with what would work.
+        UsageError: P is not a number of ranks, or a lazy layer has not seen its first batch.
     """
-    _check_ties(model)
+    if not is_count(tensor_parallel):
+        raise UsageError(f"tensor_parallel must be a number of ranks, got {tensor_parallel!r}; use 1 or more")
     placements: dict[str, Placement] = {}
-    stem_found = False
-    head_name = ""
+    channels_apart = getattr(model, "channels_apart", False)
+    stem = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
+    only_linear = sum(type(m) is nn.Linear for m in model.modules()) == 1
     for name, module in model.named_modules():
-        if isinstance(module, TwoLevelConv2d):
-            _check_share("groups", module.groups, tensor_parallel, name)
-            kind = "prototype" if isinstance(module, TwoLevelPrototypeConv2d) else "two-level"
-            placements[name] = Placement(kind, dict.fromkeys(_names(module), 0))
-            stem_found = True
-        elif isinstance(module, ShuffleConv2d):
-            _check_share("groups", module.groups, tensor_parallel, name)
-            placements[name] = Placement("shuffle", dict.fromkeys(_names(module), 0))
-            stem_found = True
-        elif isinstance(module, FullyLearnableGroupConv2d):
-            if tensor_parallel > 1:
-                raise UsageError(f"{name}: a FullyLearnableGroupConv2d {FLGC_ACROSS_RANKS}; use replicas")
-            stem_found = True
-        elif type(module) is nn.Conv2d:
-            if not stem_found:
-                kind = "column"
-                _check_share("out_channels", module.out_channels, tensor_parallel, name)
-            elif module.groups > 1:
-                kind = "grouped"
-                _check_share("groups", module.groups, tensor_parallel, name)
-            else:
-                kind = "gathered"
-                _check_share("in_channels", module.in_channels, tensor_parallel, name)
-                _check_share("out_channels", module.out_channels, tensor_parallel, name)
-            if kind != "grouped" and module.groups > 1:
-                raise UsageError(f"{name}: a stem with groups={module.groups} cannot be split; use a dense one")
-            placements[name] = Placement(kind, dict.fromkeys(_names(module), 0))
-            stem_found = True
-        elif isinstance(module, nn.BatchNorm2d) and {*module._parameters, *module._buffers} == _BATCH_NORM:
-            _check_share("num_features", module.num_features, tensor_parallel, name)
-            names = [n for n in (*_names(module), "running_mean", "running_var") if getattr(module, n) is not None]
-            placements[name] = Placement("channels", dict.fromkeys(names, 0))
-        elif type(module) is nn.Linear:
-            if head_name:
-                raise UsageError(f"{name}: a second linear layer after {head_name} cannot be split; one head is")
-            head_name = name
-            _check_share("in_features", module.in_features, tensor_parallel, name)
-            placements[name] = Placement("row", {"weight": 1})
-        elif type(module) is nn.Dropout:
-            if head_name or not stem_found:
-                raise UsageError(
-                    f"{name or 'the model'}: Dropout before the stem or after the head cannot be split, since every "
-                    "rank holds all of its input; put it between them"
-                )
-            placements[name] = Placement("dropout", {})
-        elif isinstance(module, _UNKNOWN) or _names(module):
-            raise UsageError(
-                f"{name or 'the model'}: {type(module).__name__} mixes channels, holds parameters or draws at random, "
-                "and how to split it is not known; use convolutions, BatchNorm2d, Dropout, and one Linear as the head"
-            )
+        for key, param in module.named_parameters(recurse=False):
+            if is_lazy(param):
+                raise UsageError(f"{name}.{key} has no shape yet; run one batch through the model first")
+        placement = _placement(module, tensor_parallel)
+        if placement is None:
+            continue
+        if isinstance(module, _ConvNd) and placement.kind == "row" and (module is stem or channels_apart):
+            placement = _column(module, tensor_parallel) or placement
+        if channels_apart and placement.kind == "column" and module is not stem:
+            placement = Placement("gathered", placement.dims)
+        if type(module) is nn.Linear and only_linear and module.in_features % tensor_parallel == 0:
+            placement = Placement("row", {"weight": 1})
+        placements[name] = placement
+    _keep_ties_whole(model, placements)
     return placements
 
 
-_UNKNOWN = (
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.LocalResponseNorm,
-    nn.ChannelShuffle,
-    nn.PixelShuffle,
-    nn.PixelUnshuffle,
-    nn.Softmax,
-    nn.Softmax2d,
-    nn.LogSoftmax,
-    nn.MultiheadAttention,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-    nn.RReLU,
-)
-"""Without parameters, and yet not to be left as they are: they mix channels or draw random numbers."""
+def _placement(module: nn.Module, ranks: int) -> Placement | None:
+    held = set(_held(module))
+    if isinstance(module, TwoLevelConv2d | ShuffleConv2d):
+        kind = "shuffle"
+        if isinstance(module, TwoLevelConv2d):
+            kind = "prototype" if isinstance(module, TwoLevelPrototypeConv2d) else "two-level"
+        if module.groups % ranks:
+            return Placement("whole", reason=f"{ranks} ranks do not divide its {module.groups} groups")
+        return Placement(kind, dict.fromkeys(_parameters(module), 0))
+    if isinstance(module, FullyLearnableGroupConv2d):
+        return Placement("whole", reason="its groups are learned, and any filter may come to read any channel")
+    if isinstance(module, nn.Dropout):
+        return Placement("dropout")
+    if not held:
+        return None
+    found: Placement | None = None
+    if isinstance(module, _ConvNd) and isinstance(getattr(module, "weight", None), nn.Parameter):
+        found = _convolution(module, ranks)
+    elif isinstance(module, nn.Linear) and "weight" in held:
+        found = _linear(module, ranks)
+    elif isinstance(module, _NormBase | nn.GroupNorm | nn.PReLU):
+        found = _channels(module, held, ranks)
+    elif isinstance(module, nn.LayerNorm) and module.normalized_shape[0] % ranks == 0:
+        found = Placement("channels", dict.fromkeys(_parameters(module), 0))
+    if found is not None:
+        return found
+    if isinstance(module, _ConvNd | nn.Linear | _NormBase | nn.GroupNorm | nn.LayerNorm):
+        return Placement("whole", reason=f"{ranks} ranks do not divide its channels, or its weight is computed")
+    return Placement("whole", reason=f"no rule for a {type(module).__name__}")
 
 
-_BATCH_NORM = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-
-
-def _names(module: nn.Module) -> list[str]:
+def _parameters(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters(recurse=False)]
 
 
-def _check_ties(model: nn.Module) -> None:
-    """Raises :class:`UsageError` where two layers hold the same parameter, which would become two."""
-    holders: dict[int, str] = {}
+def _held(module: nn.Module) -> Iterator[str]:
+    yield from _parameters(module)
+    yield from (name for name, _ in module.named_buffers(recurse=False))
+
+
+def _convolution(layer: _ConvNd, ranks: int) -> Placement | None:
+    transposed = isinstance(layer, _ConvTransposeNd)
+    bias = {"bias": 0} if isinstance(layer.bias, nn.Parameter) else {}
+    if layer.groups > 1:
+        if layer.groups % ranks:
+            return None
+        return Placement("grouped", {"weight": 0, **bias})
+    if layer.in_channels % ranks == 0 and (2 * layer.out_channels <= layer.in_channels or layer.out_channels % ranks):
+        return Placement("row", {"weight": 0 if transposed else 1})
+    return _column(layer, ranks)
+
+
+def _column(layer: _ConvNd, ranks: int) -> Placement | None:
+    if layer.out_channels % ranks:
+        return None
+    bias = {"bias": 0} if isinstance(layer.bias, nn.Parameter) else {}
+    return Placement("column", {"weight": 1 if isinstance(layer, _ConvTransposeNd) else 0, **bias})
+
+
+def _linear(layer: nn.Linear, ranks: int) -> Placement | None:
+    """Row-parallel where there are fewer outputs than inputs: where two layers of an MLP follow, column, then row."""
+    if layer.in_features >= layer.out_features and layer.in_features % ranks == 0:
+        return Placement("row", {"weight": 1})
+    if layer.out_features % ranks:
+        return None
+    return Placement("column", dict.fromkeys(_parameters(layer), 0))
+
+
+def _channels(layer: nn.Module, held: set[str], ranks: int) -> Placement | None:
+    names = sorted(held & {"weight", "bias", "running_mean", "running_var"})
+    tensors = [getattr(layer, name) for name in names]
+    if not tensors or any(not isinstance(t, Tensor) or t.dim() != 1 or t.shape[0] % ranks for t in tensors):
+        return None
+    return Placement("channels", dict.fromkeys(names, 0))
+
+
+def _keep_ties_whole(model: nn.Module, placements: dict[str, Placement]) -> None:
+    """A parameter that two layers hold is cut where both cut it alike, and whole otherwise."""
+    cuts: dict[int, set[int | None]] = {}
     for name, module in model.named_modules():
         for key, param in module._parameters.items():
-            if param is not None and holders.setdefault(id(param), f"{name}.{key}") != f"{name}.{key}":
-                raise UsageError(
-                    f"{name}.{key}: it is the same parameter as {holders[id(param)]}, and how to split what is tied is "
-                    "not known; give each layer its own"
-                )
+            if param is not None:
+                cut = placements[name].dims.get(key) if name in placements else None
+                cuts.setdefault(id(param), set()).add(cut)
+    for name, placement in list(placements.items()):
+        module = model.get_submodule(name)
+        tied = [
+            key for key in placement.dims if key in module._parameters and len(cuts[id(module._parameters[key])]) > 1
+        ]
+        if tied and placement.kind in _LOCAL:
+            placements[name] = Placement("whole", reason=f"{tied[0]} is tied to another layer's")
+        elif tied:
+            kept = {key: dim for key, dim in placement.dims.items() if key not in tied}
+            placements[name] = Placement(placement.kind, kept, f"{tied[0]} is tied to another layer's")
 
 
-def _check_share(what: str, count: int, ranks: int, name: str) -> None:
-    if ranks < 1 or count % ranks:
-        raise UsageError(
-            f"tensor_parallel={ranks} does not divide {what}={count} of {name}; use {one_of(divisors(count))}"
-        )
+_LOCAL = ("two-level", "prototype", "shuffle")
 
 
 def parameter_counts(model: nn.Module, tensor_parallel: int) -> dict[str, int]:
@@ -165,12 +187,16 @@ def parameter_counts(model: nn.Module, tensor_parallel: int) -> dict[str, int]:
     """
     placements = plan(model, tensor_parallel)
     total = per_rank = 0
+    counted: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, FullyLearnableGroupConv2d):
             total += module.balanced_parameters
             per_rank += module.balanced_parameters
             continue
         for key, param in module.named_parameters(recurse=False):
+            if id(param) in counted:
+                continue
+            counted.add(id(param))
             total += param.numel()
             split = name in placements and key in placements[name].dims
             per_rank += param.numel() // (tensor_parallel if split else 1)

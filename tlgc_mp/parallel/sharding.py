@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from tlgc_mp.errors import UsageError
 from tlgc_mp.nn import FullyLearnableGroupConv2d, init_parameters
 from tlgc_mp.nn.arguments import check_device, check_module
-from tlgc_mp.parallel.layers import LAYERS, ShardedLayer
+from tlgc_mp.parallel.layers import Region, ShardedLayer, make_root, shard_layer
+from tlgc_mp.parallel.layout import Ranks
 from tlgc_mp.parallel.plan import plan
-from tlgc_mp.parallel.watch import watch_first_pass
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 """How long a rank waits for the others in one coarse collective before it gives up with an error."""
@@ -59,27 +59,21 @@ def shard(
     group = process_group if process_group is not None else dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):
         raise UsageError(f"process_group={group!r} is none that this rank is in; give a group of it")
-    placements = plan(model, dist.get_world_size(group))
     coarse_group = dist.new_group(
         dist.get_process_group_ranks(group), timeout=COLLECTIVE_TIMEOUT, use_local_synchronization=True
     )
+    ranks = Ranks(coarse_group)
+    placements = plan(model, ranks.size)
+    region = Region(ranks, Ranks(group))
     meta = any(param.is_meta for param in model.parameters())
     target = None if device is None else torch.device(device)
-    names: dict[int, list[str]] = {}  # a layer that is used twice has two
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
+    shares: dict[int, nn.Parameter] = {}
     for name, placement in placements.items():
-        layer = model.get_submodule(name)
-        sharded = LAYERS[placement.kind](layer, placement, group, coarse_group, target)
-        if name == "":
-            model = sharded
-        else:
-            for each in names[id(layer)]:
-                model.set_submodule(each, sharded)
+        shard_layer(model.get_submodule(name), placement, region, target, shares)
+    make_root(model, region)
     if meta:
-        init_parameters(model, torch.initial_seed() if seed is None else seed, shard_index=dist.get_rank(group))
-    if dist.get_world_size(group) > 1:
-        watch_first_pass(model)
+        with region.set_plain(True):
+            init_parameters(model, torch.initial_seed() if seed is None else seed, shard_index=ranks.rank)
     return model
 
 

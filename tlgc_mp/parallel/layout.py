@@ -1,0 +1,140 @@
+"""How a tensor lies over the tensor-parallel ranks, and what it takes to put it together or cut it.
+
+A tensor is whole on every rank, or one of its dimensions is cut into P equal shares. A dimension that was joined from
+several pieces, as torch.cat does, is a row of segments, and a rank holds its share of each, side by side: so joining
+sends nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tlgc_mp.parallel import collectives
+
+
+class Layout(NamedTuple):
+    """How one tensor is cut.
+
+    Attributes:
+        dim: the dimension that is cut; ``None`` where every rank holds the whole tensor.
+        segments: sizes of the pieces that the dimension was joined from, each cut into P shares; ``None`` where it is
+            one piece.
+    """
+
+    dim: int | None
+    segments: tuple[int, ...] | None
+
+    def pieces(self, total: int) -> tuple[int, ...]:
+        """The segments of a dimension of ``total``, one where it was not joined."""
+        return self.segments or (total,)
+
+
+class Ranks:
+    """The tensor-parallel ranks of one replica.
+
+    Args:
+        group: their process group, in the order of their shares. ``None`` for a plan without communication, on the
+            meta device, of ``size`` ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, size: int | None = None, rank: int = 0) -> None:
+        self._group = group
+        self.group_name: str = "" if group is None else group.group_name
+        self.size: int = dist.get_world_size(group) if group is not None else size or 1
+        self.rank: int = dist.get_rank(group) if group is not None else rank
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group; looked up by its name after this was pickled."""
+        if self._group is None:
+            self._group = collectives.resolve_group(self.group_name)
+        return self._group
+
+    def __deepcopy__(self, memo: Any) -> Ranks:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_group": None}
+
+
+def whole_geometry(share: Tensor, layout: Layout, ranks: Ranks) -> tuple[Sequence[int], Sequence[int]]:
+    """Shape and strides that the whole tensor has on one device, where ``share`` has its own."""
+    dim = layout.dim
+    if dim is None:
+        return share.shape, share.stride()
+    shape, strides, size = list(share.shape), list(share.stride()), ranks.size
+    own, length = strides[dim], shape[dim]
+    for other, stride in enumerate(strides):
+        # Outside of the cut dimension in memory, so that a step goes past all shares of it. Where this rank's share
+        # is one wide, a dimension of the same stride cannot be inside.
+        outside = stride > own or (stride == own and (other < dim or (length == 1 and shape[other] > 1)))
+        if other != dim and outside and stride:
+            strides[other] = stride * size
+    shape[dim] = length * size
+    return shape, strides
+
+
+def take_share(whole: Tensor, layout: Layout, ranks: Ranks, rank: int | None = None) -> Tensor:
+    """The share of a plain whole tensor that ``rank`` (this one by default) holds; a view where there is one segment."""
+    dim = layout.dim
+    if dim is None:
+        return whole
+    rank = ranks.rank if rank is None else rank
+    if layout.segments is None:
+        length = whole.shape[dim] // ranks.size
+        return whole.narrow(dim, rank * length, length)
+    parts, start = [], 0
+    for segment in layout.segments:
+        length = segment // ranks.size
+        parts.append(whole.narrow(dim, start + rank * length, length))
+        start += segment
+    return torch.cat(parts, dim)
+
+
+def gather_shares(tensor: Any) -> Tensor:
+    """The whole of a SplitTensor, plain, in the memory format that it has on one device. Collective.
+
+    A random draw, for one, follows that order.
+    """
+    layout, share, ranks = tensor.cut, tensor.share, tensor.ranks
+    dim = layout.dim
+    if dim is None:
+        return share
+    order = memory_order(share)
+    stacked = collectives.all_gather(share.permute(order).contiguous(), ranks)  # P, then the share in memory's order
+    back = [order.index(i) for i in range(share.dim())]
+    if order[0] == dim and layout.segments is None:
+        joined = stacked.flatten(0, 1).permute(back)
+        if joined.stride() == tensor.stride():
+            return joined
+    shares = [stacked[rank].permute(back) for rank in range(ranks.size)]
+    if layout.segments is not None:
+        lengths = [segment // ranks.size for segment in layout.segments]
+        cut = [part.split(lengths, dim) for part in shares]
+        shares = [cut[rank][piece] for piece in range(len(lengths)) for rank in range(ranks.size)]
+    if 0 in tensor.stride():
+        return torch.cat(shares, dim)
+    out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=share.dtype, device=share.device)
+    return torch.cat(shares, dim, out=out)
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """The dimensions of ``tensor`` from the outermost in memory to the innermost."""
+    strides = tensor.stride()
+    return sorted(range(tensor.dim()), key=lambda i: -strides[i])
+
+
+def scatter_sum(partial: Tensor, layout: Layout, ranks: Ranks) -> Tensor:
+    """This rank's share, in ``layout``, of the sum of ``partial`` over the ranks. Collective."""
+    if layout.dim is None:
+        return collectives.all_reduce(partial, ranks)
+    shares = [take_share(partial, layout, ranks, rank) for rank in range(ranks.size)]
+    order = memory_order(shares[0])
+    stacked = torch.stack([share.permute(order) for share in shares])
+    back = [order.index(i) for i in range(partial.dim())]
+    return collectives.reduce_scatter(stacked, ranks).permute(back)

@@ -1,0 +1,310 @@
+"""What computes an operator on shares: pointwise operators, those that act along given dimensions, and reductions.
+
+A rule gets an operator with its arguments, some of them :class:`SplitTensor`, and returns its result, or
+``NotImplemented`` where the operator on these arguments is not the same on shares; it is then computed whole. The rules
+of views, of layers and of random draws stand in the modules beside this one.
+
+Writing one: which dimensions of which argument stand for themselves in the result? If the cut one does, call the
+operator on the shares, and say which dimension of the result is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tlgc_mp.parallel import collectives
+from tlgc_mp.parallel.layout import Layout, gather_shares
+from tlgc_mp.parallel.split_tensor import SplitTensor, share_in
+
+aten = torch.ops.aten
+WHOLE = Layout(None, None)
+
+_RULES: dict[Any, Callable[..., Any]] = {}
+"""Operator, or overload of one -> its rule."""
+
+
+def rule(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a rule for operators (all overloads) or single overloads."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _RULES.update(dict.fromkeys(operators, function))
+        return function
+
+    return register
+
+
+def operators(names: str) -> list[Any]:
+    """The operators of these names, separated by blanks, that this version of torch has."""
+    found = []
+    for name in names.split():
+        operator, _, overload = name.partition(".")
+        packet = getattr(aten, operator, None)
+        if packet is not None and (not overload or hasattr(packet, overload)):
+            found.append(getattr(packet, overload) if overload else packet)
+    return found
+
+
+def rule_of(func: Any) -> Callable[..., Any] | None:
+    """The rule of an operator's overload, or ``None``."""
+    from tlgc_mp.parallel import rules_layers, rules_products, rules_random, rules_views  # noqa: F401  (they register)
+
+    found = _RULES.get(func) or _RULES.get(func.overloadpacket)
+    if found is not None:
+        return found
+    if torch.Tag.pointwise not in func.tags or torch.Tag.nondeterministic_seeded in func.tags:
+        return None
+    written = [i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    if not written:
+        return pointwise
+    return pointwise_in_place if written == [0] and func._schema.name.endswith("_") else None
+
+
+def wrap(share: Tensor, layout: Layout, like: SplitTensor) -> SplitTensor:
+    """A new SplitTensor; its shape and strides are those of ``like`` where the shares' are the same."""
+    if layout == like.cut and share.shape == like.share.shape and share.stride() == like.share.stride():
+        return SplitTensor(share, layout, like.ranks, (like.shape, like.stride()))
+    return SplitTensor(share, layout, like.ranks)
+
+
+def wrap_all(out: Any, layout: Layout, like: SplitTensor) -> Any:
+    if isinstance(out, Tensor):
+        return wrap(out, layout, like)
+    return type(out)(wrap(t, layout, like) if isinstance(t, Tensor) else t for t in out)
+
+
+def written(tensor: SplitTensor) -> SplitTensor:
+    """To be called after the share of ``tensor`` was written."""
+    if tensor.family is not None:
+        tensor.family.written()
+    return tensor
+
+
+# Pointwise operators.
+
+
+def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    lead: SplitTensor | None = None
+    alike = not kwargs
+    for value in args:
+        if type(value) is SplitTensor:
+            if value.cut.dim is None:
+                alike = False
+            elif lead is None:
+                lead = value
+            elif value.cut != lead.cut or value.shape != lead.shape:
+                alike = False
+                if value.dim() > lead.dim() or (value.dim() == lead.dim() and value.numel() > lead.numel()):
+                    lead = value
+        elif isinstance(value, Tensor | list | tuple):
+            alike = False
+    if lead is None:
+        return NotImplemented
+    if alike:
+        out = func(*[value.share if type(value) is SplitTensor else value for value in args])
+        return wrap_all(out, lead.cut, lead)
+    return _broadcast(func, args, kwargs, lead)
+
+
+def pointwise_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    target = args[0]
+    if type(target) is not SplitTensor or target.cut.dim is None:
+        return NotImplemented
+    _broadcast(func, args, kwargs, target)
+    return written(target)
+
+
+def _broadcast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], lead: SplitTensor) -> Any:
+    """``func`` with every tensor brought to the layout of ``lead``, dimensions counted from the last."""
+    dim = lead.cut.dim
+    assert dim is not None
+    place = dim - lead.dim()
+    total = lead.shape[dim]
+
+    def local(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(local(item) for item in value)
+        if not isinstance(value, Tensor):
+            return value
+        own = value.cut.dim if type(value) is SplitTensor else None
+        if value.dim() < -place or value.shape[place] != total:
+            if value.dim() >= -place and value.shape[place] != 1:
+                raise _Unlike
+            return gather_shares(value) if type(value) is SplitTensor else value
+        layout = Layout(place + value.dim(), lead.cut.segments)
+        if own is not None and value.cut == layout:
+            return value.share
+        return share_in(value, layout, lead.ranks)
+
+    try:
+        local_args = [local(value) for value in args]
+        local_kwargs = {name: local(value) for name, value in kwargs.items()}
+    except _Unlike:
+        return NotImplemented
+    out = func(*local_args, **local_kwargs)
+    first = out if isinstance(out, Tensor) else out[0]
+    return wrap_all(out, Layout(place + first.dim(), lead.cut.segments), lead)
+
+
+class _Unlike(Exception):
+    """Sizes that do not broadcast: torch shall say so."""
+
+
+# Operators of one tensor, of which every dimension but those named stands for itself.
+
+
+def _first(args: tuple[Any, ...]) -> SplitTensor | None:
+    """The first argument, where it is split."""
+    first = args[0] if args else None
+    return first if type(first) is SplitTensor and first.cut.dim is not None else None
+
+
+def argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """The value of the argument called ``name``, given or not."""
+    for index, described in enumerate(func._schema.arguments):
+        if described.name == name:
+            if index < len(args) and not described.kwarg_only:
+                return args[index]
+            return kwargs.get(name, described.default_value)
+    return None
+
+
+def dims_of(value: Any, count: int) -> list[int]:
+    """Dimensions, as an int or a list, as non-negative ones of a tensor of ``count``."""
+    values = [value] if isinstance(value, int) else list(value)
+    return [v % count if count else 0 for v in values]
+
+
+@rule(*operators("clone zeros_like ones_like empty_like full_like _to_copy"))
+def same_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = _first(args)
+    if x is None:
+        return NotImplemented
+    if kwargs.get("layout") not in (None, torch.strided):
+        return NotImplemented
+    return wrap(func(x.share, *args[1:], **kwargs), x.cut, x)
+
+
+@rule(*operators("fill_.Scalar zero_"))
+def fill(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = _first(args)
+    if x is None:
+        return NotImplemented
+    func(x.share, *args[1:], **kwargs)
+    return written(x)
+
+
+@rule(aten.copy_)
+def copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if type(args[0]) is SplitTensor:
+        return pointwise_in_place(func, args, kwargs)
+    return NotImplemented
+
+
+@rule(
+    *operators(
+        "_softmax _log_softmax cumsum cumprod logcumsumexp flip roll sort.default sort.stable topk.default "
+        "cummax.default cummin.default kthvalue.default mode.default"
+    )
+)
+def along_dim(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Acts along one or several dimensions, and keeps all; or, with ``keepdim``, drops one."""
+    x = _first(args)
+    if x is None:
+        return NotImplemented
+    dims = argument(func, args, kwargs, "dims" if func.overloadpacket in (aten.flip, aten.roll) else "dim")
+    if dims is None or (isinstance(dims, list | tuple) and not dims) or x.cut.dim in dims_of(dims, x.dim()):
+        return NotImplemented
+    out = func(x.share, *args[1:], **kwargs)
+    first = out if isinstance(out, Tensor) else out[0]
+    layout = x.cut
+    if first.dim() < x.dim():
+        layout = _without(layout, dims_of(dims, x.dim()))
+    return wrap_all(out, layout, x)
+
+
+@rule(aten._softmax_backward_data, aten._log_softmax_backward_data)
+def softmax_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    grad, output, dim = args[0], args[1], args[2]
+    lead = output if type(output) is SplitTensor and output.cut.dim is not None else _first(args)
+    if lead is None or lead.cut.dim == dim % max(lead.dim(), 1):
+        return NotImplemented
+    shares = [share_in(t, lead.cut, lead.ranks) for t in (grad, output)]
+    return wrap(func(*shares, *args[2:], **kwargs), lead.cut, lead)
+
+
+def _without(layout: Layout, dims: list[int]) -> Layout:
+    """``layout`` after the dimensions ``dims`` have gone."""
+    assert layout.dim is not None
+    return Layout(layout.dim - sum(dim < layout.dim for dim in dims), layout.segments)
+
+
+_REDUCTIONS = operators(
+    "sum.dim_IntList mean.dim amax amin any.dim any.dims all.dim all.dims var.correction std.correction "
+    "var_mean.correction std_mean.correction logsumexp linalg_vector_norm norm.ScalarOpt_dim prod.dim_int argmax argmin "
+    "max.dim min.dim median.dim nanmedian.dim count_nonzero.dim_IntList nansum aminmax std.dim var.dim"
+)
+
+
+@rule(*_REDUCTIONS, *operators("sum.default mean.default"))
+def reduce(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = _first(args)
+    if x is None:
+        return NotImplemented
+    dims = argument(func, args, kwargs, "dim")
+    every = dims is None or (isinstance(dims, list | tuple) and not dims)
+    gone = list(range(x.dim())) if every else dims_of(dims, x.dim())
+    if x.cut.dim in gone:
+        return _reduce_over_ranks(func, args, kwargs, x)
+    out = func(x.share, *args[1:], **kwargs)
+    first = out if isinstance(out, Tensor) else out[0]
+    layout = x.cut if first.dim() == x.dim() else _without(x.cut, gone)
+    return wrap_all(out, layout, x)
+
+
+def _reduce_over_ranks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: SplitTensor) -> Any:
+    """Sums, means and extremes over the cut dimension: of the shares, then of the ranks."""
+    packet = func.overloadpacket
+    if packet not in (aten.sum, aten.mean, aten.amax, aten.amin) or x.share.numel() == 0:
+        return NotImplemented
+    out = func(x.share, *args[1:], **kwargs)
+    if packet in (aten.amax, aten.amin):
+        stacked = collectives.all_gather(out.contiguous(), x.ranks)  # torch knows NaN, a reduction over ranks may not
+        total = stacked.amax(0) if packet is aten.amax else stacked.amin(0)
+    else:
+        total = collectives.all_reduce(out, x.ranks)
+        if packet is aten.mean:
+            total = total / x.ranks.size
+    return SplitTensor(total, WHOLE, x.ranks)
+
+
+@rule(*operators("constant_pad_nd"))
+def pad(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = _first(args)
+    if x is None:
+        return NotImplemented
+    assert x.cut.dim is not None
+    last = x.dim() - 1 - x.cut.dim  # pairs are given from the last dimension on
+    if any(args[1][2 * last : 2 * last + 2]):
+        return NotImplemented
+    return wrap(func(x.share, *args[1:], **kwargs), x.cut, x)
+
+
+@rule(*operators("tril triu"))
+def last_two(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = _first(args)
+    if x is None or x.cut.dim is None or x.cut.dim >= x.dim() - 2:
+        return NotImplemented
+    return wrap(func(x.share, *args[1:], **kwargs), x.cut, x)
+
+
+@rule(*operators("new_empty new_zeros new_ones new_full new_empty_strided"))
+def new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Only the type and the device of the tensor are looked at; its size is not that of the share."""
+    x = args[0]
+    if type(x) is not SplitTensor:
+        return NotImplemented
+    return SplitTensor(func(x.share, *args[1:], **kwargs), WHOLE, x.ranks)

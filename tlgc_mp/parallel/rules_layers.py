@@ -1,0 +1,434 @@
+"""Rules of convolutions, normalizations and attention: where the arithmetic of a network is.
+
+Dense convolutions and products of matrices are column-parallel (the whole input, a share of the output) or row-parallel
+(a share of the input, a sum over the ranks), by how their weight is cut. Autograd keeps their input as it came, a share
+where it was one, and backward gathers again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tlgc_mp.parallel import collectives
+from tlgc_mp.parallel.layout import Layout, Ranks, gather_shares, scatter_sum, take_share
+from tlgc_mp.parallel.rules import WHOLE, aten, operators, pointwise, rule, wrap
+from tlgc_mp.parallel.split_tensor import SplitTensor, share_in
+
+CHANNELS = Layout(1, None)
+
+
+def cut_dim(tensor: Any) -> int | None:
+    """The dimension along which ``tensor`` is cut."""
+    return tensor.cut.dim if type(tensor) is SplitTensor else None
+
+
+def ranks_of(*tensors: Any) -> Ranks:
+    return next(t.ranks for t in tensors if type(t) is SplitTensor)
+
+
+def optional(tensor: Tensor | None, layout: Layout, ranks: Ranks) -> Tensor | None:
+    return None if tensor is None else share_in(tensor, layout, ranks)
+
+
+# Convolutions.
+
+
+def _convolution_kind(x: Tensor, weight: Tensor, transposed: bool, groups: int) -> tuple[str, Layout, Layout]:
+    """How a convolution is computed on shares, with the layouts of its input and its output; backward asks again.
+
+    The kinds: ``grouped`` (local), ``column``, ``row``, and ``whole`` where none of these fits.
+    """
+    ranks = ranks_of(x, weight)
+    if cut_dim(x) not in (None, 1):
+        return "whole", WHOLE, WHOLE
+    out_channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    channels = x.shape[1]
+    if groups > 1:
+        segments = x.cut.segments if type(x) is SplitTensor else None
+        if cut_dim(weight) not in (None, 0) or groups % ranks.size or (cut_dim(x) is None and cut_dim(weight) is None):
+            return "whole", WHOLE, WHOLE
+        if segments is None or groups != channels:
+            return "grouped", CHANNELS, CHANNELS
+        return "grouped", x.cut, Layout(1, tuple(s * out_channels // channels for s in segments))  # type: ignore[attr-defined]
+    outputs = 1 if transposed else 0
+    if type(weight) is SplitTensor and cut_dim(weight) == outputs:
+        return "column", WHOLE, Layout(1, weight.cut.segments)
+    summed = CHANNELS if out_channels % ranks.size == 0 else WHOLE
+    if type(weight) is SplitTensor and cut_dim(weight) == 1 - outputs:
+        return "row", Layout(1, weight.cut.segments), summed
+    if cut_dim(weight) is None and type(x) is SplitTensor and cut_dim(x) == 1 and 2 * out_channels <= channels:
+        return "row", x.cut, summed
+    return "whole", WHOLE, WHOLE
+
+
+def _weight_layout(kind: str, transposed: bool, inputs: Layout, outputs: Layout) -> Layout:
+    if kind == "grouped":
+        return Layout(0, inputs.segments if transposed else outputs.segments)
+    if kind == "column":
+        return Layout(1 if transposed else 0, outputs.segments)
+    return Layout(0 if transposed else 1, inputs.segments)
+
+
+@rule(aten.convolution.default)
+def convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args
+    kind, inputs, outputs = _convolution_kind(x, weight, transposed, groups)
+    if kind == "whole":
+        return NotImplemented
+    ranks = ranks_of(x, weight)
+    own = share_in(weight, _weight_layout(kind, transposed, inputs, outputs), ranks)
+    local_groups = groups // ranks.size if kind == "grouped" else groups
+    share = share_in(x, inputs, ranks)
+    geometry = (stride, padding, dilation, transposed, output_padding, local_groups)
+    if kind != "row":
+        own_bias = optional(bias, Layout(0, outputs.segments), ranks)
+        return SplitTensor(func(share, own, own_bias, *geometry), outputs, ranks)
+    total = scatter_sum(func(share, own, None, *geometry), outputs, ranks)
+    if bias is not None:
+        own_bias = share_in(bias, Layout(0 if outputs.dim == 1 else None, None), ranks)
+        total = total + own_bias.view(-1, *[1] * (x.dim() - 2))
+    return SplitTensor(total, outputs, ranks)
+
+
+@rule(aten.convolution_backward.default)
+def convolution_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    grad, x, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask = args
+    if type(x) is not SplitTensor and type(weight) is not SplitTensor:
+        return NotImplemented
+    kind, inputs, outputs = _convolution_kind(x, weight, transposed, groups)
+    if kind == "whole":
+        return NotImplemented
+    ranks = ranks_of(x, weight)
+    weight_layout = _weight_layout(kind, transposed, inputs, outputs)
+    own = share_in(weight, weight_layout, ranks)
+    share = share_in(x, inputs, ranks)
+    bias_layout = Layout(0, outputs.segments) if kind != "row" else WHOLE
+    incoming = share_in(grad, outputs if kind != "row" else WHOLE, ranks)
+    local_sizes = bias_sizes
+    if bias_sizes and bias_layout.dim is not None:
+        local_sizes = [bias_sizes[0] // ranks.size]
+    local_groups = groups // ranks.size if kind == "grouped" else groups
+    geometry = (stride, padding, dilation, transposed, output_padding, local_groups)
+    to_input, to_weight, to_bias = func(incoming, share, own, local_sizes, *geometry, mask)
+    if to_input is not None:
+        if kind == "column":  # each rank has the part that its outputs pass back
+            layout = x.cut if type(x) is SplitTensor else WHOLE
+            to_input = SplitTensor(scatter_sum(to_input, layout, ranks), layout, ranks)
+        else:
+            to_input = SplitTensor(to_input, inputs, ranks)
+    if to_weight is not None:
+        to_weight = SplitTensor(to_weight, weight_layout, ranks)
+    if to_bias is not None:
+        to_bias = SplitTensor(to_bias, bias_layout, ranks)
+    return to_input, to_weight, to_bias
+
+
+# Normalizations.
+
+
+def vectors(tensors: list[Tensor | None], layout: Layout, ranks: Ranks) -> list[Tensor | None]:
+    """Tensors of one value a channel, as shares in ``layout``; those that lie otherwise are gathered together."""
+    others = [
+        t for t in tensors if type(t) is SplitTensor and t.cut.dim is not None and t.cut != layout and t.dim() == 1
+    ]
+    found: dict[int, Tensor] = {}
+    if len(others) > 1 and all(t.cut == others[0].cut and t.dtype == others[0].dtype for t in others):
+        together = SplitTensor(torch.stack([t.share for t in others]), Layout(1, others[0].cut.segments), ranks)
+        for tensor, data in zip(others, gather_shares(together), strict=True):
+            found[id(tensor)] = take_share(data, layout, ranks)
+    return [
+        t if t is None else found[id(t)] if id(t) in found else share_in(t, layout, ranks).contiguous() for t in tensors
+    ]
+
+
+def _update(statistics: list[Tensor | None], new: list[Tensor | None], layout: Layout, ranks: Ranks) -> None:
+    """Writes running statistics back where they were computed in another layout than they are kept in."""
+    moved = [
+        (old, value)
+        for old, value in zip(statistics, new, strict=True)
+        if old is not None and value is not None and not (type(old) is SplitTensor and old.cut == layout)
+    ]
+    if not moved or (layout.dim is None and all(type(old) is not SplitTensor for old, _ in moved)):
+        return
+    together = SplitTensor(torch.stack([value for _, value in moved]), Layout(1, layout.segments), ranks)
+    data = gather_shares(together) if layout.dim is not None else together.share
+    for (old, _), value in zip(moved, data, strict=True):
+        if type(old) is SplitTensor:
+            old.share.copy_(take_share(value, old.cut, ranks))
+            if old.family is not None:
+                old.family.written()
+        else:
+            old.copy_(value)
+
+
+@rule(
+    *operators(
+        "native_batch_norm.default cudnn_batch_norm.default miopen_batch_norm.default _batch_norm_with_update.default "
+        "_native_batch_norm_legit.default _native_batch_norm_legit.no_stats _batch_norm_no_update.default"
+    )
+)
+def batch_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """(x, weight, bias, [running_mean, running_var,] ...) -> (y, mean, inverse deviation, ...)."""
+    x = args[0]
+    ranks = next(t.ranks for t in args if type(t) is SplitTensor)
+    if cut_dim(x) not in (None, 1):
+        return NotImplemented
+    kept = 3 if func is aten._native_batch_norm_legit.no_stats else 5
+    layout = Layout(0, x.cut.segments) if cut_dim(x) == 1 else WHOLE
+    own = vectors(list(args[1:kept]), layout, ranks)
+    out = func(share_in(x, x.cut if cut_dim(x) == 1 else WHOLE, ranks), *own, *args[kept:], **kwargs)
+    if kept == 5 and func is not getattr(aten._batch_norm_no_update, "default", None):
+        _update(list(args[3:5]), own[2:4], layout, ranks)
+    y = wrap(out[0], x.cut, x) if cut_dim(x) == 1 else SplitTensor(out[0], WHOLE, ranks)
+    return (y, *(_statistic(t, layout, ranks) for t in out[1:]))
+
+
+def _statistic(tensor: Tensor, layout: Layout, ranks: Ranks) -> SplitTensor:
+    """A statistic a channel; some kernels return none, as an empty tensor, or bytes of their own."""
+    per_channel = tensor.numel() > 0 and tensor.dim() == 1 and tensor.dtype != torch.uint8
+    return SplitTensor(tensor, layout if per_channel else WHOLE, ranks)
+
+
+@rule(*operators("native_batch_norm_backward.default batch_norm_backward.default"))
+def batch_norm_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """(grad, x, weight, running_mean, running_var, mean, inverse deviation, training, eps, mask, ...)"""
+    return _batch_norm_backward(func, args, kwargs, x=args[1], full=(0, 1), channel=range(2, 7))
+
+
+@rule(*operators("cudnn_batch_norm_backward.default miopen_batch_norm_backward.default"))
+def cudnn_batch_norm_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """(x, grad, weight, running_mean, running_var, mean, inverse deviation, eps, ...)"""
+    return _batch_norm_backward(func, args, kwargs, x=args[0], full=(0, 1), channel=range(2, 7))
+
+
+def _batch_norm_backward(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Any, full: Any, channel: Any
+) -> Any:
+    ranks = next(t.ranks for t in args if type(t) is SplitTensor)
+    lead = x if type(x) is SplitTensor and cut_dim(x) is not None else None
+    if cut_dim(x) not in (None, 1):
+        return NotImplemented
+    shape = lead.cut if lead is not None else WHOLE
+    layout = Layout(0, shape.segments) if lead is not None else WHOLE
+    own = list(args)
+    for index in full:
+        own[index] = share_in(args[index], shape, ranks)
+    empty = [i for i in channel if isinstance(args[i], Tensor) and args[i].numel() == 0]
+    for index, value in (
+        zip(channel, vectors([args[i] for i in channel], layout, ranks), strict=True) if not empty else ()
+    ):
+        own[index] = value
+    if empty:
+        for index in channel:
+            own[index] = optional(args[index], WHOLE if index in empty else layout, ranks)
+    own = [share_in(t, WHOLE, ranks) if type(t) is SplitTensor else t for t in own]
+    to_input, *to_vectors = func(*own, **kwargs)
+    result = None
+    if to_input is not None:
+        result = wrap(to_input, shape, lead) if lead is not None else SplitTensor(to_input, WHOLE, ranks)
+    return (result, *(None if t is None else SplitTensor(t, layout, ranks) for t in to_vectors))
+
+
+def _sum_over_ranks(values: list[Tensor], ranks: Ranks) -> list[Tensor]:
+    return list(collectives.all_reduce(torch.stack(values), ranks))
+
+
+def _moments(share: Tensor, dims: list[int], count: int, eps: float, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Mean and inverse deviation over dimensions of which one is cut: two sums a position."""
+    data = share.float() if share.dtype in (torch.float16, torch.bfloat16) else share
+    mean = collectives.all_reduce(data.sum(dims, keepdim=True), ranks) / count
+    variance = collectives.all_reduce((data - mean).square().sum(dims, keepdim=True), ranks) / count
+    return mean, (variance + eps).rsqrt()
+
+
+def _normalized_backward(
+    grad: Tensor,
+    share: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    scale: Tensor | None,
+    dims: list[int],
+    count: int,
+    ranks: Ranks,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the input of a normalization over dimensions of which one is cut; with the normalized input."""
+    normal = (share - mean) * inverse
+    scaled = grad if scale is None else grad * scale
+    total, along = _sum_over_ranks([scaled.sum(dims, keepdim=True), (scaled * normal).sum(dims, keepdim=True)], ranks)
+    return inverse * (scaled - total / count - normal * (along / count)), normal, scaled
+
+
+@rule(aten.native_layer_norm.default)
+def layer_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, shape, weight, bias, eps = args
+    if type(x) is not SplitTensor or cut_dim(x) is None:
+        return NotImplemented
+    dim, ranks, first = cut_dim(x), x.ranks, x.dim() - len(shape)
+    assert dim is not None
+    if dim < first:
+        affine = [optional(t, WHOLE, ranks) for t in (weight, bias)]
+        y, mean, inverse = func(x.share, shape, *affine, eps)
+        return wrap(y, x.cut, x), *(SplitTensor(t, x.cut, ranks) for t in (mean, inverse))
+    dims = list(range(first, x.dim()))
+    mean, inverse = _moments(x.share, dims, x.shape[first:].numel(), eps, ranks)
+    own = Layout(dim - first, x.cut.segments)
+    y = (x.share - mean) * inverse
+    if weight is not None:
+        y = y * share_in(weight, own, ranks)
+    if bias is not None:
+        y = y + share_in(bias, own, ranks)
+    return wrap(y.to(x.dtype), x.cut, x), *(SplitTensor(t, WHOLE, ranks) for t in (mean, inverse))
+
+
+@rule(aten.native_layer_norm_backward.default)
+def layer_norm_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    grad, x, shape, mean, inverse, weight, bias, mask = args
+    if type(x) is not SplitTensor or cut_dim(x) is None:
+        return NotImplemented
+    dim, ranks, first = cut_dim(x), x.ranks, x.dim() - len(shape)
+    assert dim is not None
+    incoming = share_in(grad, x.cut, ranks)
+    if dim < first:
+        stats = [share_in(t, x.cut, ranks) for t in (mean, inverse)]
+        affine = [optional(t, WHOLE, ranks) for t in (weight, bias)]
+        to_input, *sums = func(incoming, x.share, shape, *stats, *affine, mask)
+        totals = [None if t is None else SplitTensor(collectives.all_reduce(t, ranks), WHOLE, ranks) for t in sums]
+        return (None if to_input is None else wrap(to_input, x.cut, x)), *totals
+    dims = list(range(first, x.dim()))
+    own = Layout(dim - first, x.cut.segments)
+    stats = [share_in(t, WHOLE, ranks) for t in (mean, inverse)]
+    scale = optional(weight, own, ranks)
+    count = x.shape[first:].numel()
+    to_input, normal, _ = _normalized_backward(incoming, x.share, stats[0], stats[1], scale, dims, count, ranks)
+    batch = list(range(first))
+    to_weight = to_bias = None
+    if mask[1]:
+        product = incoming * normal
+        to_weight = SplitTensor((product.sum(batch) if batch else product).to(weight.dtype), own, ranks)
+    if mask[2]:
+        to_bias = SplitTensor((incoming.sum(batch) if batch else incoming.clone()).to(bias.dtype), own, ranks)
+    return (wrap(to_input.to(x.dtype), x.cut, x) if mask[0] else None), to_weight, to_bias
+
+
+def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.view(1, -1, *[1] * (like.dim() - 2))
+
+
+@rule(aten.native_group_norm.default)
+def group_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, weight, bias, batch, channels, positions, groups, eps = args
+    if type(x) is not SplitTensor or cut_dim(x) != 1:
+        return NotImplemented
+    ranks = x.ranks
+    own = Layout(0, x.cut.segments)
+    if groups % ranks.size == 0 and x.cut.segments is None:
+        affine = [optional(t, own, ranks) for t in (weight, bias)]
+        local = (batch, channels // ranks.size, positions, groups // ranks.size, eps)
+        y, mean, inverse = func(x.share.contiguous(), *affine, *local)
+        return wrap(y, x.cut, x), *(SplitTensor(t, CHANNELS, ranks) for t in (mean, inverse))
+    if groups != 1:
+        return NotImplemented
+    dims = list(range(1, x.dim()))
+    mean, inverse = _moments(x.share, dims, channels * positions, eps, ranks)
+    y = (x.share - mean) * inverse
+    if weight is not None:
+        y = y * _per_channel(share_in(weight, own, ranks), x)
+    if bias is not None:
+        y = y + _per_channel(share_in(bias, own, ranks), x)
+    return wrap(y.to(x.dtype).contiguous(), x.cut, x), *(
+        SplitTensor(t.view(batch, 1), WHOLE, ranks) for t in (mean, inverse)
+    )
+
+
+@rule(aten.native_group_norm_backward.default)
+def group_norm_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    grad, x, mean, inverse, weight, batch, channels, positions, groups, mask = args
+    if type(x) is not SplitTensor or cut_dim(x) != 1:
+        return NotImplemented
+    ranks = x.ranks
+    own = Layout(0, x.cut.segments)
+    incoming = share_in(grad, x.cut, ranks)
+    if groups % ranks.size == 0 and x.cut.segments is None:
+        stats = [share_in(t, CHANNELS, ranks).contiguous() for t in (mean, inverse)]
+        local = (batch, channels // ranks.size, positions, groups // ranks.size, mask)
+        scale = optional(weight, own, ranks)
+        to_input, *sums = func(incoming.contiguous(), x.share.contiguous(), *stats, scale, *local)
+        return (None if to_input is None else wrap(to_input, x.cut, x)), *(
+            None if t is None else SplitTensor(t, own, ranks) for t in sums
+        )
+    if groups != 1:
+        return NotImplemented
+    dims = list(range(1, x.dim()))
+    wide = [share_in(t, WHOLE, ranks).view(batch, *[1] * (x.dim() - 1)) for t in (mean, inverse)]
+    scale = None if weight is None else _per_channel(share_in(weight, own, ranks), x)
+    count = channels * positions
+    to_input, normal, _ = _normalized_backward(incoming, x.share, wide[0], wide[1], scale, dims, count, ranks)
+    others = [0, *range(2, x.dim())]
+    return (
+        wrap(to_input.to(x.dtype).contiguous(), x.cut, x) if mask[0] else None,
+        SplitTensor((incoming * normal).sum(others).to(x.dtype), own, ranks) if mask[1] else None,
+        SplitTensor(incoming.sum(others), own, ranks) if mask[2] else None,
+    )
+
+
+rule(*operators("_prelu_kernel _prelu_kernel_backward native_dropout_backward"))(pointwise)
+
+
+# Pooling, resampling and padding: channels and images stand for themselves, positions do not.
+
+
+def _positions(names: str, count: int) -> None:
+    def spatial(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        lead = next((t for t in args if type(t) is SplitTensor and t.cut.dim is not None), None)
+        if lead is None or lead.cut.dim >= lead.dim() - count:  # type: ignore[operator]
+            return NotImplemented
+        own: list[Any] = []
+        for described, value in zip(func._schema.arguments, args, strict=False):
+            if isinstance(value, Tensor):
+                if value.dim() != lead.dim() or value.shape[lead.cut.dim] != lead.shape[lead.cut.dim]:
+                    return NotImplemented
+                value = share_in(value, lead.cut, lead.ranks)
+            elif described.name == "input_size":
+                value = [n // lead.ranks.size if i == lead.cut.dim else n for i, n in enumerate(value)]
+            own.append(value)
+        if any(isinstance(value, Tensor) for value in kwargs.values()):
+            return NotImplemented
+        out = func(*own, **kwargs)
+        return wrap(out, lead.cut, lead) if isinstance(out, Tensor) else tuple(wrap(t, lead.cut, lead) for t in out)
+
+    rule(*operators(names))(spatial)
+
+
+_positions(
+    "max_pool1d_with_indices.default avg_pool1d.default adaptive_avg_pool1d.default adaptive_max_pool1d.default "
+    "upsample_nearest1d.default upsample_nearest1d_backward.default upsample_linear1d.default "
+    "upsample_linear1d_backward.default _upsample_nearest_exact1d.default _upsample_nearest_exact1d_backward.default "
+    "reflection_pad1d.default reflection_pad1d_backward.default replication_pad1d.default "
+    "replication_pad1d_backward.default",
+    1,
+)
+_positions(
+    "max_pool2d_with_indices.default max_pool2d_with_indices_backward.default avg_pool2d.default "
+    "avg_pool2d_backward.default _adaptive_avg_pool2d.default _adaptive_avg_pool2d_backward.default "
+    "adaptive_max_pool2d.default adaptive_max_pool2d_backward.default upsample_nearest2d.default "
+    "upsample_nearest2d_backward.default upsample_bilinear2d.default upsample_bilinear2d_backward.default "
+    "upsample_bicubic2d.default upsample_bicubic2d_backward.default _upsample_nearest_exact2d.default "
+    "_upsample_nearest_exact2d_backward.default _upsample_bilinear2d_aa.default "
+    "_upsample_bilinear2d_aa_backward.default _upsample_bicubic2d_aa.default _upsample_bicubic2d_aa_backward.default "
+    "reflection_pad2d.default reflection_pad2d_backward.default replication_pad2d.default "
+    "replication_pad2d_backward.default max_unpool2d.default",
+    2,
+)
+_positions(
+    "max_pool3d_with_indices.default max_pool3d_with_indices_backward.default avg_pool3d.default "
+    "avg_pool3d_backward.default _adaptive_avg_pool3d.default _adaptive_avg_pool3d_backward.default "
+    "adaptive_max_pool3d.default adaptive_max_pool3d_backward.default upsample_nearest3d.default "
+    "upsample_nearest3d_backward.default upsample_trilinear3d.default upsample_trilinear3d_backward.default "
+    "_upsample_nearest_exact3d.default _upsample_nearest_exact3d_backward.default reflection_pad3d.default "
+    "reflection_pad3d_backward.default replication_pad3d.default replication_pad3d_backward.default "
+    "max_unpool3d.default",
+    3,
+)
