@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import torchvision.models
 from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.ops.misc import Conv2dNormActivation
 
 from tlgc_mp.models.wide_resnet import ConvFactory
 
@@ -33,11 +34,12 @@ class MobileNetV2(torchvision.models.MobileNetV2):
 
     Attributes:
         block_types: the classes of its residual blocks.
-        channels_apart: between layers, nothing here mixes channels, pads them, or reads how many there are.
+        channels_apart: classes whose code between layers, like that of this one, mixes no channels, pads none, and does
+            not read how many there are, so that a share of the channels goes through as all of them do.
     """
 
     block_types: tuple[type[nn.Module], ...] = (InvertedResidual,)
-    channels_apart = True
+    channels_apart: tuple[type[nn.Module], ...] = (InvertedResidual, Conv2dNormActivation)
 
     def __init__(self, num_classes: int, conv: ConvFactory, last_conv: ConvFactory, dropout: float = 0.2) -> None:
         super().__init__(num_classes=num_classes, dropout=dropout)

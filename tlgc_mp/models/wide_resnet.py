@@ -53,11 +53,12 @@ class WideResNet(nn.Module):
 
     Attributes:
         block_types: the classes of its residual blocks.
-        channels_apart: between layers, nothing here mixes channels, pads them, or reads how many there are.
+        channels_apart: classes whose code between layers, like that of this one, mixes no channels, pads none, and does
+            not read how many there are, so that a share of the channels goes through as all of them do.
     """
 
     block_types: tuple[type[nn.Module], ...] = (ResidualUnit,)
-    channels_apart = True
+    channels_apart: tuple[type[nn.Module], ...] = (ResidualUnit,)
 
     def __init__(
         self,

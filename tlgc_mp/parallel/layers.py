@@ -44,12 +44,14 @@ class Region:
     Attributes:
         ranks: the tensor-parallel ranks, on the group for collectives of forward and backward passes.
         tp_group: the same ranks, on the group that the engine knows.
+        channels_apart: whether they can, since the model's code between layers leaves channels apart.
         plain: whether shares go from layer to layer as plain tensors, now.
     """
 
-    def __init__(self, ranks: Ranks, tp_ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, tp_ranks: Ranks, channels_apart: bool) -> None:
         self.ranks = ranks
         self.tp_ranks = tp_ranks
+        self.channels_apart = channels_apart
         self.plain = ranks.size == 1
 
     @contextlib.contextmanager
@@ -295,7 +297,7 @@ class SplitModel:
         region = self.region
         if region.ranks.size == 1:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        if getattr(self, "channels_apart", False) and not _is_watched(self):  # type: ignore[arg-type]
+        if region.channels_apart and not _is_watched(self):  # type: ignore[arg-type]
             with region.set_plain(True):
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
         if torch.compiler.is_compiling():

@@ -59,7 +59,7 @@ def plan(model: nn.Module, tensor_parallel: int) -> dict[str, Placement]:
     if not is_count(tensor_parallel):
         raise UsageError(f"tensor_parallel must be a number of ranks, got {tensor_parallel!r}; use 1 or more")
     placements: dict[str, Placement] = {}
-    channels_apart = getattr(model, "channels_apart", False)
+    channels_apart = channels_stay_apart(model)
     stem = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
     only_linear = sum(type(m) is nn.Linear for m in model.modules()) == 1
     for name, module in model.named_modules():
@@ -78,6 +78,47 @@ def plan(model: nn.Module, tensor_parallel: int) -> dict[str, Placement]:
         placements[name] = placement
     _keep_ties_whole(model, placements)
     return placements
+
+
+_LEAVES = (
+    *(nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.Dropout, nn.Identity, nn.Flatten, nn.ReLU, nn.ReLU6, nn.Sequential),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, TwoLevelConv2d, TwoLevelPrototypeConv2d, ShuffleConv2d),
+)
+
+
+def channels_stay_apart(model: nn.Module) -> bool:
+    """Whether it is known of all code of ``model`` that, between layers, a share of the channels is as good as all.
+
+    A model's class vouches for itself and for the classes of its parts in ``channels_apart``; a subclass, a part of
+    another class that somebody put in, or a forward of its own, is not vouched for.
+    """
+    cls = unsplit_class(model)
+    if "channels_apart" not in vars(cls):
+        return False
+    vouched = (cls, *vars(cls)["channels_apart"], *_LEAVES)
+    return all(unsplit_class(module) in vouched and not _has_own_forward(module) for module in model.modules())
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody gave this very module another forward; this package's activation checkpointing may."""
+    forward = vars(module).get("forward")
+    return forward is not None and not str(getattr(getattr(forward, "func", None), "__module__", "")).startswith("tlgc_mp.")
+
+
+def goes_plain(model: nn.Module, placements: dict[str, Placement]) -> bool:
+    """Whether shares can go from layer to layer of ``model`` as plain tensors: all are split, and channels stay apart."""
+    return channels_stay_apart(model) and all(
+        placement.kind != "whole" and (placement.kind != "row" or isinstance(model.get_submodule(name), nn.Linear))
+        for name, placement in placements.items()
+    )
+
+
+def unsplit_class(module: nn.Module) -> type:
+    """The class that a module had before it was split."""
+    cls: type = type(module)
+    while "made_from" in vars(cls):
+        cls = vars(cls)["made_from"][0]
+    return cls
 
 
 def _placement(module: nn.Module, ranks: int) -> Placement | None:

@@ -15,7 +15,7 @@ from tlgc_mp.nn import FullyLearnableGroupConv2d, init_parameters
 from tlgc_mp.nn.arguments import check_device, check_module
 from tlgc_mp.parallel.layers import Region, ShardedLayer, make_root, shard_layer
 from tlgc_mp.parallel.layout import Ranks
-from tlgc_mp.parallel.plan import plan
+from tlgc_mp.parallel.plan import goes_plain, plan
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 """How long a rank waits for the others in one coarse collective before it gives up with an error."""
@@ -64,7 +64,7 @@ def shard(
     )
     ranks = Ranks(coarse_group)
     placements = plan(model, ranks.size)
-    region = Region(ranks, Ranks(group))
+    region = Region(ranks, Ranks(group), goes_plain(model, placements))
     meta = any(param.is_meta for param in model.parameters())
     target = None if device is None else torch.device(device)
     shares: dict[int, nn.Parameter] = {}
