@@ -15,7 +15,6 @@ Each layer is a ``TensorParallel_Layer`` of DeepSpeed's, too, which is how the e
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,8 +96,7 @@ class ShardedLayer:
         """It follows from the region."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        cls: Any = type(self)
-        return _empty, cls.made_from, self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _reduced(self)
 
     def _adjust(self) -> None:
         """What a layer needs beside its share."""
@@ -305,8 +303,7 @@ class SplitModel:
         return whole(super().forward(*args, **kwargs))  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        cls: Any = type(self)
-        return _empty, cls.made_from, self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _reduced(self)
 
 
 @torch.compiler.disable  # a graph of split tensors would lose gradients
@@ -321,16 +318,8 @@ def _is_watched(model: nn.Module) -> bool:
     for module in model.modules():
         if module is model:
             continue
-        for hooks in (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        ):
-            if hooks and any(
-                not (getattr(hook, "__module__", "") or "").startswith("deepspeed") for hook in hooks.values()
-            ):
-                return True
+        if any(not _is_engines(hook) for name in _HOOKS for hook in vars(module)[name].values()):
+            return True
     return False
 
 
@@ -390,17 +379,33 @@ def make_root(model: nn.Module, region: Region) -> None:
     model.region = region  # type: ignore[assignment]
 
 
-@functools.cache
 def split_class(base: Any, kind: Any) -> Any:
     """The class of a layer or model of class ``base`` after it is sharded. It bears the same name."""
-    bases = (
-        (kind, base)
-        if kind is SplitModel or issubclass(base, TensorParallel_Layer)
-        else (kind, base, TensorParallel_Layer)
-    )
-    return type(
-        base.__name__, bases, {"made_from": (base, kind), "__module__": base.__module__, "__doc__": base.__doc__}
-    )
+    if (base, kind) not in _CLASSES:
+        joins = kind is not SplitModel and not issubclass(base, TensorParallel_Layer)
+        bases = (kind, base, TensorParallel_Layer) if joins else (kind, base)
+        names = {"made_from": (base, kind), "__module__": base.__module__, "__doc__": base.__doc__}
+        _CLASSES[base, kind] = type(base.__name__, bases, names)
+    return _CLASSES[base, kind]
+
+
+_CLASSES: dict[tuple[Any, Any], Any] = {}
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _reduced(module: Any) -> Any:
+    """What pickle and copy keep of a module: all but the hooks of an engine, which belong to that engine alone."""
+    state = dict(module.__getstate__() if hasattr(module, "__getstate__") else vars(module))
+    for name in _HOOKS:
+        kept = {key: hook for key, hook in state[name].items() if not _is_engines(hook)}
+        state[name] = type(state[name])(kept)
+    return _empty, type(module).made_from, state
+
+
+def _is_engines(hook: Any) -> bool:
+    return (getattr(hook, "__module__", "") or "").startswith("deepspeed")
 
 
 def _empty(base: Any, kind: Any) -> Any:

@@ -80,7 +80,7 @@ def whole_geometry(share: Tensor, layout: Layout, ranks: Ranks) -> tuple[Sequenc
 
 
 def take_share(whole: Tensor, layout: Layout, ranks: Ranks, rank: int | None = None) -> Tensor:
-    """The share of a plain whole tensor that ``rank`` (this one by default) holds; a view where there is one segment."""
+    """The share of a plain whole tensor that ``rank`` (default: this one) holds; a view where there is one segment."""
     dim = layout.dim
     if dim is None:
         return whole

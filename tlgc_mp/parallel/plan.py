@@ -102,11 +102,12 @@ def channels_stay_apart(model: nn.Module) -> bool:
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether somebody gave this very module another forward; this package's activation checkpointing may."""
     forward = vars(module).get("forward")
-    return forward is not None and not str(getattr(getattr(forward, "func", None), "__module__", "")).startswith("tlgc_mp.")
+    made_by = getattr(getattr(forward, "func", None), "__module__", None) or ""
+    return forward is not None and not made_by.startswith("tlgc_mp.")
 
 
 def goes_plain(model: nn.Module, placements: dict[str, Placement]) -> bool:
-    """Whether shares can go from layer to layer of ``model`` as plain tensors: all are split, and channels stay apart."""
+    """Whether shares can go from layer to layer of ``model`` as plain tensors: all are split, and stay apart."""
     return channels_stay_apart(model) and all(
         placement.kind != "whole" and (placement.kind != "row" or isinstance(model.get_submodule(name), nn.Linear))
         for name, placement in placements.items()

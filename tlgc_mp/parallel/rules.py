@@ -129,14 +129,11 @@ def _broadcast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], lead: S
             return type(value)(local(item) for item in value)
         if not isinstance(value, Tensor):
             return value
-        own = value.cut.dim if type(value) is SplitTensor else None
         if value.dim() < -place or value.shape[place] != total:
             if value.dim() >= -place and value.shape[place] != 1:
                 raise _Unlike
             return gather_shares(value) if type(value) is SplitTensor else value
         layout = Layout(place + value.dim(), lead.cut.segments)
-        if own is not None and value.cut == layout:
-            return value.share
         return share_in(value, layout, lead.ranks)
 
     try:
@@ -244,8 +241,8 @@ def _without(layout: Layout, dims: list[int]) -> Layout:
 
 _REDUCTIONS = operators(
     "sum.dim_IntList mean.dim amax amin any.dim any.dims all.dim all.dims var.correction std.correction "
-    "var_mean.correction std_mean.correction logsumexp linalg_vector_norm norm.ScalarOpt_dim prod.dim_int argmax argmin "
-    "max.dim min.dim median.dim nanmedian.dim count_nonzero.dim_IntList nansum aminmax std.dim var.dim"
+    "var_mean.correction std_mean.correction logsumexp linalg_vector_norm norm.ScalarOpt_dim prod.dim_int argmax "
+    "argmin max.dim min.dim median.dim nanmedian.dim count_nonzero.dim_IntList nansum aminmax std.dim var.dim"
 )
 
 

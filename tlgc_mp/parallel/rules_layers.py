@@ -383,16 +383,19 @@ rule(*operators("_prelu_kernel _prelu_kernel_backward native_dropout_backward"))
 def _positions(names: str, count: int) -> None:
     def spatial(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         lead = next((t for t in args if type(t) is SplitTensor and t.cut.dim is not None), None)
-        if lead is None or lead.cut.dim >= lead.dim() - count:  # type: ignore[operator]
+        if lead is None:
+            return NotImplemented
+        dim = lead.cut.dim
+        if dim is None or dim >= lead.dim() - count:
             return NotImplemented
         own: list[Any] = []
         for described, value in zip(func._schema.arguments, args, strict=False):
             if isinstance(value, Tensor):
-                if value.dim() != lead.dim() or value.shape[lead.cut.dim] != lead.shape[lead.cut.dim]:
+                if value.dim() != lead.dim() or value.shape[dim] != lead.shape[dim]:
                     return NotImplemented
                 value = share_in(value, lead.cut, lead.ranks)
             elif described.name == "input_size":
-                value = [n // lead.ranks.size if i == lead.cut.dim else n for i, n in enumerate(value)]
+                value = [n // lead.ranks.size if i == dim else n for i, n in enumerate(value)]
             own.append(value)
         if any(isinstance(value, Tensor) for value in kwargs.values()):
             return NotImplemented

@@ -56,7 +56,7 @@ def shard(
         raise UsageError(f"seed={seed!r} is no seed; use an int")
     if not dist.is_initialized():
         raise UsageError("shard: torch.distributed is not initialized; call torch.distributed.init_process_group first")
-    group = process_group if process_group is not None else dist.group.WORLD
+    group: Any = process_group if process_group is not None else dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):
         raise UsageError(f"process_group={group!r} is none that this rank is in; give a group of it")
     coarse_group = dist.new_group(

@@ -21,7 +21,7 @@ from tlgc_mp.parallel.layout import Layout, Ranks, gather_shares, take_share, wh
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
-"""Operator overload -> what computes it on shares, or returns ``NotImplemented`` for arguments that it does not know."""
+"""Operator overload -> what computes it on shares, or gives ``NotImplemented`` for arguments that it does not know."""
 
 observers: list[Callable[[Any, str], None]] = []
 """Called with each operator and ``"shares"`` or ``"whole"``: how it was computed. Empty but for reports and tests."""
@@ -91,13 +91,13 @@ class SplitTensor(Tensor):
     """A whole tensor to all code that uses it, of which this rank holds its share.
 
     Attributes:
-        share: a plain tensor: this rank's share, or all of it where ``layout.dim`` is ``None``.
-        layout: which dimension is cut, and how.
+        share: a plain tensor: this rank's share, or all of it where ``cut.dim`` is ``None``.
+        cut: which dimension is cut, and how.
         ranks: the tensor-parallel ranks.
     """
 
     share: Tensor
-    layout: Layout
+    cut: Layout
     ranks: Ranks
     family: Family | None = None
 
@@ -113,7 +113,8 @@ class SplitTensor(Tensor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # never a collective: one rank alone may print
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        # Never a collective: one rank alone may print.
         how = "whole" if self.cut.dim is None else f"dimension {self.cut.dim} over {self.ranks.size} ranks"
         return f"SplitTensor({tuple(self.shape)}, {self.dtype}, {how}, requires_grad={self.requires_grad})"
 
@@ -146,20 +147,21 @@ class SplitTensor(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if Family.linked:
             _refresh(args, kwargs)
         rule = RULES.get(func) or _resolve(func)
-        result = rule(func, args, kwargs or {})
-        if result is NotImplemented:
-            result = compute_whole(func, args, kwargs or {})
-            for observe in observers:
-                observe(func, "whole")
-        elif observers:
-            for observe in observers:
-                observe(func, "shares" if rule is not compute_whole else "whole")
+        try:
+            result = rule(func, args, kwargs or {})
+            on_shares = result is not NotImplemented and rule is not compute_whole
+            if result is NotImplemented:
+                result = compute_whole(func, args, kwargs or {})
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            raise _as_on_one_device(error, func, args, kwargs or {}) from None
+        for observe in observers:
+            observe(func, "shares" if on_shares else "whole")
         return result
 
     # What reads memory without an operator.
@@ -199,6 +201,31 @@ def _in_place(func: Any) -> bool:
 
 def _holds_plain(tree: Any) -> bool:
     return any(type(t) is not SplitTensor and isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(tree))
+
+
+def _as_on_one_device(error: Exception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception:
+    """The error that ``func`` raises for whole tensors, of the shapes that its caller knows, and what is split."""
+    if getattr(error, "_tlgc_mp_told", False):  # of an operator inside of another
+        return error
+
+    def shape_only(tensor: SplitTensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+    def to_meta(tensor: Tensor) -> Tensor:
+        return shape_only(tensor) if type(tensor) is SplitTensor else tensor.to("meta")
+
+    try:
+        func(*tree_map_only(Tensor, to_meta, args), **tree_map_only(Tensor, to_meta, kwargs))
+    except type(error) as told:
+        error = told
+    except Exception:
+        pass  # shapes alone say something else: what was raised first stands
+    cut = next((t for t in tree_leaves((args, kwargs)) if type(t) is SplitTensor and t.cut.dim is not None), None)
+    if cut is not None:
+        where = f"[{func} of tensors that {cut.ranks.size} ranks hold in shares, along the channels]"
+        error.args = (f"{error} {where}", *error.args[1:])
+    error._tlgc_mp_told = True  # type: ignore[attr-defined]
+    return error
 
 
 def _refresh(args: Any, kwargs: Any) -> None:
