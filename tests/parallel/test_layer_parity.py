@@ -1,4 +1,7 @@
-"""One two-level layer split over P ranks, and the BatchNorm after it, against the same layer on one device."""
+"""One two-level layer split over P ranks, and the BatchNorm after it, against the same layer on one device.
+
+It takes whole tensors, and what each of the two layers gives looks whole, and lies in shares of channels.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.parallel.common import SEED, assert_close, gather_gradients, gather_shares, run_ranks_once
+from tests.parallel.common import SEED, assert_close, gather_gradients, run_ranks_once
 from tlgc_mp.nn import TwoLevelConv2d
 from tlgc_mp.parallel import gather_state_dict, shard
+from tlgc_mp.parallel.split_tensor import SplitTensor, whole
 
 SPLITS = [(2, 2), (2, 4), (2, 6), (3, 3), (4, 4), (4, 8)]
 """(P, N)"""
@@ -40,8 +43,8 @@ def _case(groups: int, layer: str, dtype: torch.dtype, layout: str) -> tuple[nn.
     return model.to(dtype), images.to(dtype).contiguous(memory_format=FORMATS[layout])
 
 
-def _forward_and_backward(model: nn.Module, x: Tensor, rank: int, ranks: int) -> dict[str, Tensor]:
-    """Outputs of both layers and the input's gradient, of channel share ``rank`` of ``ranks``.
+def _forward_and_backward(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Outputs of both layers and the input's gradient.
 
     The loss weighs every output of the convolution and of the BatchNorm at random, so that no gradient cancels.
     """
@@ -49,18 +52,13 @@ def _forward_and_backward(model: nn.Module, x: Tensor, rank: int, ranks: int) ->
     x = x.requires_grad_()
     y = conv(x)
     z = norm(y)
-    generator = torch.Generator().manual_seed(SEED)
-    shape = (2, y.shape[0], y.shape[1] * ranks, *y.shape[2:])
-    weights = torch.randn(shape, generator=generator).to(x.dtype).chunk(ranks, dim=2)[rank]
+    weights = torch.randn((2, *y.shape), generator=torch.Generator().manual_seed(SEED)).to(x.dtype)
     (weights[0] * y + weights[1] * z).sum().backward()
     assert x.grad is not None
     return {"output": y.detach(), "normalized": z.detach(), "input gradient": x.grad}
 
 
 def _on_ranks(groups_of_cases: tuple[int, ...]) -> dict[Any, tuple[dict[str, Tensor], bool]]:
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    group = dist.group.WORLD
-    assert group is not None
     answers = {}
     for groups in groups_of_cases:
         for layer in LAYERS:
@@ -68,12 +66,14 @@ def _on_ranks(groups_of_cases: tuple[int, ...]) -> dict[Any, tuple[dict[str, Ten
                 for layout, memory_format in FORMATS.items():
                     model, x = _case(groups, layer, dtype, layout)
                     model = shard(model)
-                    share = x.chunk(ranks, dim=1)[rank].contiguous(memory_format=memory_format)
-                    found = _forward_and_backward(model, share, rank, ranks)
+                    found = _forward_and_backward(model, x)
+                    for key in ("output", "normalized"):
+                        value = found[key]
+                        assert isinstance(value, SplitTensor) and value.cut.dim == 1
+                        assert value.share.is_contiguous(memory_format=memory_format)
                     kept = all(value.is_contiguous(memory_format=memory_format) for value in found.values())
-                    whole = {key: gather_shares(value, 1, group) for key, value in found.items()}
                     answers[groups, layer, dtype, layout] = (
-                        {**whole, **gather_gradients(model), **_statistics(gather_state_dict(model))},
+                        {**whole(found), **gather_gradients(model), **_statistics(gather_state_dict(model))},
                         kept,
                     )
     return answers
@@ -93,7 +93,7 @@ def _by_rank(ranks: int) -> list[Any]:
 def test_split_layer_computes_what_the_whole_one_does(ranks: int, groups: int, layer: str, dtype: torch.dtype) -> None:
     for layout in FORMATS:
         model, x = _case(groups, layer, dtype, layout)
-        expected = _forward_and_backward(model, x, 0, 1)
+        expected = _forward_and_backward(model, x)
         expected |= {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
         expected |= _statistics(model.state_dict())
         for answers in _by_rank(ranks):

@@ -29,6 +29,7 @@ from deepspeed.module_inject.layers import (
 )
 from torch import Tensor, nn
 
+from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.collectives import CoarseExchange, coarse_gather, copy_to_ranks, exchange_channels, sum_partials
 from tlgc_mp.parallel.layout import Layout, Ranks, take_share
 from tlgc_mp.parallel.plan import Placement
@@ -156,7 +157,12 @@ class LocalLayer(ShardedLayer):
     def forward(self, x: Tensor) -> Any:
         if self.region.plain:
             return super().forward(x)  # type: ignore[misc]
-        share = to_share(x, CHANNELS, self.region.ranks)
+        channels = self.in_channels  # type: ignore[attr-defined]
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise UsageError(f"input of shape {tuple(x.shape)} does not fit; give (B, {channels}, H, W)")
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        share = to_share(x, CHANNELS, self.region.ranks)  # of a plain tensor, a view with gaps
+        share = share.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         with self.region.set_plain(True):
             y = super().forward(share)  # type: ignore[misc]
         return from_share(y, CHANNELS, self.region.ranks)
