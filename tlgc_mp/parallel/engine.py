@@ -16,10 +16,10 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from tlgc_mp.errors import UsageError, is_count
+from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.config import check_numbers, read_config, tensor_parallel_size, zero_stage
 from tlgc_mp.parallel.topology import Launch, Topology
 
@@ -75,6 +75,8 @@ def initialize(
 
     from tlgc_mp.nn import init_parameters
     from tlgc_mp.nn.arguments import check_module
+    from tlgc_mp.parallel.engine_arguments import OwnCode, check_kinds, retarget, retarget_optimizer
+    from tlgc_mp.parallel.engine_groups import enter_groups, keep_groups
     from tlgc_mp.parallel.layers import collect_checkpoint_info
     from tlgc_mp.parallel.sharding import shard
 
@@ -86,7 +88,7 @@ def initialize(
     if model is None:
         raise UsageError("model: none is given; give a torch.nn.Module")
     check_module("model", model)
-    _check_kinds(optimizer, model_parameters, lr_scheduler, distributed_port, seed)
+    check_kinds(optimizer, model_parameters, lr_scheduler, distributed_port, seed)
     settings = read_config(given)
     settings.setdefault("gradient_clipping", 0.0)  # DeepSpeed clips to 1 where nothing is said
     settings.setdefault("zero_force_ds_cpu_optimizer", False)  # DeepSpeed offloads no optimizer but its own else
@@ -100,9 +102,8 @@ def initialize(
         return_freed_memory()
 
     before = dict(model.named_parameters())
-    mpu = None
+    mpu = enter_groups(ranks)
     if ranks > 1:
-        mpu = _tensor_parallel_groups(ranks)
         model = shard(model, mpu.get_tensor_model_parallel_group(), device=device, seed=seed)
         collect_checkpoint_info(model)
     elif any(param.is_meta for param in before.values()):
@@ -115,12 +116,17 @@ def initialize(
     # DeepSpeed broadcasts and flattens parameters as contiguous bytes.
     for param in model.parameters():
         param.data = param.data.flatten().view(param.shape)
-    with quiet_start():
+    with quiet_start() as aloud:
+        optimizer = retarget_optimizer(optimizer, replaced)
+        model_parameters = retarget(model_parameters, replaced)
+        optimizer, lr_scheduler = (
+            OwnCode(code, aloud) if callable(code) else code for code in (optimizer, lr_scheduler)
+        )
         try:
             made = deepspeed.initialize(
                 model=model,
-                optimizer=_retarget_optimizer(optimizer, replaced),
-                model_parameters=_retarget(model_parameters, replaced),
+                optimizer=optimizer,
+                model_parameters=model_parameters,
                 training_data=training_data,
                 lr_scheduler=lr_scheduler,
                 mpu=mpu,
@@ -131,9 +137,12 @@ def initialize(
         except UsageError:
             raise
         except (ZeRORuntimeException, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            if any(isinstance(code, OwnCode) and code.error is error for code in (optimizer, lr_scheduler)):
+                raise
             raise _refused(error) from error
     if stage == 0:
         _keep_to_the_fast_path(made[0])
+    keep_groups(made[0])
     if mpu is not None:
         made[0].save_16bit_model = functools.partial(_save_16bit_model, made[0])
     return made
@@ -194,6 +203,9 @@ def start_distributed(distributed_port: int = 29500) -> None:
         import deepspeed.comm
         from deepspeed.accelerator import get_accelerator
 
+        from tlgc_mp.parallel.engine_groups import forget_destroyed_groups
+
+        forget_destroyed_groups()
         launch = Launch.detect()
         _take_device(launch.local_rank)
         if deepspeed.comm.is_initialized():
@@ -283,67 +295,6 @@ def _skip_shared_memory_extension() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _tensor_parallel_groups(ranks: int) -> Any:
-    """DeepSpeed's own tensor-parallel groups of ``ranks`` ranks, made if need be."""
-    from deepspeed.utils import groups
-
-    groups._init_tp_mesh_device(tensor_model_parallel_size=ranks)
-    made = groups.get_tensor_model_parallel_world_size()
-    if made != ranks:
-        raise UsageError(
-            f"tensor_parallel.autotp_size={ranks}: this process has tensor-parallel groups of {made} already, and "
-            f"DeepSpeed keeps one size a process; use {made}"
-        )
-    return groups
-
-
-def _retarget(parameters: Any, replaced: dict[int, Any]) -> Any:
-    """``model_parameters`` (parameters, or groups of them) with every whole parameter replaced by its share."""
-    if parameters is None:
-        return None
-    items = list(parameters)
-    return [
-        {**item, "params": _retarget(item["params"], replaced)}
-        if isinstance(item, dict)
-        else replaced.get(id(item), item)
-        for item in items
-    ]
-
-
-def _retarget_optimizer(optimizer: Any, replaced: dict[int, Any]) -> Any:
-    """``optimizer`` over the shares; a callable is passed on, to be called with them."""
-    import torch
-
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        return optimizer
-    if optimizer.state:
-        raise UsageError("optimizer: it has stepped on the whole model already; give a new one, or a callable")
-    for group in optimizer.param_groups:
-        group["params"] = _retarget(group["params"], replaced)
-    return optimizer
-
-
-def _check_kinds(optimizer: Any, model_parameters: Any, lr_scheduler: Any, port: Any, seed: Any) -> None:
-    """Refuses arguments of which DeepSpeed would make something else, or an error of its own."""
-    import torch
-
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer) and not callable(optimizer):
-        raise UsageError(f"optimizer={optimizer!r} is none; give a torch optimizer, or a callable that makes one")
-    if lr_scheduler is not None and not hasattr(lr_scheduler, "step") and not callable(lr_scheduler):
-        raise UsageError(f"lr_scheduler={lr_scheduler!r} is none; give a scheduler, or a callable that makes one")
-    if model_parameters is not None:
-        if isinstance(model_parameters, str | dict | torch.Tensor) or not isinstance(model_parameters, Iterable):
-            raise UsageError("model_parameters: give parameters of the model, or groups of them, in a list")
-        if isinstance(model_parameters, Sequence):
-            for item in model_parameters:
-                if not isinstance(item, torch.Tensor) and not (isinstance(item, dict) and "params" in item):
-                    raise UsageError(f"model_parameters: {item!r} is no parameter, nor a group of them with 'params'")
-    if not is_count(port) or port > 65535:
-        raise UsageError(f"distributed_port={port!r} is no port; use 1 to 65535")
-    if seed is not None and not isinstance(seed, int):
-        raise UsageError(f"seed={seed!r} is no seed; use an int")
-
-
 def _check_settings(settings: dict[str, Any], mpu: Any) -> None:
     """Lets DeepSpeed read the configuration once, to turn what it refuses into one line."""
     from deepspeed.runtime.config import DeepSpeedConfig
@@ -360,14 +311,32 @@ def _refused(error: Exception) -> UsageError:
     return UsageError(f"deepspeed_config is refused by DeepSpeed: {reason[:600]}")
 
 
+Aloud = Callable[[], contextlib.AbstractContextManager[None]]
+
+
 @contextlib.contextmanager
-def quiet_start() -> Iterator[None]:
-    """Keeps DeepSpeed's start-up lines, which every rank would repeat, off the terminal. Errors still show."""
-    previous = logging.root.manager.disable
-    logging.disable(max(previous, logging.WARNING))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
+def quiet_start() -> Iterator[Aloud]:
+    """Keeps DeepSpeed's start-up lines, which every rank would repeat, off the terminal. Errors still show.
+
+    What it yields gives a context in which everything shows.
+    """
+    previous, stdout = logging.root.manager.disable, sys.stdout
+
+    @contextlib.contextmanager
+    def aloud() -> Iterator[None]:
+        with contextlib.redirect_stdout(stdout), _logging_disabled(previous):
             yield
+
+    with contextlib.redirect_stdout(io.StringIO()), _logging_disabled(max(previous, logging.WARNING)):
+        yield aloud
+
+
+@contextlib.contextmanager
+def _logging_disabled(level: int) -> Iterator[None]:
+    previous = logging.root.manager.disable
+    logging.disable(level)
+    try:
+        yield
     finally:
         logging.disable(previous)
 

@@ -1,0 +1,74 @@
+"""What a user hands to :func:`tlgc_mp.initialize`: checked, pointed at the shares, and run aloud."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from tlgc_mp.errors import UsageError, is_count
+
+
+def retarget(parameters: Any, replaced: dict[int, Any]) -> Any:
+    """``model_parameters`` (parameters, or groups of them) with every whole parameter replaced by its share."""
+    if parameters is None:
+        return None
+    items = list(parameters)
+    return [
+        {**item, "params": retarget(item["params"], replaced)}
+        if isinstance(item, dict)
+        else replaced.get(id(item), item)
+        for item in items
+    ]
+
+
+def retarget_optimizer(optimizer: Any, replaced: dict[int, Any]) -> Any:
+    """``optimizer`` over the shares; a callable is passed on, to be called with them."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    if optimizer.state:
+        raise UsageError("optimizer: it has stepped on the whole model already; give a new one, or a callable")
+    for group in optimizer.param_groups:
+        group["params"] = retarget(group["params"], replaced)
+    return optimizer
+
+
+def check_kinds(optimizer: Any, model_parameters: Any, lr_scheduler: Any, port: Any, seed: Any) -> None:
+    """Refuses arguments of which DeepSpeed would make something else, or an error of its own."""
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer) and not callable(optimizer):
+        raise UsageError(f"optimizer={optimizer!r} is none; give a torch optimizer, or a callable that makes one")
+    if lr_scheduler is not None and not hasattr(lr_scheduler, "step") and not callable(lr_scheduler):
+        raise UsageError(f"lr_scheduler={lr_scheduler!r} is none; give a scheduler, or a callable that makes one")
+    if model_parameters is not None:
+        if isinstance(model_parameters, str | dict | torch.Tensor) or not isinstance(model_parameters, Iterable):
+            raise UsageError("model_parameters: give parameters of the model, or groups of them, in a list")
+        if isinstance(model_parameters, Sequence):
+            for item in model_parameters:
+                if not isinstance(item, torch.Tensor) and not (isinstance(item, dict) and "params" in item):
+                    raise UsageError(f"model_parameters: {item!r} is no parameter, nor a group of them with 'params'")
+    if not is_count(port) or port > 65535:
+        raise UsageError(f"distributed_port={port!r} is no port; use 1 to 65535")
+    if seed is not None and not isinstance(seed, int):
+        raise UsageError(f"seed={seed!r} is no seed; use an int")
+
+
+class OwnCode:
+    """A callable of the user's, run as if DeepSpeed were not around it: what it prints shows.
+
+    Attributes:
+        error: what it raised.
+    """
+
+    def __init__(self, function: Callable[..., Any], aloud: Callable[[], AbstractContextManager[None]]) -> None:
+        self.function, self.aloud = function, aloud
+        self.error: BaseException | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            with self.aloud():
+                return self.function(*args, **kwargs)
+        except Exception as error:
+            self.error = error
+            raise
