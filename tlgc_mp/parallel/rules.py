@@ -19,6 +19,7 @@ from torch import Tensor
 from tlgc_mp.parallel import collectives
 from tlgc_mp.parallel.layout import Layout, gather_shares
 from tlgc_mp.parallel.split_tensor import SplitTensor, share_in
+from tlgc_mp.parallel.split_tensor import like as alike
 
 aten = torch.ops.aten
 WHOLE = Layout(None, None)
@@ -65,8 +66,9 @@ def rule_of(func: Any) -> Callable[..., Any] | None:
 
 def wrap(share: Tensor, layout: Layout, like: SplitTensor) -> SplitTensor:
     """A new SplitTensor; its shape and strides are those of ``like`` where the shares' are the same."""
-    if layout == like.cut and share.shape == like.share.shape and share.stride() == like.share.stride():
-        return SplitTensor(share, layout, like.ranks, (like.shape, like.stride()))
+    own = like.share
+    if share.stride() == own.stride() and share.shape == own.shape and layout == like.cut:
+        return alike(share, like)
     return SplitTensor(share, layout, like.ranks)
 
 
@@ -88,24 +90,30 @@ def written(tensor: SplitTensor) -> SplitTensor:
 
 def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     lead: SplitTensor | None = None
-    alike = not kwargs
+    same = not kwargs
+    local = []
     for value in args:
-        if type(value) is SplitTensor:
+        kind = type(value)
+        if kind is SplitTensor:
+            local.append(value.share)
             if value.cut.dim is None:
-                alike = False
+                same = False
             elif lead is None:
                 lead = value
             elif value.cut != lead.cut or value.shape != lead.shape:
-                alike = False
+                same = False
                 if value.dim() > lead.dim() or (value.dim() == lead.dim() and value.numel() > lead.numel()):
                     lead = value
-        elif isinstance(value, Tensor | list | tuple):
-            alike = False
+        elif kind is float or kind is int:
+            local.append(value)
+        else:
+            local.append(value)
+            same = same and not isinstance(value, Tensor | list | tuple)
     if lead is None:
         return NotImplemented
-    if alike:
-        out = func(*[value.share if type(value) is SplitTensor else value for value in args])
-        return wrap_all(out, lead.cut, lead)
+    if same:
+        out = func(*local)
+        return wrap(out, lead.cut, lead) if type(out) is Tensor else wrap_all(out, lead.cut, lead)
     return _broadcast(func, args, kwargs, lead)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tlgc_mp.parallel import collectives
 from tlgc_mp.parallel.layout import Layout, Ranks, gather_shares, scatter_sum, take_share
-from tlgc_mp.parallel.rules import WHOLE, aten, operators, pointwise, rule, wrap
+from tlgc_mp.parallel.rules import WHOLE, aten, operators, pointwise, rule, wrap, wrap_all
 from tlgc_mp.parallel.split_tensor import SplitTensor, share_in
 
 CHANNELS = Layout(1, None)
@@ -389,20 +389,27 @@ def _positions(names: str, count: int) -> None:
         if dim is None or dim >= lead.dim() - count:
             return NotImplemented
         own: list[Any] = []
-        for described, value in zip(func._schema.arguments, args, strict=False):
+        for value in args:
             if isinstance(value, Tensor):
                 if value.dim() != lead.dim() or value.shape[dim] != lead.shape[dim]:
                     return NotImplemented
                 value = share_in(value, lead.cut, lead.ranks)
-            elif described.name == "input_size":
-                value = [n // lead.ranks.size if i == dim else n for i, n in enumerate(value)]
             own.append(value)
-        if any(isinstance(value, Tensor) for value in kwargs.values()):
-            return NotImplemented
+        if func in _SIZED:
+            index = _SIZED[func]
+            own[index] = [n // lead.ranks.size if i == dim else n for i, n in enumerate(args[index])]
         out = func(*own, **kwargs)
-        return wrap(out, lead.cut, lead) if isinstance(out, Tensor) else tuple(wrap(t, lead.cut, lead) for t in out)
+        return wrap_all(out, lead.cut, lead)
 
-    rule(*operators(names))(spatial)
+    for operator in operators(names):
+        rule(operator)(spatial)
+        for index, described in enumerate(operator._schema.arguments):
+            if described.name == "input_size":
+                _SIZED[operator] = index
+
+
+_SIZED: dict[Any, int] = {}
+"""Operators that are told the size of the whole input -> which argument tells it."""
 
 
 _positions(

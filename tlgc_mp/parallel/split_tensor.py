@@ -123,28 +123,17 @@ class SplitTensor(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if torch.is_grad_enabled():
-            # A plain tensor beside a split one is whole on every rank, and gets a plain and whole gradient.
             for value in args if not kwargs else (*args, *kwargs.values()):
-                if (isinstance(value, Tensor) and type(value) is not SplitTensor and value.requires_grad) or (
+                kind = type(value)
+                if kind is SplitTensor or kind is int or kind is float:
+                    continue
+                if (isinstance(value, Tensor) and value.requires_grad) or (
                     isinstance(value, list | tuple | dict) and _holds_plain(value)
                 ):
-                    ranks = next(t.ranks for t in tree_leaves((args, kwargs)) if type(t) is SplitTensor)
-
-                    def enter(tensor: Tensor, ranks: Ranks = ranks) -> Tensor:
-                        return (
-                            tensor
-                            if isinstance(tensor, SplitTensor) or not tensor.requires_grad
-                            else enter_ranks(tensor, ranks)
-                        )
-
-                    if _in_place(func) and args and isinstance(args[0], Tensor):
-                        rest = tree_map_only(Tensor, enter, (args[1:], kwargs or {}))
-                        args, kwargs = (args[0], *rest[0]), rest[1]
-                    else:
-                        args, kwargs = tree_map_only(Tensor, enter, (args, kwargs or {}))
+                    args, kwargs = _entered(func, args, kwargs or {})
                     break
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs) if kwargs else func(*args)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -189,6 +178,22 @@ class SplitTensor(Tensor):
         if not self.is_leaf:
             return super().__deepcopy__(memo)  # raises as torch does
         return memo.setdefault(id(self), self.detach().clone().requires_grad_(self.requires_grad))
+
+
+def _entered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments, each plain tensor that needs a gradient as a SplitTensor that is whole on every rank.
+
+    Its gradient then comes back plain and whole.
+    """
+    ranks = next(t.ranks for t in tree_leaves((args, kwargs)) if type(t) is SplitTensor)
+
+    def enter(tensor: Tensor) -> Tensor:
+        return enter_ranks(tensor, ranks) if type(tensor) is not SplitTensor and tensor.requires_grad else tensor
+
+    if _in_place(func) and args and isinstance(args[0], Tensor):
+        rest, named = tree_map_only(Tensor, enter, (args[1:], kwargs))
+        return (args[0], *rest), named
+    return tree_map_only(Tensor, enter, (args, kwargs))
 
 
 def _in_place(func: Any) -> bool:
@@ -354,11 +359,19 @@ def as_view(
     return made
 
 
+def like(share: Tensor, model: SplitTensor) -> SplitTensor:
+    """A SplitTensor of ``share``, which lies in memory as the share of ``model`` does. The fast way to make one."""
+    made = _make(SplitTensor, model.shape, strides=model.stride(), dtype=share.dtype, device=share.device)
+    made.share, made.cut, made.ranks = share, model.cut, model.ranks
+    return made
+
+
 class _Enter(torch.autograd.Function):
     """A plain tensor, alike on every rank -> a SplitTensor that holds it whole. Its gradient comes back plain."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> SplitTensor:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
         return SplitTensor(tensor.detach(), _WHOLE, ranks, (tensor.shape, tensor.stride()), tensor.storage_offset())
 
     @staticmethod
@@ -372,12 +385,13 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: SplitTensor) -> Tensor:  # type: ignore[override]
         ctx.ranks = tensor.ranks
-        data = gather_shares(tensor)
-        return data.view_as(data) if tensor.cut.dim is None else data
+        ctx.set_materialize_grads(False)
+        _refresh((tensor,), None)
+        return gather_shares(tensor).detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        return grad if type(grad) is SplitTensor else _Enter.apply(grad, ctx.ranks)
+        return grad if grad is None or type(grad) is SplitTensor else _Enter.apply(grad, ctx.ranks)
 
 
 class _FromShare(torch.autograd.Function):
@@ -386,11 +400,12 @@ class _FromShare(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, share: Tensor, layout: Layout, ranks: Ranks) -> SplitTensor:  # type: ignore[override]
         ctx.layout, ctx.ranks = layout, ranks
+        ctx.set_materialize_grads(False)
         return SplitTensor(share.detach(), layout, ranks)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        return to_share(grad, ctx.layout, ctx.ranks), None, None
+        return None if grad is None else to_share(grad, ctx.layout, ctx.ranks), None, None
 
 
 class _ToShare(torch.autograd.Function):
@@ -399,12 +414,13 @@ class _ToShare(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, layout: Layout, ranks: Ranks) -> Tensor:  # type: ignore[override]
         ctx.layout, ctx.ranks = layout, ranks
-        share = share_in(tensor, layout, ranks)
-        return share.view_as(share)
+        ctx.set_materialize_grads(False)
+        _refresh((tensor,), None)
+        return share_in(tensor, layout, ranks).detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        return _FromShare.apply(grad, ctx.layout, ctx.ranks), None, None
+        return None if grad is None else _FromShare.apply(grad, ctx.layout, ctx.ranks), None, None
 
 
 def share_in(tensor: Tensor, layout: Layout, ranks: Ranks) -> Tensor:
