@@ -1,4 +1,8 @@
-"""Dropout of split channels drops, at every P, what one device drops of all channels."""
+"""Dropout of split channels drops, at every P, what one device drops of all channels.
+
+Both between layers that hand on plain shares, as those of networks do whose code leaves channels apart, and of tensors
+that look whole.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.parallel.common import SEED, run_ranks_once
 from tlgc_mp.parallel import shard
-from tlgc_mp.parallel.layers import ParallelDropout
+from tlgc_mp.parallel.layers import ShardedLayer
+from tlgc_mp.parallel.split_tensor import SplitTensor, split, whole
 
 WORLD, CHANNELS = 4, 24
 SPLITS = [1, 2, 4]
 SHARES = [0.0, 0.2, 0.5, 1.0]
+WAYS = ["plain shares", "split tensors"]
 INPUTS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "features": ((50, CHANNELS), {}),
     "contiguous maps": ((5, CHANNELS, 3, 4), {}),
@@ -37,18 +43,42 @@ def _dropped(dropout: nn.Module, x: Tensor) -> Tensor:
     return torch.stack([dropout(x.clone(memory_format=torch.preserve_format)) for _ in range(2)])
 
 
-def _dropout(ranks: int, share: float, inplace: bool) -> nn.Module:
+def _dropout(ranks: int, share: float, inplace: bool) -> ShardedLayer:
     """The dropout of a network that is split over ``ranks`` ranks."""
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Dropout(share, inplace), nn.Flatten(), nn.Linear(8, 10))
     group, _ = dist.new_subgroups(group_size=ranks)
     dropout = shard(model, group).get_submodule("1")
-    assert type(dropout) is ParallelDropout
+    assert isinstance(dropout, nn.Dropout) and isinstance(dropout, ShardedLayer)
+    assert dropout.placement.kind == "dropout"
     return dropout
 
 
-def _mine(x: Tensor, ranks: int) -> Tensor:
+def _mine(x: Tensor, dropout: ShardedLayer) -> Tensor:
     """This rank's channels of ``x``, in the memory format of ``x``."""
-    return x.tensor_split(ranks, dim=1)[dist.get_rank() % ranks].clone(memory_format=torch.preserve_format)
+    ranks = dropout.region.ranks
+    return x.tensor_split(ranks.size, dim=1)[ranks.rank].clone(memory_format=torch.preserve_format)
+
+
+def _both_ways(dropout: Any, x: Tensor) -> dict[str, Tensor]:
+    """Of two passes in training, and then one in evaluation, this rank's channels."""
+    answers = {}
+    for way in WAYS:
+        plain = way == "plain shares"
+        given = _mine(x, dropout) if plain else split(x, 1, dropout.region.ranks)
+        with dropout.region.set_plain(plain):
+            found = torch.cat([_dropped(dropout.train(), given), dropout.eval()(given)[None]])
+        if isinstance(found, SplitTensor):
+            assert found.cut.dim == 2
+            found = found.share
+        answers[way] = found
+    return answers
+
+
+def _is_dropped_in_backward(x: Tensor, out: Tensor) -> bool:
+    """Whether the gradient of ``x`` is zero where ``out`` is, and somewhere so."""
+    out.sum().backward()
+    assert x.grad is not None
+    return torch.equal(x.grad * x, out) and bool((x.grad == 0).any())
 
 
 def _on_ranks() -> dict[Any, Any]:
@@ -58,13 +88,17 @@ def _on_ranks() -> dict[Any, Any]:
             for share in SHARES:
                 dropout = _dropout(ranks, share, inplace)
                 for name in INPUTS:
-                    answers[ranks, share, inplace, name] = _dropped(dropout, _mine(_input(name), ranks))
-                    answers["evaluation", ranks, share, inplace, name] = dropout.eval()(_mine(_input(name), ranks))
-                    dropout.train()
-        x = _mine(_input("channels_last maps"), ranks).requires_grad_()
-        out = checkpoint(_dropout(ranks, 0.2, False), x, use_reentrant=False)
-        (grad,) = torch.autograd.grad(out.sum(), x)
-        answers["recomputed", ranks] = torch.equal(grad * x, out) and bool((grad == 0).any())
+                    for way, found in _both_ways(dropout, _input(name)).items():
+                        answers[ranks, share, inplace, name, way] = found
+        dropout = _dropout(ranks, 0.2, False)
+        x = _input("channels_last maps").requires_grad_()
+        out = checkpoint(dropout, split(x, 1, dropout.region.ranks), use_reentrant=False)
+        answers["recomputed", ranks, "split tensors"] = _is_dropped_in_backward(x, whole(out))
+        x = _mine(_input("channels_last maps"), dropout).requires_grad_()
+        with dropout.region.set_plain(True):
+            answers["recomputed", ranks, "plain shares"] = _is_dropped_in_backward(
+                x, checkpoint(dropout, x, use_reentrant=False)
+            )
     return answers
 
 
@@ -72,30 +106,23 @@ def _answers() -> list[dict[Any, Any]]:
     return run_ranks_once(WORLD, _on_ranks)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("ranks", SPLITS)
-def test_what_one_device_drops(ranks: int, share: float, inplace: bool, name: str) -> None:
-    whole = _dropped(nn.Dropout(share), _input(name))
-    assert (whole == 0).float().mean().item() == pytest.approx(share, abs=0.1)
+def test_what_one_device_drops(ranks: int, share: float, inplace: bool, name: str, way: str) -> None:
+    expected = _dropped(nn.Dropout(share), _input(name))
+    assert (expected == 0).float().mean().item() == pytest.approx(share, abs=0.1)
     for first in range(0, WORLD, ranks):
-        of_the_ranks = [answers[ranks, share, inplace, name] for answers in _answers()[first : first + ranks]]
+        of_the_ranks = [answers[ranks, share, inplace, name, way] for answers in _answers()[first : first + ranks]]
         found = torch.cat(of_the_ranks, dim=2)
-        assert found.dtype == whole.dtype
-        assert torch.equal(found, whole), f"seed {SEED}"
+        assert found.dtype == expected.dtype
+        assert torch.equal(found[:2], expected), f"seed {SEED}"
+        assert torch.equal(found[2], _input(name)), "something is dropped in evaluation"
 
 
-@pytest.mark.parametrize("name", INPUTS)
-@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("ranks", SPLITS)
-def test_nothing_is_dropped_in_evaluation(ranks: int, share: float, name: str) -> None:
-    for inplace in (False, True):
-        for rank, answers in enumerate(_answers()):
-            expected = _input(name).tensor_split(ranks, dim=1)[rank % ranks]
-            assert torch.equal(answers["evaluation", ranks, share, inplace, name], expected)
-
-
-@pytest.mark.parametrize("ranks", SPLITS)
-def test_activation_checkpointing_drops_the_same_twice(ranks: int) -> None:
-    assert [answers["recomputed", ranks] for answers in _answers()] == [True] * WORLD
+def test_activation_checkpointing_drops_the_same_twice(ranks: int, way: str) -> None:
+    assert [answers["recomputed", ranks, way] for answers in _answers()] == [True] * WORLD
