@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.parallel.common import SEED, assert_close, gather_gradients, gather_shares, run_ranks_once
+from tests.parallel.common import SEED, assert_close, batches, gather_gradients, run_ranks_once
 from tests.parallel.test_collectives_counted import Recorder
-from tlgc_mp.errors import UsageError
 from tlgc_mp.nn import FullyLearnableGroupConv2d, ShuffleConv2d
-from tlgc_mp.parallel import shard
+from tlgc_mp.parallel import gather_state_dict, shard
+from tlgc_mp.parallel.split_tensor import split, whole
 
 CASES = [(2, 2, 8), (2, 2, 6), (2, 4, 12), (3, 3, 12), (3, 6, 6), (4, 4, 4), (4, 8, 24), (4, 4, 8)]
 """(P, N, m); in the last a rank does not get as much from another as it gives to it."""
@@ -42,21 +42,23 @@ def _pass(layer: nn.Module, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
 
 
 def _on_ranks(cases: tuple[tuple[int, int], ...]) -> dict[Any, Any]:
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    group = dist.group.WORLD
-    assert group is not None
     answers = {}
     for groups, channels in cases:
         for layout, memory_format in FORMATS.items():
             layer, x, weights = _case(groups, channels, layout)
             layer = shard(layer)
-            share = x.chunk(ranks, dim=1)[rank].contiguous(memory_format=memory_format)
+            ranks = layer.get_submodule("0").region.ranks
+            given, given_weights = (split(tensor, 1, ranks) for tensor in (x.requires_grad_(), weights))
             recorder = Recorder()
-            found = _pass(layer, share, weights.chunk(ranks, dim=1)[rank])
+            out = layer.get_submodule("0")(given)
+            (given_grad,) = torch.autograd.grad(out, given, given_weights, retain_graph=True)
             sent = list(recorder.collectives)
-            kept = found["output"].is_contiguous(memory_format=memory_format)
-            whole = {key: gather_shares(value, 1, group) for key, value in found.items()}
-            answers[groups, channels, layout] = ({**whole, **gather_gradients(layer)}, kept, sent)
+            out.backward(given_weights)
+            assert out.cut.dim == given_grad.cut.dim == 1 and type(x.grad) is Tensor
+            assert torch.equal(whole(given_grad), x.grad)
+            kept = out.share.is_contiguous(memory_format=memory_format)
+            found = {"output": whole(out).detach(), "input gradient": x.grad}
+            answers[groups, channels, layout] = ({**found, **gather_gradients(layer)}, kept, sent)
     return answers
 
 
@@ -86,15 +88,35 @@ def test_it_exchanges_all_of_its_output_and_of_its_gradient(ranks: int, groups: 
             assert bytes_ == [(share, share), (share, share)]
 
 
-def _refused() -> str:
-    with pytest.raises(UsageError) as caught:
-        shard(nn.Sequential(nn.Conv2d(3, 8, 3), FullyLearnableGroupConv2d(8, 8, 3, groups=2)))
-    return str(caught.value)
+def _learned_groups() -> nn.Module:
+    torch.manual_seed(SEED)
+    layer = FullyLearnableGroupConv2d(8, 8, 3, padding=1, groups=2)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), layer, nn.Flatten(), nn.Linear(288, 10)).double()
 
 
-def test_learned_groups_are_refused_with_the_reason() -> None:
-    for message in run_ranks_once(2, _refused):
-        assert message.startswith("1: a FullyLearnableGroupConv2d cannot be split over ranks: its groups are learned")
+def _step(model: nn.Module) -> Tensor:
+    images, labels = batches(1, 4, torch.float64)[0]
+    logits = model(images)
+    F.cross_entropy(logits, labels).backward()
+    with torch.no_grad():
+        for param in model.parameters():
+            assert param.grad is not None
+            param -= param.grad
+    return logits.detach()
+
+
+def _with_learned_groups() -> tuple[str, dict[str, Tensor]]:
+    model = shard(_learned_groups())
+    logits = _step(model)
+    return model.get_submodule("2").placement.kind, {"logits": logits, **gather_state_dict(model)}
+
+
+def test_learned_groups_are_held_whole_by_every_rank() -> None:
+    model = _learned_groups()
+    logits = _step(model)
+    for kind, found in run_ranks_once(2, _with_learned_groups):
+        assert kind == "whole"
+        assert_close(found, {"logits": logits, **model.state_dict()}, 1e-12)
 
 
 def _alone() -> int:

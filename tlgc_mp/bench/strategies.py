@@ -18,6 +18,7 @@ from tlgc_mp.models import create_model
 from tlgc_mp.models.wide_resnet import WideResNet
 from tlgc_mp.nn import TwoLevelConv2d
 from tlgc_mp.parallel import checkpoint_activations, initialize
+from tlgc_mp.parallel.layers import ShardedLayer
 
 SEED = 1
 LEARNING_RATE = 1e-3
@@ -143,7 +144,7 @@ def _engine(
             "optimizer_bytes": held["state_bytes"] + held["master_bytes"],
         }
 
-    coarse = {module.coarse_group_name for module in engine.module.modules() if hasattr(module, "coarse_group_name")}
+    coarse = {module.region.ranks.group_name for module in engine.module.modules() if isinstance(module, ShardedLayer)}
     return Workload(
         step, engine.module, memory, flops, frozenset(coarse if STRATEGIES[request["strategy"]] == "gc-2l" else ())
     )
