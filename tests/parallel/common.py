@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests.ranks import run_ranks
 from tlgc_mp.models.names import TWO_LEVEL
 from tlgc_mp.nn import TwoLevelConv2d, init_parameters
-from tlgc_mp.parallel.layers import ShardedLayer
+from tlgc_mp.parallel.sharded import ShardedLayer
 
 SEED = 20260
 """Of every random input and initial weight here; assertions print it."""

@@ -18,7 +18,7 @@ from tlgc_mp.models import create_model
 from tlgc_mp.models.wide_resnet import WideResNet
 from tlgc_mp.nn import TwoLevelConv2d
 from tlgc_mp.parallel import checkpoint_activations, initialize
-from tlgc_mp.parallel.layers import ShardedLayer
+from tlgc_mp.parallel.sharded import ShardedLayer
 
 SEED = 1
 LEARNING_RATE = 1e-3

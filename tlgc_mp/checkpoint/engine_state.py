@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tlgc_mp.checkpoint.reader import Part
 from tlgc_mp.errors import UsageError
-from tlgc_mp.parallel.layers import ShardedLayer
+from tlgc_mp.parallel.sharded import ShardedLayer
 
 
 @dataclass(frozen=True)

@@ -75,9 +75,11 @@ def initialize(
 
     from tlgc_mp.nn import init_parameters
     from tlgc_mp.nn.arguments import check_module
+    from tlgc_mp.parallel import memory_format
     from tlgc_mp.parallel.engine_arguments import OwnCode, check_kinds, retarget, retarget_optimizer
     from tlgc_mp.parallel.engine_groups import enter_groups, keep_groups
     from tlgc_mp.parallel.layers import collect_checkpoint_info
+    from tlgc_mp.parallel.plan import channels_stay_apart
     from tlgc_mp.parallel.sharding import shard
 
     given = config if config is not None else config_params
@@ -114,6 +116,7 @@ def initialize(
     _check_settings(settings, mpu)
 
     # DeepSpeed broadcasts and flattens parameters as contiguous bytes.
+    filters = memory_format.channels_last_filters(model)
     for param in model.parameters():
         param.data = param.data.flatten().view(param.shape)
     with quiet_start() as aloud:
@@ -141,23 +144,16 @@ def initialize(
                 raise
             raise _refused(error) from error
     if stage == 0:
-        _keep_to_the_fast_path(made[0])
+        memory_format.restore(filters)
+        if made[0].dp_world_size == 1:
+            # Else all gradients are copied into a buffer, and back, around an all-reduce over one rank.
+            made[0].enable_backward_allreduce = False
+    elif not channels_stay_apart(model):  # the others turn their images to channels_last themselves
+        memory_format.follow(made[0].module, filters)
     keep_groups(made[0])
     if mpu is not None:
         made[0].save_16bit_model = functools.partial(_save_16bit_model, made[0])
     return made
-
-
-def _keep_to_the_fast_path(engine: Any) -> None:
-    """Spares an engine without ZeRO two costs: filters that every convolution reorders, and, where there is one
-    replica, the copies of all gradients into a buffer, and back, around an all-reduce over one rank."""
-    import torch
-
-    for param in engine.module.parameters():
-        if param.dim() == 4:
-            param.data = param.data.contiguous(memory_format=torch.channels_last)
-    if engine.dp_world_size == 1:
-        engine.enable_backward_allreduce = False
 
 
 def _save_16bit_model(

@@ -23,6 +23,7 @@ from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.collectives import CoarseExchange, coarse_gather, copy_to_ranks, exchange_channels, sum_partials
 from tlgc_mp.parallel.layout import Layout, take_share
 from tlgc_mp.parallel.plan import Placement
+from tlgc_mp.parallel.sharded import HOOKS, Region, ShardedLayer, is_engines, reduced, split_class
 from tlgc_mp.parallel.split_tensor import SplitTensor, enter_ranks, from_share, to_share, whole
 
 CHANNELS = Layout(1, None)

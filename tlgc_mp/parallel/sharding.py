@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from tlgc_mp.errors import UsageError
 from tlgc_mp.nn import FullyLearnableGroupConv2d, init_parameters
 from tlgc_mp.nn.arguments import check_device, check_module
-from tlgc_mp.parallel.layers import Region, ShardedLayer, make_root, shard_layer
+from tlgc_mp.parallel.layers import make_root, shard_layer
 from tlgc_mp.parallel.layout import Ranks
 from tlgc_mp.parallel.plan import goes_plain, plan
+from tlgc_mp.parallel.sharded import Region, ShardedLayer
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 """How long a rank waits for the others in one coarse collective before it gives up with an error."""

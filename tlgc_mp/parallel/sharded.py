@@ -1,0 +1,174 @@
+"""What all sharded layers have in common: they store a share, and show the whole.
+
+A sharded layer keeps its class, its names and its code. What it stores is this rank's share; what its code, and anybody
+else's, reads as ``layer.weight`` is a :class:`SplitTensor`, the whole weight to all appearances. So a subclass with a
+forward of its own, a hook, or a penalty on weights computes what it does on one device.
+
+Each is a ``TensorParallel_Layer`` of DeepSpeed's, too, which is how the engine's gradient norm, its consolidated 16-bit
+save and its checkpoint metadata treat it as one of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.module_inject.layers import TensorParallel_Layer
+from torch import Tensor, nn
+
+from tlgc_mp.parallel.layout import Layout, Ranks
+from tlgc_mp.parallel.plan import Placement
+from tlgc_mp.parallel.split_tensor import SplitTensor, from_share, share_in, whole
+
+
+class Region:
+    """What the layers of one split model have in common.
+
+    Attributes:
+        ranks: the tensor-parallel ranks, on the group for collectives of forward and backward passes.
+        tp_group: the same ranks, on the group that the engine knows.
+        channels_apart: whether they can, since the model's code between layers leaves channels apart.
+        plain: whether shares go from layer to layer as plain tensors, now.
+    """
+
+    def __init__(self, ranks: Ranks, tp_ranks: Ranks, channels_apart: bool) -> None:
+        self.ranks = ranks
+        self.tp_ranks = tp_ranks
+        self.channels_apart = channels_apart
+        self.plain = ranks.size == 1
+
+    @contextlib.contextmanager
+    def set_plain(self, plain: bool) -> Iterator[None]:
+        before = self.plain
+        self.plain = plain or self.ranks.size == 1
+        try:
+            yield
+        finally:
+            self.plain = before
+
+
+class ShardedLayer:
+    """What the class of every sharded layer begins with; :func:`shard_layer` makes one of a layer."""
+
+    region: Region
+    placement: Placement
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)  # type: ignore[misc]
+        own = self.__dict__
+        if "region" not in own or name not in own["placement"].dims or own["region"].plain or value is None:
+            return value
+        layout = Layout(own["placement"].dims[name], None)
+        if isinstance(value, nn.Parameter):
+            return from_share(value, layout, own["region"].ranks)
+        return SplitTensor(value, layout, own["region"].ranks)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and "region" in self.__dict__ and name in self.placement.dims:
+            buffer = name in self._buffers  # type: ignore[attr-defined]
+            if buffer and not self.region.plain:
+                value = share_in(value, Layout(self.placement.dims[name], None), self.region.ranks).clone()
+        super().__setattr__(name, value)
+
+    @property
+    def mp_group(self) -> dist.ProcessGroup:
+        """DeepSpeed's name for the tensor-parallel group."""
+        return self.region.tp_ranks.group
+
+    @mp_group.setter
+    def mp_group(self, group: Any) -> None:
+        """It follows from the region."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return reduced(self)
+
+    def _adjust(self) -> None:
+        """What a layer needs beside its share."""
+
+    def gather_whole(self, key: str) -> Tensor:
+        """The whole parameter or buffer ``key``, assembled from the shares of all ranks of the group. Collective."""
+        tensor = {**self._parameters, **self._buffers}[key].detach()  # type: ignore[attr-defined]
+        if key not in self.placement.dims:
+            return tensor.clone()
+        made = SplitTensor(tensor.contiguous(), Layout(self.placement.dims[key], None), self.region.tp_ranks)
+        return whole(made).clone(memory_format=torch.contiguous_format)
+
+    @torch.no_grad()
+    def gather_params(self, params_list: list[Tensor]) -> None:
+        """Replaces each given parameter's data by the whole one. DeepSpeed calls it around a consolidated save."""
+        for param in params_list:
+            key = next((key for key, own in self._parameters.items() if own is param), None)  # type: ignore[attr-defined]
+            if key in self.placement.dims:
+                full = self.gather_whole(key)
+                param.data_partition = param.data  # type: ignore[attr-defined]
+                param.data = full
+
+    @torch.no_grad()
+    def _tp_partition(self, params_list: list[Tensor]) -> None:
+        """Undoes :meth:`gather_params`: each given parameter holds this rank's share again."""
+        for param in params_list:
+            if hasattr(param, "data_partition"):
+                param.data = param.data_partition
+                del param.data_partition
+
+    def _mark_uc_metadata(self) -> None:
+        """Describes each parameter's split for DeepSpeed's universal checkpoints."""
+        layer: Any = self
+        for key, param in layer._parameters.items():
+            if param is None:
+                continue
+            dim = self.placement.dims.get(key)
+            shape = list(layer._shape_before_zero3_partition(param))
+            if dim is not None:
+                share = shape[dim]
+                shape[dim] *= self.region.ranks.size
+            layer._set_param_uc_meta(
+                param,
+                partition_type="row" if dim == 1 else "column",
+                partition_dim=dim,
+                logical_shape=tuple(shape),
+                original_shape=tuple(shape),
+                partition_sizes=None if dim is None else (share,) * self.region.ranks.size,
+                is_bias=key == "bias",
+                replicated=dim is None,
+            )
+
+
+def split_class(base: Any, kind: Any) -> Any:
+    """The class of a layer or model of class ``base`` after it is sharded. It bears the same name."""
+    if (base, kind) not in _CLASSES:
+        joins = issubclass(kind, ShardedLayer) and not issubclass(base, TensorParallel_Layer)
+        bases = (kind, base, TensorParallel_Layer) if joins else (kind, base)
+        names = {"made_from": (base, kind), "__module__": base.__module__, "__doc__": base.__doc__}
+        _CLASSES[base, kind] = type(base.__name__, bases, names)
+    return _CLASSES[base, kind]
+
+
+_CLASSES: dict[tuple[Any, Any], Any] = {}
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def reduced(module: Any) -> Any:
+    """What pickle and copy keep of a module: all but the hooks of an engine, which belong to that engine alone."""
+    state = dict(module.__getstate__() if hasattr(module, "__getstate__") else vars(module))
+    for name in HOOKS:
+        kept = {key: hook for key, hook in state[name].items() if not is_engines(hook)}
+        state[name] = type(state[name])(kept)
+    return _empty, type(module).made_from, state
+
+
+def is_engines(hook: Any) -> bool:
+    return (getattr(hook, "__module__", "") or "").startswith("deepspeed")
+
+
+def _empty(base: Any, kind: Any) -> Any:
+    """An object to be filled by what pickle or copy kept of one."""
+    if hasattr(base, "made_from"):
+        base = split_class(*base.made_from)
+    cls = split_class(base, kind)
+    return cls.__new__(cls)
