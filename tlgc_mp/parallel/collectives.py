@@ -206,8 +206,11 @@ def all_gather(share: Tensor, ranks: TensorParallelRanks) -> Tensor:
     stacked = share.new_empty((ranks.size, *share.shape))
     if share.is_meta or not share.numel():
         return stacked
+    if share.is_conj() or share.is_neg():
+        share = share.resolve_conj().resolve_neg()
     sent, received = share.contiguous().view(-1), stacked.view(-1)
     if share.dtype not in _GATHERED:
+        sent = sent.as_strided(sent.shape, (1,))  # a single element may have any stride
         sent, received = sent.view(torch.uint8), received.view(torch.uint8)
     _note("all_gather", sent)
     _comm("all_gather_into_tensor", "all_gather_single")(received, sent, group=ranks.group)

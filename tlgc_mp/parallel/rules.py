@@ -18,11 +18,10 @@ from torch import Tensor
 
 from tlgc_mp.parallel import collectives
 from tlgc_mp.parallel.layout import Layout, gather_shares
-from tlgc_mp.parallel.split_tensor import SplitTensor, share_in
+from tlgc_mp.parallel.split_tensor import WHOLE, SplitTensor, share_in
 from tlgc_mp.parallel.split_tensor import like as alike
 
 aten = torch.ops.aten
-WHOLE = Layout(None, None)
 
 _RULES: dict[Any, Callable[..., Any]] = {}
 """Operator, or overload of one -> its rule."""
@@ -56,7 +55,8 @@ def rule_of(func: Any) -> Callable[..., Any] | None:
     found = _RULES.get(func) or _RULES.get(func.overloadpacket)
     if found is not None:
         return found
-    if torch.Tag.pointwise not in func.tags or torch.Tag.nondeterministic_seeded in func.tags:
+    other = {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    if torch.Tag.pointwise not in func.tags or other.intersection(func.tags):
         return None
     written = [i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     if not written:

@@ -204,7 +204,7 @@ def select(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return as_view(share, layout, x, x.storage_offset() + index * x.stride(dim))
 
 
-@rule(aten.split.Tensor, aten.split_with_sizes, aten.unbind)
+@rule(aten.split.Tensor, aten.split_with_sizes, aten.unsafe_split, aten.unsafe_split_with_sizes, aten.unbind)
 def split(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """As many slices."""
     x = args[0]

@@ -10,11 +10,10 @@ No tensor is ever a partial sum: what ranks have to add up is added up at once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tlgc_mp.parallel.layout import Layout, Ranks, gather_shares, take_share, whole_geometry
@@ -23,11 +22,15 @@ Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
 """Operator overload -> what computes it on shares, or gives ``NotImplemented`` for arguments that it does not know."""
 
+FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+"""Function of torch above its operators -> what to call in its place; ``NotImplemented`` leaves it to torch."""
+
 observers: list[Callable[[Any, str], None]] = []
 """Called with each operator and ``"shares"`` or ``"whole"``: how it was computed. Empty but for reports and tests."""
 
 _make = torch.Tensor._make_wrapper_subclass
-_WHOLE = Layout(None, None)
+WHOLE = Layout(None, None)
+"""Of a tensor that every rank holds whole."""
 
 
 class Family:
@@ -47,7 +50,7 @@ class Family:
     def link(self, base: SplitTensor, viewed: Callable[[Tensor], Tensor], share: Tensor) -> None:
         """Makes this the family of ``share``, which is ``viewed`` of a whole copy of ``base``."""
         self.base, self.viewed = base, viewed
-        self.view = SplitTensor(share, _WHOLE, base.ranks)
+        self.view = SplitTensor(share, WHOLE, base.ranks)
         self.seen = _family(base).version
         Family.linked += 1
 
@@ -122,7 +125,11 @@ class SplitTensor(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if torch.is_grad_enabled():
+        if func in FUNCTIONS:
+            result = FUNCTIONS[func](*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        elif torch.is_grad_enabled():
             for value in args if not kwargs else (*args, *kwargs.values()):
                 kind = type(value)
                 if kind is SplitTensor or kind is int or kind is float:
@@ -144,11 +151,11 @@ class SplitTensor(Tensor):
         rule = RULES.get(func) or _resolve(func)
         try:
             result = rule(func, args, kwargs or {})
-            on_shares = result is not NotImplemented and rule is not compute_whole
+            on_shares = result is not NotImplemented and rule is not whole_tensors.compute_whole
             if result is NotImplemented:
-                result = compute_whole(func, args, kwargs or {})
+                result = whole_tensors.compute_whole(func, args, kwargs or {})
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
-            raise _as_on_one_device(error, func, args, kwargs or {}) from None
+            raise whole_tensors.as_on_one_device(error, func, args, kwargs or {}) from None
         for observe in observers:
             observe(func, "shares" if on_shares else "whole")
         return result
@@ -174,6 +181,9 @@ class SplitTensor(Tensor):
         plain = whole(self.detach()).clone()
         return plain.requires_grad_(self.requires_grad).__reduce_ex__(protocol)
 
+    def __copy__(self) -> SplitTensor:
+        return self.detach().requires_grad_(self.requires_grad)  # type: ignore[return-value]
+
     def __deepcopy__(self, memo: Any) -> Any:
         if not self.is_leaf:
             return super().__deepcopy__(memo)  # raises as torch does
@@ -190,7 +200,9 @@ def _entered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     def enter(tensor: Tensor) -> Tensor:
         return enter_ranks(tensor, ranks) if type(tensor) is not SplitTensor and tensor.requires_grad else tensor
 
-    if _in_place(func) and args and isinstance(args[0], Tensor):
+    if _in_place(func) and args:
+        if isinstance(args[0], Tensor) and type(args[0]) is not SplitTensor and args[0].requires_grad:
+            args[0].register_hook(whole)  # of its value before it changes, which may get a split gradient
         rest, named = tree_map_only(Tensor, enter, (args[1:], kwargs))
         return (args[0], *rest), named
     return tree_map_only(Tensor, enter, (args, kwargs))
@@ -208,31 +220,6 @@ def _holds_plain(tree: Any) -> bool:
     return any(type(t) is not SplitTensor and isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(tree))
 
 
-def _as_on_one_device(error: Exception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception:
-    """The error that ``func`` raises for whole tensors, of the shapes that its caller knows, and what is split."""
-    if getattr(error, "_tlgc_mp_told", False):  # of an operator inside of another
-        return error
-
-    def shape_only(tensor: SplitTensor) -> Tensor:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-    def to_meta(tensor: Tensor) -> Tensor:
-        return shape_only(tensor) if type(tensor) is SplitTensor else tensor.to("meta")
-
-    try:
-        func(*tree_map_only(Tensor, to_meta, args), **tree_map_only(Tensor, to_meta, kwargs))
-    except type(error) as told:
-        error = told
-    except Exception:
-        pass  # shapes alone say something else: what was raised first stands
-    cut = next((t for t in tree_leaves((args, kwargs)) if type(t) is SplitTensor and t.cut.dim is not None), None)
-    if cut is not None:
-        where = f"[{func} of tensors that {cut.ranks.size} ranks hold in shares, along the channels]"
-        error.args = (f"{error} {where}", *error.args[1:])
-    error._tlgc_mp_told = True  # type: ignore[attr-defined]
-    return error
-
-
 def _refresh(args: Any, kwargs: Any) -> None:
     for tensor in tree_leaves((args, kwargs)):
         if type(tensor) is SplitTensor and tensor.family is not None:
@@ -243,120 +230,25 @@ def _resolve(func: Any) -> Rule:
     """The rule of ``func``, looked up at its first use."""
     from tlgc_mp.parallel import rules
 
-    RULES[func] = rules.rule_of(func) or compute_whole
+    RULES[func] = rules.rule_of(func) or whole_tensors.compute_whole
     return RULES[func]
-
-
-class _Facts(NamedTuple):
-    """What the schema of an operator says."""
-
-    written: tuple[Any, ...]  # positions and names of arguments that it writes
-    is_view: bool
-    reshapes: bool  # in place
-
-
-_FACTS: dict[Any, _Facts] = {}
-_SILENT_WRITES = {
-    "aten::native_batch_norm": (3, 4),
-    "aten::cudnn_batch_norm": (3, 4),
-    "aten::miopen_batch_norm": (3, 4),
-}
-"""Operators that write arguments of which their schema does not say so."""
-
-
-def _facts(func: Any) -> _Facts:
-    if func not in _FACTS:
-        schema = func._schema
-        written: list[Any] = list(_SILENT_WRITES.get(schema.name, ()))
-        for index, argument in enumerate(schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                written.append(argument.name if argument.kwarg_only else index)
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-        _FACTS[func] = _Facts(tuple(written), view, torch.Tag.inplace_view in func.tags)
-    return _FACTS[func]
-
-
-def compute_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``func`` on whole tensors, alike on every rank."""
-    facts = _facts(func)
-    ranks = next(t.ranks for t in tree_leaves((args, kwargs)) if type(t) is SplitTensor)
-    if facts.reshapes:
-        return _reshape_in_place(func, args, kwargs)
-    if facts.written:
-        return _write_whole(func, args, kwargs, facts, ranks)
-    plain_args, plain_kwargs = tree_map_only(SplitTensor, gather_shares, (args, kwargs))
-    base = args[0] if args else None
-    out = func(*plain_args, **plain_kwargs)
-    if not facts.is_view or type(base) is not SplitTensor:
-        return tree_map_only(Tensor, lambda t: SplitTensor(t, _WHOLE, ranks), out)
-    if base.cut.dim is None:  # a view of whole data is one of memory, too
-        return tree_map_only(Tensor, lambda t: as_view(t, _WHOLE, base, t.storage_offset()), out)
-
-    def linked(index: int | None, share: Tensor) -> SplitTensor:
-        def viewed(data: Tensor) -> Tensor:
-            view = func(data, *plain_args[1:], **plain_kwargs)
-            return view if index is None else view[index]
-
-        made = SplitTensor(share, _WHOLE, ranks, offset=share.storage_offset())
-        made.family = Family()
-        made.family.link(base, viewed, share)
-        return made
-
-    if isinstance(out, list | tuple):
-        return type(out)(linked(index, share) for index, share in enumerate(out))
-    return linked(None, out)
-
-
-def _write_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], facts: _Facts, ranks: Ranks) -> Any:
-    """An operator that writes some of its arguments: whole copies of these, and the shares written back."""
-    copies: dict[int, tuple[SplitTensor, Tensor]] = {}
-
-    def plain(tensor: SplitTensor) -> Tensor:
-        if id(tensor) in copies:
-            return copies[id(tensor)][1]
-        return gather_shares(tensor)
-
-    for key in facts.written:
-        value = kwargs.get(key) if isinstance(key, str) else (args[key] if key < len(args) else None)
-        for target in value if isinstance(value, list | tuple) else (value,):
-            if type(target) is SplitTensor:
-                copies[id(target)] = (target, gather_shares(target))
-    plain_args, plain_kwargs = tree_map_only(SplitTensor, plain, (args, kwargs))
-    out = func(*plain_args, **plain_kwargs)
-    origin: dict[int, Tensor] = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-    for target, copy in copies.values():
-        origin[id(copy)] = target
-        if copy.shape != target.shape:
-            raise RuntimeError(f"{func}: an output of shape {tuple(target.shape)} cannot be resized; give an empty one")
-        if target.cut.dim is not None:
-            target.share.copy_(take_share(copy, target.cut, ranks))
-        if target.family is not None:
-            target.family.written()
-    return tree_map_only(Tensor, lambda t: origin[id(t)] if id(t) in origin else SplitTensor(t, _WHOLE, ranks), out)
-
-
-def _reshape_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``squeeze_`` and the like: the view that the function without ``_`` makes takes the tensor's place."""
-    target = args[0]
-    name = func._schema.name.removeprefix("aten::").removesuffix("_")
-    overload = getattr(getattr(torch.ops.aten, name, None), func._overloadname, None)
-    if type(target) is not SplitTensor or overload is None:
-        raise RuntimeError(f"{func}: a split tensor cannot change its shape in place this way; use {name}()")
-    before = as_view(target.share, target.cut, target, geometry=(target.shape, target.stride()))
-    made = SplitTensor.__torch_dispatch__(overload, (), (before, *args[1:]), kwargs)
-    with no_dispatch():
-        func(*args, **kwargs)
-    target.share, target.cut, target.family = made.share, made.cut, made.family
-    return target
 
 
 def as_view(
     share: Tensor, layout: Layout, base: SplitTensor, offset: int | None = None, geometry: Any = None
 ) -> SplitTensor:
     """A view of ``base`` whose ``share`` is a view of its share: they share memory, and their family."""
-    made = SplitTensor(share, layout, base.ranks, geometry, base.storage_offset() if offset is None else offset)
+    made = made_as_view(share, layout, base, base.storage_offset() if offset is None else offset, geometry)
     made.family = _family(base)
     return made
+
+
+def made_as_view(share: Tensor, layout: Layout, base: SplitTensor, offset: Any, geometry: Any = None) -> SplitTensor:
+    """A view of ``base``, of which the family is still to be said."""
+    if torch.is_inference_mode_enabled() and not base.is_inference():  # then neither is its view
+        with torch.inference_mode(False):
+            return SplitTensor(share, layout, base.ranks, geometry, offset)
+    return SplitTensor(share, layout, base.ranks, geometry, offset)
 
 
 def like(share: Tensor, model: SplitTensor) -> SplitTensor:
@@ -372,7 +264,7 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> SplitTensor:  # type: ignore[override]
         ctx.set_materialize_grads(False)
-        return SplitTensor(tensor.detach(), _WHOLE, ranks, (tensor.shape, tensor.stride()), tensor.storage_offset())
+        return SplitTensor(tensor.detach(), WHOLE, ranks, (tensor.shape, tensor.stride()), tensor.storage_offset())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
@@ -462,4 +354,9 @@ def whole(tree: Any) -> Any:
     """``tree`` with every :class:`SplitTensor` in it as a plain whole tensor. Collective, and differentiable."""
     if type(tree) is SplitTensor:
         return _Leave.apply(tree)
+    if isinstance(tree, Tensor):
+        return tree
     return tree_map_only(SplitTensor, _Leave.apply, tree)
+
+
+from tlgc_mp.parallel import split_functions, whole_tensors  # noqa: E402, F401  (they need what stands above)

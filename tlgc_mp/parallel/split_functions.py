@@ -1,0 +1,131 @@
+"""Functions of torch that stand above its operators and have to know that a tensor is split.
+
+Started from split tensors, a backward pass would run with the functions of this subclass switched off, and so would
+what is recomputed in it, and hooks. It is started from the edges of the graph instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from tlgc_mp.parallel.split_tensor import FUNCTIONS, SplitTensor, enter_ranks, whole
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, Sequence) and not hasattr(value, "node") else (value,)
+
+
+def _edges(tensors: Sequence[Any]) -> list[Any]:
+    return [get_gradient_edge(tensor) if type(tensor) is SplitTensor else tensor for tensor in tensors]
+
+
+def _seeds(outputs: Sequence[Any], gradients: Any) -> list[Any] | None:
+    """The gradient to start from for each output; ``None`` where torch has something to complain about."""
+    given = [None] * len(outputs) if gradients is None else list(_tuple(gradients))
+    if len(given) != len(outputs):
+        return None
+    for index, (output, gradient) in enumerate(zip(outputs, given, strict=True)):
+        if type(output) is not SplitTensor:
+            continue
+        if not output.requires_grad or (gradient is None and output.numel() != 1):
+            return None
+        if gradient is None:
+            given[index] = torch.ones_like(output.detach())
+        elif gradient.shape != output.shape:
+            return None
+        elif type(gradient) is not SplitTensor:
+            given[index] = enter_ranks(gradient, output.ranks)
+    return given
+
+
+def _grad(
+    outputs: Any,
+    inputs: Any,
+    grad_outputs: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    only_inputs: bool = True,
+    allow_unused: bool | None = None,
+    is_grads_batched: bool = False,
+    materialize_grads: bool = False,
+) -> Any:
+    outputs, inputs = _tuple(outputs), _tuple(inputs)
+    seeds = _seeds(outputs, grad_outputs)
+    if seeds is None or is_grads_batched or any(isinstance(t, Tensor) and not t.requires_grad for t in inputs):
+        return NotImplemented
+    found = torch.autograd.grad(
+        _edges(outputs),
+        _edges(inputs),
+        seeds,
+        retain_graph=retain_graph,
+        create_graph=create_graph,
+        allow_unused=materialize_grads if allow_unused is None else allow_unused,
+    )
+    if not materialize_grads:
+        return found
+    return tuple(
+        torch.zeros_like(tensor, requires_grad=create_graph) if gradient is None else gradient
+        for gradient, tensor in zip(found, inputs, strict=True)
+    )
+
+
+def _backward(
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> Any:
+    tensors = _tuple(tensors)
+    seeds = _seeds(tensors, grad_tensors)
+    if seeds is None:
+        return NotImplemented
+    return torch.autograd.backward(
+        _edges(tensors),
+        seeds,
+        retain_graph=retain_graph,
+        create_graph=create_graph,
+        inputs=None if inputs is None else _edges(_tuple(inputs)),
+    )
+
+
+def _tensor_backward(tensor: Tensor, gradient: Any = None, **options: Any) -> Any:
+    return _backward(tensor, gradient, **options)
+
+
+def _set_data(tensor: Tensor, value: Tensor) -> Any:
+    if type(tensor) is not SplitTensor:
+        tensor.data = whole(value.detach())  # type: ignore[attr-defined]
+        return None
+    value = value.detach()
+    source = value if type(value) is SplitTensor else enter_ranks(value, tensor.ranks)
+    with torch._C.DisableTorchFunctionSubclass():
+        Tensor.data.__set__(tensor, source)  # type: ignore[attr-defined]
+    tensor.share, tensor.cut, tensor.family = source.share, source.cut, source.family
+    return None
+
+
+def _set_grad(tensor: Tensor, value: Tensor | None) -> Any:
+    if type(tensor) is not SplitTensor:
+        tensor.grad = whole(value)
+    elif value is None or type(value) is SplitTensor:
+        return NotImplemented
+    else:
+        tensor.grad = enter_ranks(value, tensor.ranks)
+    return None
+
+
+FUNCTIONS.update(
+    {
+        torch.autograd.grad: _grad,
+        torch.autograd.backward: _backward,
+        Tensor.backward: _tensor_backward,
+        Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+        Tensor.grad.__set__: _set_grad,  # type: ignore[union-attr]
+    }
+)

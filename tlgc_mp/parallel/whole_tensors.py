@@ -1,0 +1,157 @@
+"""Operators without a rule for shares: computed on whole tensors, alike on every rank.
+
+What such an operator writes is computed on a whole copy, of which each rank keeps its share; a view that is none of the
+shares holds whole data, and is kept like its base.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from tlgc_mp.parallel.layout import Ranks, gather_shares, take_share
+from tlgc_mp.parallel.split_tensor import WHOLE, Family, SplitTensor, as_view, made_as_view
+
+
+class _Facts(NamedTuple):
+    """What the schema of an operator says."""
+
+    written: tuple[Any, ...]  # positions and names of arguments that it writes
+    is_view: bool
+    reshapes: bool  # in place
+
+
+_FACTS: dict[Any, _Facts] = {}
+_SILENT_WRITES = {
+    "aten::native_batch_norm": (3, 4),
+    "aten::cudnn_batch_norm": (3, 4),
+    "aten::miopen_batch_norm": (3, 4),
+}
+"""Operators that write arguments of which their schema does not say so."""
+_SILENT_VIEWS = {"aten::unsafe_split", "aten::unsafe_split_with_sizes"}
+"""Operators that return views of which their schema does not say so."""
+
+
+def _facts(func: Any) -> _Facts:
+    if func not in _FACTS:
+        schema = func._schema
+        written: list[Any] = list(_SILENT_WRITES.get(schema.name, ()))
+        for index, argument in enumerate(schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written.append(argument.name if argument.kwarg_only else index)
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+        view = view or schema.name in _SILENT_VIEWS
+        _FACTS[func] = _Facts(tuple(written), view, torch.Tag.inplace_view in func.tags)
+    return _FACTS[func]
+
+
+def compute_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``func`` on whole tensors, alike on every rank."""
+    facts = _facts(func)
+    ranks = next(t.ranks for t in tree_leaves((args, kwargs)) if type(t) is SplitTensor)
+    if facts.reshapes:
+        return _reshape_in_place(func, args, kwargs)
+    if facts.written:
+        return _write_whole(func, args, kwargs, facts, ranks)
+    plain_args, plain_kwargs = tree_map_only(SplitTensor, gather_shares, (args, kwargs))
+    base = args[0] if args else None
+    out = func(*plain_args, **plain_kwargs)
+    if not facts.is_view or type(base) is not SplitTensor:
+        return tree_map_only(Tensor, lambda t: _whole_split(t, ranks), out)
+    if base.cut.dim is None:  # a view of whole data is one of memory, too
+        return tree_map_only(Tensor, lambda t: as_view(t, WHOLE, base, t.storage_offset()), out)
+
+    def linked(index: int | None, share: Tensor) -> SplitTensor:
+        def viewed(data: Tensor) -> Tensor:
+            view = func(data, *plain_args[1:], **plain_kwargs)
+            return view if index is None else view[index]
+
+        made = made_as_view(share, WHOLE, base, share.storage_offset())
+        made.family = Family()
+        made.family.link(base, viewed, share)
+        return made
+
+    if isinstance(out, list | tuple):
+        return type(out)(linked(index, share) for index, share in enumerate(out))
+    return linked(None, out)
+
+
+def _whole_split(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """A result that is whole on every rank; a sparse one stays a plain tensor."""
+    return SplitTensor(tensor, WHOLE, ranks) if tensor.layout == torch.strided else tensor
+
+
+def _write_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], facts: _Facts, ranks: Ranks) -> Any:
+    """An operator that writes some of its arguments: whole copies of these, and the shares written back."""
+    copies: dict[int, tuple[SplitTensor, Tensor]] = {}
+
+    def plain(tensor: SplitTensor) -> Tensor:
+        if id(tensor) in copies:
+            return copies[id(tensor)][1]
+        return gather_shares(tensor)
+
+    for key in facts.written:
+        value = kwargs.get(key) if isinstance(key, str) else (args[key] if key < len(args) else None)
+        for target in value if isinstance(value, list | tuple) else (value,):
+            if type(target) is SplitTensor:
+                copies[id(target)] = (target, gather_shares(target))
+    plain_args, plain_kwargs = tree_map_only(SplitTensor, plain, (args, kwargs))
+    out = func(*plain_args, **plain_kwargs)
+    origin: dict[int, Tensor] = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+    for target, copy in copies.values():
+        origin[id(copy)] = target
+        if copy.shape != target.shape:
+            raise RuntimeError(f"{func}: an output of shape {tuple(target.shape)} cannot be resized; give an empty one")
+        if target.cut.dim is not None:
+            target.share.copy_(take_share(copy, target.cut, ranks))
+        if target.family is not None:
+            target.family.written()
+    return tree_map_only(Tensor, lambda t: origin[id(t)] if id(t) in origin else _whole_split(t, ranks), out)
+
+
+_VIEW_OVERLOADS = {"transpose": "int"}
+"""Views of which the overload has another name than that of the form in place."""
+
+
+def _reshape_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``squeeze_`` and the like: the view that the function without ``_`` makes takes the tensor's place."""
+    target = args[0]
+    name = func._schema.name.removeprefix("aten::").removesuffix("_")
+    overload = getattr(getattr(torch.ops.aten, name, None), _VIEW_OVERLOADS.get(name, func._overloadname), None)
+    if type(target) is not SplitTensor or overload is None:
+        raise RuntimeError(f"{func}: a split tensor cannot change its shape in place this way; use {name}()")
+    before = as_view(target.share, target.cut, target, geometry=(target.shape, target.stride()))
+    made = SplitTensor.__torch_dispatch__(overload, (), (before, *args[1:]), kwargs)
+    with no_dispatch():
+        func(*args, **kwargs)
+    target.share, target.cut, target.family = made.share, made.cut, made.family
+    return target
+
+
+def as_on_one_device(error: Exception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception:
+    """The error that ``func`` raises for whole tensors, of the shapes that its caller knows, and what is split."""
+    if getattr(error, "_tlgc_mp_told", False):  # of an operator inside of another
+        return error
+
+    def shape_only(tensor: SplitTensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+    def to_meta(tensor: Tensor) -> Tensor:
+        return shape_only(tensor) if type(tensor) is SplitTensor else tensor.to("meta")
+
+    try:
+        func(*tree_map_only(Tensor, to_meta, args), **tree_map_only(Tensor, to_meta, kwargs))
+    except type(error) as told:
+        error = told
+    except Exception:
+        pass  # shapes alone say something else: what was raised first stands
+    cut = next((t for t in tree_leaves((args, kwargs)) if type(t) is SplitTensor and t.cut.dim is not None), None)
+    if cut is not None:
+        where = f"[{func} of tensors that {cut.ranks.size} ranks hold in shares, along the channels]"
+        error.args = (f"{error} {where}", *error.args[1:])
+    error._tlgc_mp_told = True  # type: ignore[attr-defined]
+    return error
