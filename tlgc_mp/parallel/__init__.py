@@ -9,9 +9,19 @@ from tlgc_mp import lazy
 if TYPE_CHECKING:
     from tlgc_mp.parallel.engine import initialize
     from tlgc_mp.parallel.recompute import checkpoint_activations
+    from tlgc_mp.parallel.report import LayoutReport, layout_report
     from tlgc_mp.parallel.sharding import gather_state_dict, shard
+    from tlgc_mp.parallel.split_tensor import whole
 
-__all__ = ["checkpoint_activations", "gather_state_dict", "initialize", "shard"]
+__all__ = [
+    "LayoutReport",
+    "checkpoint_activations",
+    "gather_state_dict",
+    "initialize",
+    "layout_report",
+    "shard",
+    "whole",
+]
 
 __getattr__ = lazy.attributes(
     __name__,
@@ -19,6 +29,9 @@ __getattr__ = lazy.attributes(
         "checkpoint_activations": "tlgc_mp.parallel.recompute",
         "initialize": "tlgc_mp.parallel.engine",
         "gather_state_dict": "tlgc_mp.parallel.sharding",
+        "LayoutReport": "tlgc_mp.parallel.report",
+        "layout_report": "tlgc_mp.parallel.report",
         "shard": "tlgc_mp.parallel.sharding",
+        "whole": "tlgc_mp.parallel.split_tensor",
     },
 )

@@ -169,7 +169,9 @@ def _convolution(layer: _ConvNd, ranks: int) -> Placement | None:
         if layer.groups % ranks:
             return None
         return Placement("grouped", {"weight": 0, **bias})
-    if layer.in_channels % ranks == 0 and (2 * layer.out_channels <= layer.in_channels or layer.out_channels % ranks):
+    # Column-parallel gathers its input twice and scatters a gradient of its size, row-parallel scatters its output and
+    # gathers a gradient of that size.
+    if layer.in_channels % ranks == 0 and (layer.out_channels <= layer.in_channels or layer.out_channels % ranks):
         return Placement("row", {"weight": 0 if transposed else 1})
     return _column(layer, ranks)
 

@@ -58,7 +58,8 @@ def _convolution_kind(x: Tensor, weight: Tensor, transposed: bool, groups: int) 
         return "column", WHOLE, Layout(1, weight.cut.segments)
     summed = CHANNELS if out_channels % ranks.size == 0 else WHOLE
     if type(weight) is SplitTensor and cut_dim(weight) == 1 - outputs:
-        return "row", Layout(1, weight.cut.segments), summed
+        # A joined input stays as it lies: it is the filters' input channels that are brought into its order.
+        return "row", x.cut if type(x) is SplitTensor and cut_dim(x) == 1 else Layout(1, weight.cut.segments), summed
     if cut_dim(weight) is None and type(x) is SplitTensor and cut_dim(x) == 1 and 2 * out_channels <= channels:
         return "row", x.cut, summed
     return "whole", WHOLE, WHOLE

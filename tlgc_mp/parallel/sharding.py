@@ -15,7 +15,8 @@ from tlgc_mp.nn import FullyLearnableGroupConv2d, init_parameters
 from tlgc_mp.nn.arguments import check_device, check_module
 from tlgc_mp.parallel.layers import make_root, shard_layer
 from tlgc_mp.parallel.layout import Ranks
-from tlgc_mp.parallel.plan import goes_plain, plan
+from tlgc_mp.parallel.plan import Placement, goes_plain, plan
+from tlgc_mp.parallel.report import static_report
 from tlgc_mp.parallel.sharded import Region, ShardedLayer
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
@@ -32,8 +33,11 @@ def shard(
     """Splits ``model`` over the ranks of ``process_group``, in place, layer by layer. Collective.
 
     Works under plain torch.distributed; :func:`tlgc_mp.initialize` does it inside a DeepSpeed engine. Every rank passes
-    the same whole model, and afterwards holds its share: activations are split by channel from the stem to the head,
-    inputs and logits are whole. Parameters are new objects, so build the optimizer afterwards.
+    the same whole model, and afterwards holds its share. Any network that runs on one device gives the same outputs and
+    gradients: inputs and outputs are whole and plain, and what lies between looks whole to the model's code
+    (:class:`~tlgc_mp.parallel.split_tensor.SplitTensor`). ``model.layout`` says how each layer is held, and
+    :func:`~tlgc_mp.parallel.layout_report` what a step sends. Parameters are new objects, so build the optimizer
+    afterwards.
 
     Args:
         model: with its values, of which each rank keeps its share; or on the meta device, where each rank draws only
@@ -47,9 +51,7 @@ def shard(
         ``model``.
 
     Raises:
-        UsageError: torch.distributed is not initialized, an argument is of another kind, or a layer cannot be split
-            over that many ranks. The first forward pass raises one too, where the model joins, cuts or reduces channels
-            between its layers.
+        UsageError: torch.distributed is not initialized, or an argument is of another kind.
     """
     check_module("model", model)
     check_device(device)
@@ -68,14 +70,24 @@ def shard(
     region = Region(ranks, Ranks(group), goes_plain(model, placements))
     meta = any(param.is_meta for param in model.parameters())
     target = None if device is None else torch.device(device)
-    shares: dict[int, nn.Parameter] = {}
-    for name, placement in placements.items():
-        shard_layer(model.get_submodule(name), placement, region, target, shares)
-    make_root(model, region)
+    split_layers(model, placements, region, target)
     if meta:
         with region.set_plain(True):
             init_parameters(model, torch.initial_seed() if seed is None else seed, shard_index=ranks.rank)
     return model
+
+
+def split_layers(
+    model: nn.Module, placements: dict[str, Placement], region: Region, device: torch.device | None
+) -> None:
+    """Has every layer of ``model`` hold its share, in place. No communication."""
+    report = static_report(model, placements, region.ranks.size)
+    shares: dict[int, nn.Parameter] = {}
+    for name, placement in placements.items():
+        shard_layer(model.get_submodule(name), placement, region, device, shares)
+    make_root(model, region)
+    if not hasattr(model, "layout"):
+        model.layout = report  # type: ignore[assignment]
 
 
 @torch.no_grad()
