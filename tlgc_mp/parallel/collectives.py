@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from tlgc_mp.nn.coarse_level import Exchange
+from tlgc_mp.parallel.waiting import Call, begin, complete
 
 recorders: list[Callable[[str, int], None]] = []
 """Called with the name of each collective that is started and the bytes that this rank gives to it. Empty but for
@@ -70,6 +71,17 @@ def _comm(name: str, torch_name: str) -> Any:
     return getattr(dist, torch_name, None) or getattr(dist, name)
 
 
+def _begin(name: str, sent: Tensor, group: dist.ProcessGroup) -> Call:
+    """Notes that this rank begins a collective; every wait for it then goes through :func:`complete`."""
+    _note(name, sent)
+    return begin(name, group)
+
+
+def _note(name: str, sent: Tensor) -> None:
+    for record in recorders:
+        record(name, sent.numel() * sent.element_size())
+
+
 @torch.library.custom_op("tlgc_mp::coarse_gather", mutates_args=())
 def coarse_gather(share: Tensor, ranks: int, group_name: str) -> Tensor:
     """All-gather along the first dimension: (G, ...) on each of P ranks -> (P G, ...) on all, in rank order."""
@@ -80,16 +92,21 @@ def _start_gather(share: Tensor, ranks: int, group_name: str) -> Callable[[], Te
     """Starts :func:`coarse_gather`; the function returned waits for its result."""
     share = share.contiguous()
     full = share.new_empty(ranks * share.shape[0], *share.shape[1:])
+    if share.is_meta:
+        _note("coarse_gather", share)
+        return lambda: full
     group = resolve_group(group_name)
-    work = _comm("all_gather_into_tensor", "all_gather_single")(full, share, group=group, async_op=True)
-    return _arrival(work, full, share)
+    call = _begin("coarse_gather", share, group)
+    start = _comm("all_gather_into_tensor", "all_gather_single")
+    work = complete(call, start, full, share, group=group, async_op=True)
+    return _arrival(call, work, full, share)
 
 
-def _arrival(work: Any, result: Tensor, sent: Tensor) -> Callable[[], Tensor]:
+def _arrival(call: Call, work: Any, result: Tensor, sent: Tensor) -> Callable[[], Tensor]:
     """A function that waits for ``work`` and gives its ``result``; it holds what is ``sent``, to live until then."""
 
     def wait(sent: Tensor = sent) -> Tensor:
-        work.wait()
+        complete(call, work.wait)
         return result
 
     return wait
@@ -115,9 +132,14 @@ def _start_reduce_scatter(full: Tensor, ranks: int, group_name: str) -> Callable
     """Starts :func:`coarse_reduce_scatter`; the function returned waits for its result."""
     full = full.contiguous()
     share = full.new_empty(full.shape[0] // ranks, *full.shape[1:])
+    if full.is_meta:
+        _note("coarse_reduce_scatter", full)
+        return lambda: share
     group = resolve_group(group_name)
-    work = _comm("reduce_scatter_tensor", "reduce_scatter_single")(share, full, group=group, async_op=True)
-    return _arrival(work, share, full)
+    call = _begin("coarse_reduce_scatter", full, group)
+    start = _comm("reduce_scatter_tensor", "reduce_scatter_single")
+    work = complete(call, start, share, full, group=group, async_op=True)
+    return _arrival(call, work, share, full)
 
 
 def _gather_context(ctx: Any, inputs: tuple[Tensor, int, str], output: Tensor) -> None:
@@ -135,12 +157,14 @@ coarse_gather.register_autograd(_gather_backward, setup_context=_gather_context)
 def sum_partials(partial: Tensor, group_name: str) -> Tensor:
     """Sum over the ranks of a group; every rank gets it. The gradient of the sum is each rank's own, unchanged."""
     total = partial.clone(memory_format=torch.contiguous_format)
-    _comm("all_reduce", "all_reduce")(total, group=resolve_group(group_name))
+    group = resolve_group(group_name)
+    complete(_begin("sum_partials", total, group), _comm("all_reduce", "all_reduce"), total, group=group)
     return total
 
 
 @sum_partials.register_fake
 def _(partial: Tensor, group_name: str) -> Tensor:
+    _note("sum_partials", partial)
     return torch.empty_like(partial, memory_format=torch.contiguous_format)
 
 
@@ -176,12 +200,14 @@ def exchange_channels(channels: Tensor, sends: list[int], receives: list[int], g
     channels = channels.contiguous()
     received = channels.new_empty(sum(receives), *channels.shape[1:])
     group = resolve_group(group_name)
-    _comm("all_to_all_single", "all_to_all_single")(received, channels, receives, sends, group=group)
+    call = _begin("exchange_channels", channels, group)
+    complete(call, _comm("all_to_all_single", "all_to_all_single"), received, channels, receives, sends, group=group)
     return received
 
 
 @exchange_channels.register_fake
 def _(channels: Tensor, sends: list[int], receives: list[int], group_name: str) -> Tensor:
+    _note("exchange_channels", channels)
     return channels.new_empty(sum(receives), *channels.shape[1:])
 
 
@@ -205,6 +231,7 @@ def all_gather(share: Tensor, ranks: TensorParallelRanks) -> Tensor:
         return coarse_gather(share.unsqueeze(0), ranks.size, ranks.group_name)
     stacked = share.new_empty((ranks.size, *share.shape))
     if share.is_meta or not share.numel():
+        _note("all_gather", share)
         return stacked
     if share.is_conj() or share.is_neg():
         share = share.resolve_conj().resolve_neg()
@@ -212,8 +239,8 @@ def all_gather(share: Tensor, ranks: TensorParallelRanks) -> Tensor:
     if share.dtype not in _GATHERED:
         sent = sent.as_strided(sent.shape, (1,))  # a single element may have any stride
         sent, received = sent.view(torch.uint8), received.view(torch.uint8)
-    _note("all_gather", sent)
-    _comm("all_gather_into_tensor", "all_gather_single")(received, sent, group=ranks.group)
+    call = _begin("all_gather", sent, ranks.group)
+    complete(call, _comm("all_gather_into_tensor", "all_gather_single"), received, sent, group=ranks.group)
     return stacked
 
 
@@ -226,12 +253,13 @@ def all_reduce(tensor: Tensor, ranks: TensorParallelRanks, op: dist.ReduceOp.Red
         return sum_partials(tensor, ranks.group_name)
     total = tensor.to(_REDUCED_AS.get(tensor.dtype, tensor.dtype), copy=True)
     if total.is_meta or not total.numel():
+        _note("all_reduce", total)
         return total.to(tensor.dtype)
     flat = total.as_strided((total.numel(),), (1,), 0)  # a copy is dense
     if flat.is_complex():
         flat = torch.view_as_real(flat)
-    _note("all_reduce", flat)
-    _comm("all_reduce", "all_reduce")(flat, op, group=ranks.group)
+    call = _begin("all_reduce", flat, ranks.group)
+    complete(call, _comm("all_reduce", "all_reduce"), flat, op, group=ranks.group)
     return total.to(tensor.dtype)
 
 
@@ -244,24 +272,20 @@ def reduce_scatter(stacked: Tensor, ranks: TensorParallelRanks) -> Tensor:
         return coarse_reduce_scatter(stacked, ranks.size, ranks.group_name).squeeze(0)
     row = stacked.new_empty(stacked.shape[1:])
     if stacked.is_meta or not row.numel():
+        _note("reduce_scatter", stacked)
         return row
     as_type = _REDUCED_AS.get(stacked.dtype, stacked.dtype)
     given, kept = stacked.contiguous().to(as_type).view(-1), row.to(as_type).view(-1)
     if given.is_complex():
         given, kept = torch.view_as_real(given), torch.view_as_real(kept)
-    _note("reduce_scatter", given)
-    _comm("reduce_scatter_tensor", "reduce_scatter_single")(kept, given, group=ranks.group)
+    call = _begin("reduce_scatter", given, ranks.group)
+    complete(call, _comm("reduce_scatter_tensor", "reduce_scatter_single"), kept, given, group=ranks.group)
     return row if as_type == row.dtype else row.copy_(kept.view(row.shape))
 
 
 def _is_traced(tensor: Tensor) -> bool:
     """Whether a graph is being made, of which the collective becomes an operator."""
     return type(tensor) is not Tensor and type(tensor) is not nn.Parameter
-
-
-def _note(name: str, sent: Tensor) -> None:
-    for record in recorders:
-        record(name, sent.numel() * sent.element_size())
 
 
 class CoarseExchange(Exchange):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
 import functools
 import io
 import logging
@@ -45,6 +46,7 @@ def initialize(
     config_params: Any = None,
     *,
     seed: int | None = None,
+    collective_timeout: datetime.timedelta | float | None = None,
 ) -> tuple[Any, Any, Any, Any]:
     """Splits ``model`` over P tensor-parallel ranks and returns what ``deepspeed.initialize`` returns.
 
@@ -60,6 +62,8 @@ def initialize(
         model_parameters: parameters of ``model``, or groups of them, to train; all where not given.
         config: a DeepSpeed configuration, as a dict or a path.
         seed: of the initial weights of a model on the meta device; ``torch.initial_seed()`` where not given.
+        collective_timeout: how long a rank waits for the others of its replica in a forward or backward pass before it
+            raises an error that names those that are missing: seconds, or a ``timedelta``; 10 minutes where not given.
 
     Returns:
         (engine, optimizer, dataloader, lr_scheduler).
@@ -81,6 +85,7 @@ def initialize(
     from tlgc_mp.parallel.layers import collect_checkpoint_info
     from tlgc_mp.parallel.plan import channels_stay_apart
     from tlgc_mp.parallel.sharding import shard
+    from tlgc_mp.parallel.waiting import as_timeout
 
     given = config if config is not None else config_params
     if given is None:
@@ -91,6 +96,7 @@ def initialize(
         raise UsageError("model: none is given; give a torch.nn.Module")
     check_module("model", model)
     check_kinds(optimizer, model_parameters, lr_scheduler, distributed_port, seed)
+    bounded = {} if collective_timeout is None else {"timeout": as_timeout("collective_timeout", collective_timeout)}
     settings = read_config(given)
     settings.setdefault("gradient_clipping", 0.0)  # DeepSpeed clips to 1 where nothing is said
     settings.setdefault("zero_force_ds_cpu_optimizer", False)  # DeepSpeed offloads no optimizer but its own else
@@ -106,7 +112,7 @@ def initialize(
     before = dict(model.named_parameters())
     mpu = enter_groups(ranks)
     if ranks > 1:
-        model = shard(model, mpu.get_tensor_model_parallel_group(), device=device, seed=seed)
+        model = shard(model, mpu.get_tensor_model_parallel_group(), device=device, seed=seed, **bounded)
         collect_checkpoint_info(model)
     elif any(param.is_meta for param in before.values()):
         model.to_empty(device=device)
