@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tlgc_mp.errors import UsageError
 from tlgc_mp.nn.arguments import check_module
+from tlgc_mp.parallel.sharded import ShardedLayer
 
 Blocks: TypeAlias = type[nn.Module] | tuple[type[nn.Module], ...]
 
@@ -80,13 +81,13 @@ def _checkpointed(block: nn.Module, *inputs: Tensor) -> Any:
     if not any(x.requires_grad for x in inputs):
         # The block's parameters would get no gradient: DeepSpeed goes by the inputs.
         inputs = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
-    autocast = _current_autocast(inputs[0].device.type)
+    autocast, shares = _current_autocast(inputs[0].device.type), _current_shares(block)
     computed = itertools.count()
 
     def compute(*inputs: Tensor) -> Any:
         if next(computed) == 0:
             return forward(*inputs)
-        with autocast, _statistics_at_rest(block):
+        with autocast, shares(), _statistics_at_rest(block):
             return forward(*inputs)
 
     return checkpointing.checkpoint(compute, *inputs)
@@ -102,6 +103,14 @@ def _current_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
         enabled=torch.is_autocast_enabled(device),
         cache_enabled=torch.is_autocast_cache_enabled(),
     )
+
+
+def _current_shares(block: nn.Module) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """What enters again whether plain shares go from layer to layer, as now: backward runs outside the split model."""
+    for module in block.modules():
+        if isinstance(module, ShardedLayer):
+            return functools.partial(module.region.set_plain, module.region.plain)
+    return contextlib.nullcontext
 
 
 @contextlib.contextmanager
