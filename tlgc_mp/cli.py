@@ -256,7 +256,8 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="wrn-28-10",
-        help=f"wrn-<depth>-<width>, {IMAGENET_WIDE_RESNET} or {MOBILENET_V2} (default: %(default)s)",
+        help=f"wrn-<depth>-<width>, {IMAGENET_WIDE_RESNET}, {MOBILENET_V2}, torchvision:<name> or timm:<name> "
+        "(default: %(default)s)",
     )
     parser.add_argument("--conv", default="gc-2l", help=f"{', '.join(CONVOLUTIONS)} (default: %(default)s)")
     parser.add_argument("--groups", type=int, help="N (default: 4; 1 for sc)")
@@ -331,10 +332,10 @@ def _params(options: Any, launch: Launch) -> int:
     check_model(options.model, options.conv, options.groups, options.num_classes, options.coarse_everywhere)
     check_coarse_level(options.conv, options.coarse_kernel_size, options.coarse_init)
     check_split(options.model, options.conv, options.groups, options.tp)
-    from tlgc_mp.models import create_model
+    from tlgc_mp.models.factory import create_meta_model
     from tlgc_mp.parallel.plan import parameter_counts
 
-    model = create_model(
+    model = create_meta_model(
         options.model,
         conv=options.conv,
         groups=options.groups,
@@ -342,7 +343,6 @@ def _params(options: Any, launch: Launch) -> int:
         coarse_everywhere=options.coarse_everywhere,
         coarse_kernel_size=options.coarse_kernel_size,
         coarse_init=options.coarse_init,
-        device="meta",
     )
     print(json.dumps(parameter_counts(model, options.tp)))
     return 0

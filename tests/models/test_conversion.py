@@ -375,3 +375,21 @@ def test_it_needs_no_deepspeed() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "[]"
+
+
+def test_coarse_level_as_asked_for() -> None:
+    model = convert(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), groups=2, coarse_kernel_size=1, coarse_init="he"
+    )
+    layer = model[1]  # type: ignore[index]
+    assert isinstance(layer, TwoLevelConv2d)
+    assert layer.restriction.shape[-2:] == (1, 1) and layer.prolongation.abs().min() > 0
+
+
+@pytest.mark.parametrize("arguments", [{"coarse_kernel_size": 1}, {"coarse_init": "he"}])
+def test_a_fitted_coarse_level_is_not_asked_for_otherwise(arguments: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    with pytest.raises(UsageError, match="init='from_dense' must set the coarse level by itself"):
+        convert(model, groups=2, init="from_dense", **arguments)
+    with pytest.raises(UsageError, match="conv='gc' has no coarse level"):
+        convert(model, groups=2, conv="gc", **arguments)

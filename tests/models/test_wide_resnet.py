@@ -173,7 +173,8 @@ def test_the_seed_makes_the_model() -> None:
         assert not torch.equal(first[key], other[key]), key
 
 
-KNOWN = "wrn-<depth>-<width>, for example wrn-28-10, or one of imagenet-wrn-34-2, mobilenet_v2"
+KNOWN = "wrn-<depth>-<width>, for example wrn-28-10, or one of imagenet-wrn-34-2, mobilenet_v2, "
+KNOWN += "torchvision:<name>, timm:<name>"
 MOBILENET = {"name": "mobilenet_v2"}
 NO_CHANGE = "coarse_everywhere=True changes nothing with model={!r} and conv={!r}; use it with mobilenet_v2 and one of "
 NO_CHANGE += ", ".join(TWO_LEVEL)

@@ -19,7 +19,8 @@ from tlgc_mp.checkpoint.reader import INDEX, CheckpointReader, Part, Piece
 from tlgc_mp.errors import UsageError
 from tlgc_mp.files import as_path
 from tlgc_mp.models import create_model
-from tlgc_mp.models.names import check_split
+from tlgc_mp.models.factory import create_meta_model
+from tlgc_mp.models.names import check_split, library_model
 from tlgc_mp.nn.arguments import check_device
 from tlgc_mp.parallel.plan import plan
 
@@ -89,12 +90,15 @@ def load_model(path: str, device: torch.device | str = "cpu") -> nn.Module:
         raise UsageError(f"{path!r} does not say which model it holds; give a file that tlgc-mp export wrote") from None
     arguments.pop("checkpoint", None)
     try:
-        model = create_model(arguments.pop("name"), **arguments, device="meta")
+        model = create_meta_model(**arguments)
     except UsageError as error:
         raise UsageError(f"{path!r} is of no model that there is: {error}") from None
     if odd := _difference(model, {name: tuple(value.shape) for name, value in state.items()}):
         raise UsageError(f"{path!r} does not hold the weights of its model: {odd}; export it again")
-    model.to_empty(device=device)
+    if library_model(arguments["name"]) is None:
+        model.to_empty(device=device)
+    else:  # what no state dict holds, an index of positions, say, only the library's code can compute
+        model = create_model(**arguments, device=device)
     model.load_state_dict(state)
     return model.eval()
 
@@ -168,7 +172,7 @@ def _open(path: str) -> tuple[CheckpointReader, dict[str, Any]]:
 
 def _check_model(arguments: dict[str, Any], reader: CheckpointReader) -> nn.Module:
     """The model of these arguments, on the meta device, where it is the one that the checkpoint holds."""
-    model = create_model(**arguments, device="meta")
+    model = create_meta_model(**arguments)
     held = {
         name: reader.whole_shape(f"{kind}/{name}") for kind in ("weights", "buffers") for name in reader.names(kind)
     }

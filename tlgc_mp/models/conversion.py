@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import inspect
 import math
 from collections import Counter
@@ -16,6 +17,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from tlgc_mp.errors import UsageError, divisors, one_of
 from tlgc_mp.models.factory import CONVOLUTION_LAYERS
+from tlgc_mp.models.names import COARSE_INITS, TWO_LEVEL, check_coarse_level
+from tlgc_mp.models.wide_resnet import ConvFactory
 from tlgc_mp.nn import FullyLearnableGroupConv2d, PermutedGroupConv2d, TwoLevelConv2d
 from tlgc_mp.nn.arguments import check_module
 from tlgc_mp.nn.from_dense import coarse_filters, group_filters
@@ -68,7 +71,14 @@ class _Found(NamedTuple):
 
 
 def convert(
-    model: nn.Module, *, conv: str = "gc-2l", groups: int, where: Where | None = None, init: str = "random"
+    model: nn.Module,
+    *,
+    conv: str = "gc-2l",
+    groups: int,
+    where: Where | None = None,
+    init: str = "random",
+    coarse_kernel_size: int | None = None,
+    coarse_init: str = COARSE_INITS[0],
 ) -> nn.Module:
     """Replaces the dense convolutions of ``model``, in place, by ``conv`` with ``groups`` groups.
 
@@ -95,6 +105,8 @@ def convert(
         init: ``"random"``: new weights, drawn from torch's random state as each layer draws its own.
             ``"from_dense"``: those that come closest to the dense weights, for ``"gc"`` (the diagonal blocks) and
             ``"gc-2l"`` (:func:`~tlgc_mp.nn.from_dense.coarse_filters`); biases are kept.
+        coarse_kernel_size, coarse_init: d0 and the initial weights of two-level convolutions, as
+            :class:`tlgc_mp.nn.TwoLevelConv2d` takes them; for ``init="random"``.
 
     Returns:
         ``model``, whose attribute ``conversion`` is the :class:`Conversion`.
@@ -104,8 +116,15 @@ def convert(
     """
     check_module("model", model)
     _check_arguments(conv, groups, where, init)
+    check_coarse_level(conv, coarse_kernel_size, coarse_init)
+    if init == "from_dense" and (coarse_kernel_size is not None or coarse_init != COARSE_INITS[0]):
+        raise UsageError(
+            "init='from_dense' must set the coarse level by itself; leave out coarse_kernel_size and coarse_init"
+        )
+    coarse = {"coarse_kernel_size": coarse_kernel_size, "coarse_init": coarse_init} if conv in TWO_LEVEL else {}
+    layer = functools.partial(CONVOLUTION_LAYERS[conv], groups=groups, **coarse)
     convolutions = _convolutions(model)
-    planned, left = _plan(model, convolutions, conv, groups, where)
+    planned, left = _plan(model, convolutions, conv, groups, where, layer)
     if not planned:
         raise UsageError(_why_nothing(convolutions, left, groups, where))
     if init == "from_dense" and any(param.is_meta for found, _ in planned for param in found.layer.parameters()):
@@ -158,7 +177,7 @@ def _convolutions(model: nn.Module) -> list[_Found]:
 
 
 def _plan(
-    model: nn.Module, convolutions: list[_Found], conv: str, groups: int, where: Where | None
+    model: nn.Module, convolutions: list[_Found], conv: str, groups: int, where: Where | None, replacement: ConvFactory
 ) -> tuple[list[tuple[_Found, nn.Module]], dict[str, str]]:
     """The convolutions to replace, each with its replacement on the meta device; and name -> reason of the others."""
     owners = Counter(id(param) for module in model.modules() for param in module._parameters.values())
@@ -176,7 +195,7 @@ def _plan(
             reason = _obstacle(found.layer, groups, owners)
         if reason is None:
             try:
-                planned.append((found, _on_meta(found.layer, conv, groups)))
+                planned.append((found, _on_meta(found.layer, replacement)))
             except UsageError as error:
                 reason = f"no such {conv} layer: {str(error).partition(';')[0]}"
         if reason is not None:
@@ -220,16 +239,15 @@ def _obstacle(layer: nn.Module, groups: int, owners: Counter[int]) -> str | None
     return None
 
 
-def _on_meta(layer: nn.Module, conv: str, groups: int) -> nn.Module:
+def _on_meta(layer: nn.Module, replacement: ConvFactory) -> nn.Module:
     assert isinstance(layer, nn.Conv2d)
-    return CONVOLUTION_LAYERS[conv](
+    return replacement(
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,
         stride=layer.stride,
         padding=layer.padding,
         dilation=layer.dilation,
-        groups=groups,
         bias=layer.bias is not None,
         device="meta",
         dtype=layer.weight.dtype,

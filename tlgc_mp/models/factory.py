@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
+from tlgc_mp.errors import UsageError
+from tlgc_mp.models import libraries
 from tlgc_mp.models.names import (
     IMAGENET_WIDE_RESNET,
     MOBILENET_V2,
@@ -14,6 +18,7 @@ from tlgc_mp.models.names import (
     check_coarse_level,
     check_model,
     default_classes,
+    library_model,
     parse_model,
 )
 from tlgc_mp.models.wide_resnet import ConvFactory, cifar_wide_resnet, imagenet_wide_resnet
@@ -54,26 +59,50 @@ def create_model(
     call gives the same weights, on any device, and each rank of a split model gets its part of them. (Two calls after
     one ``manual_seed`` therefore give equal models; seed again for another draw.)
 
+    A model of torchvision or timm draws its initial weights by its own rules, which know nothing of shares. So it is
+    built whole on the CPU, by every rank, and :func:`tlgc_mp.initialize` and :func:`tlgc_mp.shard` keep a rank's part
+    of it. Weights that somebody trained are not loaded.
+
     Args:
-        name: ``"wrn-<depth>-<width>"``, depth = 6 u + 4, ``"imagenet-wrn-34-2"`` or ``"mobilenet_v2"``.
+        name: ``"wrn-<depth>-<width>"``, depth = 6 u + 4, ``"imagenet-wrn-34-2"`` or ``"mobilenet_v2"``;
+            ``"torchvision:<name>"`` or ``"timm:<name>"``, which :func:`~tlgc_mp.models.convert` changes unless
+            ``conv`` is ``"sc"``.
         conv: ``"sc"`` (dense), ``"gc"`` (group convolution), ``"gc-2l"`` (two-level group convolution),
             ``"gc-2l-proto"`` (its prototype), ``"shuffle"`` (group convolution with shuffled channels) or ``"flgc"``
             (fully learnable group convolution).
-        groups: N, a divisor of every layer's channels; 1 for ``"sc"``.
-        num_classes: of the classifier; where not given, 10, or 1000 for the two models for ImageNet.
+        groups: N, a divisor of every layer's channels; 1 for ``"sc"``. In a model of torchvision or timm, layers
+            whose channels it does not divide stay dense.
+        num_classes: of the classifier; where not given, 10, or 1000 for the two models for ImageNet and those of
+            torchvision and timm.
         coarse_everywhere: gives the last 1x1 convolution of ``"mobilenet_v2"``, from 320 to 1280 channels, a coarse
             level too. Without it that one is a group convolution, as in the counts of the paper's Table 4.
         coarse_kernel_size, coarse_init: d0 and the initial weights of two-level convolutions, as
             :class:`tlgc_mp.nn.TwoLevelConv2d` takes them.
         device: where the parameters live. On ``"meta"`` nothing is allocated: :func:`tlgc_mp.initialize` and
-            :func:`tlgc_mp.shard` then draw each rank's part only.
+            :func:`tlgc_mp.shard` then draw each rank's part only. A model of torchvision or timm is on the CPU then.
 
     Raises:
-        UsageError: an argument that cannot work.
+        UsageError: an argument that cannot work, or a model that does not give logits (B, classes) for images
+            (B, 3, H, W) in training, a detector, say.
     """
+    check_device(device)
+    target = torch.get_default_device() if device is None else torch.device(device)
+    if library_model(name) is not None:
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(torch.initial_seed())
+            model = _of_library(
+                libraries.build,
+                name,
+                conv=conv,
+                groups=groups,
+                num_classes=num_classes,
+                coarse_everywhere=coarse_everywhere,
+                coarse_kernel_size=coarse_kernel_size,
+                coarse_init=coarse_init,
+            )
+        return model.to("cpu" if target.type == "meta" else target)
     check_model(name, conv, groups, num_classes, coarse_everywhere)
     check_coarse_level(conv, coarse_kernel_size, coarse_init)
-    check_device(device)
     classes = default_classes(name) if num_classes is None else num_classes
     coarse = {"coarse_kernel_size": coarse_kernel_size, "coarse_init": coarse_init} if conv in TWO_LEVEL else {}
     replacement = functools.partial(CONVOLUTION_LAYERS[conv], groups=groups, **coarse)
@@ -83,12 +112,52 @@ def create_model(
     with torch.device("meta"):
         model = _build(name, classes, replacement, last)
     model.to(memory_format=torch.channels_last)  # filters as the activations, which a convolution need not reorder
-    target = torch.get_default_device() if device is None else torch.device(device)
     if target.type == "meta":
         return model
     model.to_empty(device=target)
     init_parameters(model, torch.initial_seed())
     return model
+
+
+def create_meta_model(name: str, **arguments: Any) -> nn.Module:
+    """What :func:`create_model` makes of these arguments, on the meta device: to count and compare shapes.
+
+    Models of torchvision and timm are on it too: nothing is allocated but for torchvision's RegNets, for a moment.
+
+    Args:
+        arguments: all of those of :func:`create_model` but ``device``.
+
+    Raises:
+        UsageError: as :func:`create_model`.
+    """
+    if library_model(name) is None:
+        return create_model(name, **arguments, device="meta")
+    return _of_library(libraries.build_on_meta, name, **arguments)
+
+
+def _of_library(
+    build: Callable[[str, int], nn.Module],
+    name: str,
+    *,
+    conv: str,
+    groups: int,
+    num_classes: int | None,
+    coarse_everywhere: bool,
+    coarse_kernel_size: int | None,
+    coarse_init: str,
+) -> nn.Module:
+    """What ``build`` makes of (name, classes), with its convolutions replaced unless ``conv`` is ``"sc"``."""
+    from tlgc_mp.models.conversion import convert  # which loads this module
+
+    check_model(name, conv, groups, num_classes, coarse_everywhere)
+    check_coarse_level(conv, coarse_kernel_size, coarse_init)
+    model = build(name, default_classes(name) if num_classes is None else num_classes)
+    if conv == "sc":
+        return model
+    try:
+        return convert(model, conv=conv, groups=groups, coarse_kernel_size=coarse_kernel_size, coarse_init=coarse_init)
+    except UsageError as error:
+        raise UsageError(f"model={name!r} cannot be converted: {error}; or leave it dense with conv='sc'") from None
 
 
 def _build(name: str, num_classes: int, conv: ConvFactory, last_conv: ConvFactory) -> nn.Module:

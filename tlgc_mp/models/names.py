@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 
@@ -25,6 +26,9 @@ FLGC_ACROSS_RANKS = (
 IMAGENET_WIDE_RESNET = "imagenet-wrn-34-2"
 MOBILENET_V2 = "mobilenet_v2"
 
+LIBRARIES = ("torchvision", "timm")
+"""Whose models there are by name as well, as ``"torchvision:resnet50"``."""
+
 LARGEST_DEPTH = 1000
 LARGEST_WIDTH = 10_000
 LARGEST_CLASSES = 1_000_000
@@ -32,6 +36,8 @@ LARGEST_KERNEL = 255
 """Beyond any network that fits a machine, and small enough that its parameters can be counted."""
 
 _WIDE_RESNET = re.compile(r"wrn-([0-9]{1,9})-([0-9]{1,9})")
+
+_LIBRARY_MODEL = re.compile(f"({'|'.join(LIBRARIES)}):([A-Za-z0-9_]{{1,100}})")
 
 _SHARED_CHANNELS = {
     IMAGENET_WIDE_RESNET: {"the stem's": 64},
@@ -50,7 +56,7 @@ def parse_model(name: str) -> tuple[int, int]:
     if match is None:
         raise UsageError(
             f"model={name!r} is unknown; use wrn-<depth>-<width>, for example wrn-28-10, or one of "
-            f"{IMAGENET_WIDE_RESNET}, {MOBILENET_V2}"
+            f"{IMAGENET_WIDE_RESNET}, {MOBILENET_V2}, torchvision:<name>, timm:<name>"
         )
     depth, width = int(match[1]), int(match[2])
     if depth < 10 or (depth - 4) % 6:
@@ -64,9 +70,31 @@ def parse_model(name: str) -> tuple[int, int]:
     return depth, width
 
 
+def library_model(name: str) -> tuple[str, str] | None:
+    """``"torchvision:resnet50"`` -> ("torchvision", "resnet50"); ``None`` for a model of this package.
+
+    Whether the library has such a model shows when it is loaded.
+
+    Raises:
+        UsageError: what follows the library is no name of a model, or timm is not installed.
+    """
+    library = name.partition(":")[0] if isinstance(name, str) else None
+    if library not in LIBRARIES or ":" not in name:
+        return None
+    match = _LIBRARY_MODEL.fullmatch(name)
+    if match is None:
+        plain = f"{library}:{name.partition(':')[2].partition('.')[0]}"
+        hint = f"use {plain}, without trained weights" if _LIBRARY_MODEL.fullmatch(plain) else f"use {library}:<name>"
+        raise UsageError(f"model must be the name of a model, of letters, digits and _, got {name!r}; {hint}")
+    if library == "timm" and importlib.util.find_spec("timm") is None:
+        raise UsageError(f"model={name!r} needs timm, which is not installed; pip install timm")
+    return match[1], match[2]
+
+
 def default_classes(name: str) -> int:
-    """The classes of a model where nothing says: ImageNet's for the two models that are for it, else CIFAR-10's."""
-    return 1000 if name in _SHARED_CHANNELS else 10
+    """The classes of a model where nothing says: ImageNet's for the two models that are for it and for those of
+    torchvision and timm, else CIFAR-10's."""
+    return 1000 if name in _SHARED_CHANNELS or library_model(name) is not None else 10
 
 
 def check_model(
@@ -79,6 +107,8 @@ def check_model(
     if conv == "sc" and groups != 1:
         raise UsageError(f"groups={groups!r}: conv='sc' is the dense convolution and has no groups; use 1")
     _check_divides("groups", groups, channels)
+    if not is_count(groups):
+        raise UsageError(f"groups must be a number of groups, got {groups!r}; use 1 or more")
     if num_classes is not None and not is_count(num_classes):
         raise UsageError(f"num_classes={num_classes!r} is not a number of classes; use 1 or more")
     if num_classes is not None and num_classes > LARGEST_CLASSES:
@@ -119,6 +149,13 @@ def check_split(name: str, conv: str, groups: int, tensor_parallel: int) -> None
 
 
 def _shared_channels(name: str) -> dict[str, int]:
+    """Whose channels -> how many, of the layers that groups and ranks have to divide.
+
+    None for a model of a library: a layer that groups do not divide stays dense there, and :func:`tlgc_mp.shard`
+    leaves one whole that ranks do not divide.
+    """
+    if library_model(name) is not None:
+        return {}
     if isinstance(name, str) and name in _SHARED_CHANNELS:
         return _SHARED_CHANNELS[name]
     parse_model(name)

@@ -21,7 +21,6 @@ from tlgc_mp.checkpoint.folder import CHECKPOINTS, saved_run
 from tlgc_mp.data import EvaluationBatches, TrainingBatches, load_datasets
 from tlgc_mp.data.streams import stream_seed
 from tlgc_mp.errors import UsageError
-from tlgc_mp.models import create_model
 from tlgc_mp.parallel import checkpoint_activations, initialize
 from tlgc_mp.parallel.engine import barrier, start_distributed
 from tlgc_mp.parallel.plan import parameter_counts
@@ -30,6 +29,7 @@ from tlgc_mp.parallel.topology import Launch, usable_cores
 from tlgc_mp.training.faults import NonFiniteError
 from tlgc_mp.training.interrupt import StopRequest
 from tlgc_mp.training.metrics import Metrics, peak_memory_bytes, print_summary
+from tlgc_mp.training.model import check_library, model_of
 from tlgc_mp.training.settings import TrainSettings
 from tlgc_mp.training.watchdog import Watchdog
 
@@ -54,6 +54,7 @@ def train(settings: TrainSettings, launch: Launch, watchdog: Watchdog) -> None:
     """
     _use_cores(launch)
     speaks = settings.topology.rank == 0
+    check_library(settings)
     _say(speaks, f"Reading {settings.dataset} ...")
     data = load_datasets(
         settings.dataset,
@@ -78,20 +79,10 @@ def train(settings: TrainSettings, launch: Launch, watchdog: Watchdog) -> None:
             f"{settings.accumulation} of one step; lower the batch size or gradient_accumulation_steps"
         )
 
+    model = model_of(settings, data.num_classes, data.image_size)
     with watchdog.meeting():
         start_distributed()
     watchdog.start()
-    with torch.device("meta"):
-        model = create_model(
-            settings.model,
-            conv=settings.conv,
-            groups=settings.groups,
-            num_classes=data.num_classes,
-            coarse_everywhere=settings.coarse_everywhere,
-            coarse_kernel_size=settings.coarse_kernel_size,
-            coarse_init=settings.coarse_init,
-            device="meta",
-        )
     if settings.activation_checkpointing:
         checkpoint_activations(model)
     counts = parameter_counts(model, settings.topology.tensor_parallel)
@@ -329,6 +320,8 @@ def average_running_statistics(model: torch.nn.Module, replicas: int) -> None:
     from deepspeed.utils import groups
 
     buffers = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    if not buffers:
+        return
     flat = torch.cat([buffer.flatten() for buffer in buffers])
     dist.all_reduce(flat, group=groups._get_data_parallel_group())
     flat /= replicas

@@ -14,7 +14,7 @@ from typing import Any
 from tlgc_mp.checkpoint.folder import CHECKPOINTS, LATEST, find_checkpoint, saved_run, tags
 from tlgc_mp.data import check_dataset
 from tlgc_mp.errors import UsageError, is_count, shown
-from tlgc_mp.models.names import check_coarse_level, check_model, check_split
+from tlgc_mp.models.names import check_coarse_level, check_model, check_split, library_model
 from tlgc_mp.parallel.config import check_numbers, read_config, tensor_parallel_size, zero_stage
 from tlgc_mp.parallel.topology import Launch, Topology, default_tensor_parallel, usable_cores
 from tlgc_mp.training.recipes import Recipe, default_recipe, find_recipe
@@ -112,6 +112,11 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
     check_dataset(options.dataset, options.data_dir)
     if options.num_classes is not None and options.dataset != "synthetic":
         raise UsageError(f"--num-classes={options.num_classes}: {options.dataset} says itself how many; leave it out")
+    if options.activation_checkpointing and library_model(options.model) is not None:
+        raise UsageError(
+            f"--activation-checkpointing must be left out with --model={options.model}, whose blocks are not known; "
+            "in your own code, tlgc_mp.parallel.checkpoint_activations takes them"
+        )
     recipe_name = options.recipe or default_recipe(options.dataset)
     recipe = find_recipe(recipe_name)
     epochs = recipe.epochs if options.epochs is None else options.epochs
@@ -188,7 +193,8 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
 
 def output_folder(options: Any) -> str:
     """Where a run with the parsed ``options`` writes."""
-    named = os.path.join("runs", f"{options.model}-{options.conv}-{options.groups}-{options.dataset}")
+    model = options.model.replace(":", "-")
+    named = os.path.join("runs", f"{model}-{options.conv}-{options.groups}-{options.dataset}")
     return options.output_dir or named
 
 
