@@ -24,7 +24,15 @@ from tlgc_mp.parallel.collectives import CoarseExchange, coarse_gather, copy_to_
 from tlgc_mp.parallel.layout import Layout, take_share
 from tlgc_mp.parallel.plan import Placement
 from tlgc_mp.parallel.sharded import HOOKS, Region, ShardedLayer, is_engines, reduced, split_class
-from tlgc_mp.parallel.split_tensor import SplitTensor, enter_ranks, from_share, to_share, whole
+from tlgc_mp.parallel.split_tensor import (
+    SplitTensor,
+    enter_leaves,
+    enter_ranks,
+    from_share,
+    plain_gradient,
+    to_share,
+    whole,
+)
 
 CHANNELS = Layout(1, None)
 
@@ -186,6 +194,7 @@ class SplitModel:
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
         if torch.compiler.is_compiling():
             return _run_eagerly(super().forward, args, kwargs)  # type: ignore[misc]
+        args, kwargs = enter_leaves((args, kwargs), region.ranks)
         return whole(super().forward(*args, **kwargs))  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -243,6 +252,9 @@ def shard_layer(
         layer._parameters[key] = shares[id(param)]
         if key in placement.dims:
             own.config_tp_params(shares[id(param)])
+        elif not region.channels_apart:
+            # A function of autograd's own kind may hand a split gradient to a parameter that it was given plain.
+            shares[id(param)].register_hook(plain_gradient)
     for key, buffer in layer._buffers.items():
         if buffer is not None:
             layer._buffers[key] = _share(placement, key, buffer, region, device)

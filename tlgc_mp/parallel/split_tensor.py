@@ -339,6 +339,22 @@ def to_share(tensor: Tensor, layout: Layout, ranks: Ranks) -> Tensor:
     return _ToShare.apply(tensor, layout, ranks)  # type: ignore[return-value]
 
 
+def enter_leaves(tree: Any, ranks: Ranks) -> Any:
+    """``tree`` with every plain tensor in it that needs a gradient as a SplitTensor, as the whole of it."""
+    if not torch.is_grad_enabled() or not _holds_plain(tree):
+        return tree
+
+    def enter(tensor: Tensor) -> Tensor:
+        return enter_ranks(tensor, ranks) if type(tensor) is not SplitTensor and tensor.requires_grad else tensor
+
+    return tree_map_only(Tensor, enter, tree)
+
+
+def plain_gradient(grad: Tensor) -> Tensor | None:
+    """A hook of a plain tensor: its gradient is plain, too."""
+    return whole(grad) if type(grad) is SplitTensor else None
+
+
 def split(tensor: Tensor, dim: int, ranks: Ranks) -> SplitTensor:
     """``tensor``, plain and alike on every rank, cut along ``dim``; kept whole where the ranks do not divide it.
 
