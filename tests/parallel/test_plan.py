@@ -157,9 +157,10 @@ def test_lazy_layers_are_refused_by_name() -> None:
         (nn.SyncBatchNorm(8), Placement("channels", {**NORM, **STATISTICS})),
         (nn.PReLU(8), Placement("channels", {"weight": 0})),
         (nn.PReLU(), Placement("whole", reason="no rule for a PReLU")),
-        (nn.Conv1d(8, 8, 3), Placement("column", NORM)),
-        (nn.Conv3d(8, 4, 3), Placement("row", {"weight": 1})),
-        (nn.ConvTranspose2d(8, 8, 3), Placement("column", {"weight": 1, "bias": 0})),
+        (nn.Conv1d(8, 10, 3), Placement("column", NORM)),
+        (nn.Conv3d(8, 8, 3), Placement("row", {"weight": 1})),
+        (nn.ConvTranspose2d(8, 10, 3), Placement("column", {"weight": 1, "bias": 0})),
+        (nn.ConvTranspose2d(8, 8, 3), Placement("row", {"weight": 0})),
         (nn.ConvTranspose2d(8, 8, 3, groups=2, bias=False), Placement("grouped", {"weight": 0})),
         (nn.Embedding(8, 8), Placement("whole", reason="no rule for a Embedding")),
         (
@@ -234,7 +235,7 @@ def test_tied_parameters_are_cut_where_both_layers_cut_them_alike() -> None:
     first, second = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
     second.weight = first.weight
     placements = plan(_network(first, second), 2)
-    assert placements["1"] == placements["2"] == Placement("column", NORM)
+    assert placements["1"] == placements["2"] == Placement("row", {"weight": 1})
 
 
 def test_tied_parameters_that_layers_hold_in_two_ways_are_whole() -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.parallel.common import assert_close, batches, gather_gradients, run_ranks_once, seeded_model
-from tlgc_mp import create_model
+from tlgc_mp import UsageError, create_model
 from tlgc_mp.models.wide_resnet import WideResNet
 from tlgc_mp.parallel import gather_state_dict, shard
 from tlgc_mp.parallel.split_tensor import SplitTensor, observers, whole
@@ -99,6 +99,12 @@ def test_they_compute_what_one_device_does(ranks: int, conv: str, groups: int, w
         assert_close(answers[conv, groups, way], expected, TOLERANCE)
 
 
+def _refusal(layer: nn.Module, x: Tensor) -> str:
+    with pytest.raises(UsageError) as refused:
+        layer(x)
+    return str(refused.value)
+
+
 def _parts_and_parameters() -> dict[str, Any]:
     """What one who holds a split network finds in it."""
     model: Any = shard(create_model("wrn-10-2", groups=4))
@@ -111,6 +117,7 @@ def _parts_and_parameters() -> dict[str, Any]:
         "stored": tuple(model.stem._parameters["weight"].shape),
         "named": [tuple(param.shape) for name, param in model.named_parameters() if name == "head.weight"],
         "unit": tuple(unit(x).share.shape),
+        "misfits": [_refusal(unit.conv1, misfit) for misfit in (x[:, :8], x.repeat(1, 2, 1, 1)[:, :17], x[0])],
         "class": type(model.stem).__name__,
     }
 
@@ -124,5 +131,9 @@ def test_a_layer_shows_the_whole_and_stores_its_share() -> None:
             "stored": (8, 3, 3, 3),
             "named": [(10, 64)],
             "unit": (2, 16, 8, 8),
+            "misfits": [
+                f"input of shape {shape} does not fit; give (B, 16, H, W)"
+                for shape in ((2, 8, 8, 8), (2, 17, 8, 8), (16, 8, 8))
+            ],
             "class": "Conv2d",
         }

@@ -138,7 +138,7 @@ def _placement(module: nn.Module, ranks: int) -> Placement | None:
     if not held:
         return None
     found: Placement | None = None
-    if isinstance(module, _ConvNd) and isinstance(getattr(module, "weight", None), nn.Parameter):
+    if isinstance(module, _ConvNd) and "weight" in held:
         found = _convolution(module, ranks)
     elif isinstance(module, nn.Linear) and "weight" in held:
         found = _linear(module, ranks)
@@ -154,6 +154,7 @@ def _placement(module: nn.Module, ranks: int) -> Placement | None:
 
 
 def _parameters(module: nn.Module) -> list[str]:
+    """What the module itself holds, and does not compute: to read that may change it, as under ``spectral_norm``."""
     return [name for name, _ in module.named_parameters(recurse=False)]
 
 
@@ -164,7 +165,7 @@ def _held(module: nn.Module) -> Iterator[str]:
 
 def _convolution(layer: _ConvNd, ranks: int) -> Placement | None:
     transposed = isinstance(layer, _ConvTransposeNd)
-    bias = {"bias": 0} if isinstance(layer.bias, nn.Parameter) else {}
+    bias = {"bias": 0} if "bias" in _parameters(layer) else {}
     if layer.groups > 1:
         if layer.groups % ranks:
             return None
@@ -179,7 +180,7 @@ def _convolution(layer: _ConvNd, ranks: int) -> Placement | None:
 def _column(layer: _ConvNd, ranks: int) -> Placement | None:
     if layer.out_channels % ranks:
         return None
-    bias = {"bias": 0} if isinstance(layer.bias, nn.Parameter) else {}
+    bias = {"bias": 0} if "bias" in _parameters(layer) else {}
     return Placement("column", {"weight": 1 if isinstance(layer, _ConvTransposeNd) else 0, **bias})
 
 
