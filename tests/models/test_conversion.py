@@ -393,3 +393,27 @@ def test_a_fitted_coarse_level_is_not_asked_for_otherwise(arguments: dict[str, A
         convert(model, groups=2, init="from_dense", **arguments)
     with pytest.raises(UsageError, match="conv='gc' has no coarse level"):
         convert(model, groups=2, conv="gc", **arguments)
+
+
+class InAList(nn.Module):
+    """Its layers stand in a list, a dict and a closure, too, and are called from there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self.steps = [self.stem, self.second]
+        third = self.third
+        self.named = {"last": lambda x: third(x)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = torch.relu(step(x))
+        return self.named["last"](x)
+
+
+def test_what_a_list_holds_is_replaced_too() -> None:
+    model = convert(InAList(), groups=4)
+    assert isinstance(model.second, TwoLevelConv2d) and model.steps[1] is model.second  # type: ignore[index]
+    model(torch.randn(2, 3, 9, 9)).sum().backward()
+    unused = [name for name, param in model.named_parameters() if param.grad is None]
+    assert not unused, "no gradient reaches these"

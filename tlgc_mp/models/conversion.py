@@ -131,12 +131,18 @@ def convert(
         raise UsageError("init='from_dense': the model is on the meta device and holds no weights; use 'random'")
     for found, new in planned:  # before any is put in its place: fitting fails where weights are not finite
         _fill(new, found.layer, init)
-    for found, new in planned:
-        for name in found.names:
-            model.set_submodule(name, new)
     replaced = {found.names[0]: (_count(found.layer), _count(new)) for found, new in planned}
+    for found, new in planned:
+        _become(found.layer, new)
     model.conversion = Conversion(conv, groups, replaced, left)  # type: ignore[assignment]
     return model
+
+
+def _become(layer: nn.Module, new: nn.Module) -> None:
+    """Makes ``layer`` what ``new`` is, in place: a list that holds it beside the model holds the new layer, too."""
+    layer.__class__ = type(new)
+    vars(layer).clear()
+    vars(layer).update(vars(new))
 
 
 def _check_arguments(conv: str, groups: int, where: Where | None, init: str) -> None:

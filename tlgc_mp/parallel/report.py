@@ -11,7 +11,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +148,7 @@ def layout_report(model: nn.Module, inputs: Any = None, *, tensor_parallel: int 
     region = getattr(model, "region", None)
     if isinstance(region, Region):
         ranks, placements = region.ranks.size, None
-        report = copy.deepcopy(model.layout)
+        report = copy.deepcopy(cast(LayoutReport, model.layout))
     else:
         if not is_count(tensor_parallel):
             raise UsageError(f"tensor_parallel must be a number of ranks, got {tensor_parallel!r}; use 1 or more")

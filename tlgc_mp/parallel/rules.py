@@ -50,7 +50,13 @@ def operators(names: str) -> list[Any]:
 
 def rule_of(func: Any) -> Callable[..., Any] | None:
     """The rule of an operator's overload, or ``None``."""
-    from tlgc_mp.parallel import rules_layers, rules_products, rules_random, rules_views  # noqa: F401  (they register)
+    from tlgc_mp.parallel import (  # noqa: F401  (they register theirs)
+        rules_convolution,
+        rules_layers,
+        rules_products,
+        rules_random,
+        rules_views,
+    )
 
     found = _RULES.get(func) or _RULES.get(func.overloadpacket)
     if found is not None:

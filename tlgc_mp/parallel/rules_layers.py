@@ -1,9 +1,4 @@
-"""Rules of convolutions, normalizations and attention: where the arithmetic of a network is.
-
-Dense convolutions and products of matrices are column-parallel (the whole input, a share of the output) or row-parallel
-(a share of the input, a sum over the ranks), by how their weight is cut. Autograd keeps their input as it came, a share
-where it was one, and backward gathers again.
-"""
+"""Rules of normalizations, pooling and resampling."""
 
 from __future__ import annotations
 
@@ -13,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tlgc_mp.parallel import collectives
-from tlgc_mp.parallel.layout import Layout, Ranks, gather_shares, scatter_sum, take_share
+from tlgc_mp.parallel.layout import Layout, Ranks, gather_shares, take_share
 from tlgc_mp.parallel.rules import WHOLE, aten, operators, pointwise, rule, wrap, wrap_all
 from tlgc_mp.parallel.split_tensor import SplitTensor, share_in
 
@@ -31,100 +26,6 @@ def ranks_of(*tensors: Any) -> Ranks:
 
 def optional(tensor: Tensor | None, layout: Layout, ranks: Ranks) -> Tensor | None:
     return None if tensor is None else share_in(tensor, layout, ranks)
-
-
-# Convolutions.
-
-
-def _convolution_kind(x: Tensor, weight: Tensor, transposed: bool, groups: int) -> tuple[str, Layout, Layout]:
-    """How a convolution is computed on shares, with the layouts of its input and its output; backward asks again.
-
-    The kinds: ``grouped`` (local), ``column``, ``row``, and ``whole`` where none of these fits.
-    """
-    ranks = ranks_of(x, weight)
-    if cut_dim(x) not in (None, 1):
-        return "whole", WHOLE, WHOLE
-    out_channels = weight.shape[1] * groups if transposed else weight.shape[0]
-    channels = x.shape[1]
-    if groups > 1:
-        segments = x.cut.segments if type(x) is SplitTensor else None
-        if cut_dim(weight) not in (None, 0) or groups % ranks.size or (cut_dim(x) is None and cut_dim(weight) is None):
-            return "whole", WHOLE, WHOLE
-        if segments is None or groups != channels:
-            return "grouped", CHANNELS, CHANNELS
-        return "grouped", x.cut, Layout(1, tuple(s * out_channels // channels for s in segments))  # type: ignore[attr-defined]
-    outputs = 1 if transposed else 0
-    if type(weight) is SplitTensor and cut_dim(weight) == outputs:
-        return "column", WHOLE, Layout(1, weight.cut.segments)
-    summed = CHANNELS if out_channels % ranks.size == 0 else WHOLE
-    if type(weight) is SplitTensor and cut_dim(weight) == 1 - outputs:
-        # A joined input stays as it lies: it is the filters' input channels that are brought into its order.
-        return "row", x.cut if type(x) is SplitTensor and cut_dim(x) == 1 else Layout(1, weight.cut.segments), summed
-    if cut_dim(weight) is None and type(x) is SplitTensor and cut_dim(x) == 1 and 2 * out_channels <= channels:
-        return "row", x.cut, summed
-    return "whole", WHOLE, WHOLE
-
-
-def _weight_layout(kind: str, transposed: bool, inputs: Layout, outputs: Layout) -> Layout:
-    if kind == "grouped":
-        return Layout(0, inputs.segments if transposed else outputs.segments)
-    if kind == "column":
-        return Layout(1 if transposed else 0, outputs.segments)
-    return Layout(0 if transposed else 1, inputs.segments)
-
-
-@rule(aten.convolution.default)
-def convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args
-    kind, inputs, outputs = _convolution_kind(x, weight, transposed, groups)
-    if kind == "whole":
-        return NotImplemented
-    ranks = ranks_of(x, weight)
-    own = share_in(weight, _weight_layout(kind, transposed, inputs, outputs), ranks)
-    local_groups = groups // ranks.size if kind == "grouped" else groups
-    share = share_in(x, inputs, ranks)
-    geometry = (stride, padding, dilation, transposed, output_padding, local_groups)
-    if kind != "row":
-        own_bias = optional(bias, Layout(0, outputs.segments), ranks)
-        return SplitTensor(func(share, own, own_bias, *geometry), outputs, ranks)
-    total = scatter_sum(func(share, own, None, *geometry), outputs, ranks)
-    if bias is not None:
-        own_bias = share_in(bias, Layout(0 if outputs.dim == 1 else None, None), ranks)
-        total = total + own_bias.view(-1, *[1] * (x.dim() - 2))
-    return SplitTensor(total, outputs, ranks)
-
-
-@rule(aten.convolution_backward.default)
-def convolution_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    grad, x, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask = args
-    if type(x) is not SplitTensor and type(weight) is not SplitTensor:
-        return NotImplemented
-    kind, inputs, outputs = _convolution_kind(x, weight, transposed, groups)
-    if kind == "whole":
-        return NotImplemented
-    ranks = ranks_of(x, weight)
-    weight_layout = _weight_layout(kind, transposed, inputs, outputs)
-    own = share_in(weight, weight_layout, ranks)
-    share = share_in(x, inputs, ranks)
-    bias_layout = Layout(0, outputs.segments) if kind != "row" else WHOLE
-    incoming = share_in(grad, outputs if kind != "row" else WHOLE, ranks)
-    local_sizes = bias_sizes
-    if bias_sizes and bias_layout.dim is not None:
-        local_sizes = [bias_sizes[0] // ranks.size]
-    local_groups = groups // ranks.size if kind == "grouped" else groups
-    geometry = (stride, padding, dilation, transposed, output_padding, local_groups)
-    to_input, to_weight, to_bias = func(incoming, share, own, local_sizes, *geometry, mask)
-    if to_input is not None:
-        if kind == "column":  # each rank has the part that its outputs pass back
-            layout = x.cut if type(x) is SplitTensor else WHOLE
-            to_input = SplitTensor(scatter_sum(to_input, layout, ranks), layout, ranks)
-        else:
-            to_input = SplitTensor(to_input, inputs, ranks)
-    if to_weight is not None:
-        to_weight = SplitTensor(to_weight, weight_layout, ranks)
-    if to_bias is not None:
-        to_bias = SplitTensor(to_bias, bias_layout, ranks)
-    return to_input, to_weight, to_bias
 
 
 # Normalizations.
