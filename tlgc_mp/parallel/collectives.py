@@ -244,6 +244,15 @@ def all_gather(share: Tensor, ranks: TensorParallelRanks) -> Tensor:
     return stacked
 
 
+def start_all_gather(share: Tensor, ranks: TensorParallelRanks) -> Callable[[], Tensor]:
+    """Starts :func:`all_gather` of a contiguous tensor; the function returned waits for its result."""
+    stacked = share.new_empty((ranks.size, *share.shape))
+    call = _begin("all_gather", share, ranks.group)
+    start = _comm("all_gather_into_tensor", "all_gather_single")
+    work = complete(call, start, stacked.view(-1), share.view(-1), group=ranks.group, async_op=True)
+    return _arrival(call, work, stacked, share)
+
+
 def all_reduce(tensor: Tensor, ranks: TensorParallelRanks, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """The sum over the ranks of a tensor, or what ``op`` says, as a new tensor in the memory format of ``tensor``.
 
@@ -292,12 +301,14 @@ class CoarseExchange(Exchange):
     """The exchange of representatives among the ranks of a process group, in rank order.
 
     Args:
-        group: the group, used for nothing else, so that the coarse gather never queues behind other traffic.
+        ranks: how many there are.
+        group_name: the group's, which is used for nothing else, so that the coarse gather never queues behind other
+            traffic.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.ranks = dist.get_world_size(group)
-        self.group_name: str = group.group_name
+    def __init__(self, ranks: int, group_name: str) -> None:
+        self.ranks = ranks
+        self.group_name = group_name
 
     def gather(self, share: Tensor) -> Callable[[], Tensor]:
         return self._started("coarse_gather", coarse_gather, _start_gather, share)
