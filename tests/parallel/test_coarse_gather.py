@@ -30,6 +30,10 @@ from tlgc_mp.parallel.collectives import (
 RANKS = [2, 3]
 
 
+def _exchange(group: dist.ProcessGroup) -> CoarseExchange:
+    return CoarseExchange(dist.get_world_size(group), group.group_name)
+
+
 def _world() -> dist.ProcessGroup:
     assert dist.group.WORLD is not None
     return dist.group.WORLD
@@ -83,7 +87,7 @@ def _check_gradients() -> dict[str, bool]:
 
     def two_level(mode: str, shares: Tensor, **parameters: Tensor) -> Tensor:
         layer = TwoLevelConv2d(group_channels * ranks, ranks, 3, padding=1, stride=2, groups=ranks)
-        layer.local_groups, layer.exchange, layer.coarse_mode = 1, CoarseExchange(_world()), mode
+        layer.local_groups, layer.exchange, layer.coarse_mode = 1, _exchange(_world()), mode
         for key, whole in parameters.items():
             delattr(layer, key)
             setattr(layer, key, _Mine.apply(whole))
@@ -120,7 +124,7 @@ def test_gradients_are_those_of_finite_differences(ranks: int) -> None:
 
 def _values() -> dict[str, Tensor]:
     rank, ranks, group = dist.get_rank(), dist.get_world_size(), _world()
-    exchange = CoarseExchange(group)
+    exchange = _exchange(group)
     everyones = _random(ranks, ranks * 2, 3)
     first, second = exchange.reduce_scatter(everyones[rank]), exchange.reduce_scatter(2 * everyones[rank])
     doubled, single = second(), first()
@@ -194,7 +198,7 @@ def test_traced_graph_names_the_operators() -> None:
 
 def _profiled_names() -> list[str]:
     layer = TwoLevelConv2d(4, 4, 1, groups=4)
-    layer.local_groups, layer.exchange = 2, CoarseExchange(_world())
+    layer.local_groups, layer.exchange = 2, _exchange(_world())
     for param in layer.parameters():
         param.data = param.data[:2]
     with profile(activities=[ProfilerActivity.CPU]) as profiler:

@@ -61,7 +61,7 @@ class ParallelTwoLevel(LocalLayer):
 
     def _adjust(self) -> None:
         self.local_groups = self.groups // self.region.ranks.size  # type: ignore[attr-defined]
-        self.exchange = CoarseExchange(self.region.ranks.group)
+        self.exchange = CoarseExchange(self.region.ranks.size, self.region.ranks.group_name)
 
 
 class ParallelShuffle(LocalLayer):
