@@ -79,6 +79,24 @@ def whole_geometry(share: Tensor, layout: Layout, ranks: Ranks) -> tuple[Sequenc
     return shape, strides
 
 
+def thin_geometry(
+    share: Tensor, dim: int, ranks: Ranks, strides_like: Sequence[int]
+) -> tuple[Sequence[int], Sequence[int]]:
+    """:func:`whole_geometry` of a share that is one wide along the cut ``dim``, of which its own strides say nothing:
+    the dimensions follow each other as in a whole tensor of strides ``strides_like``."""
+    shape, strides = list(share.shape), list(share.stride())
+    inner = 1
+    for other, length in enumerate(shape):
+        if other == dim:
+            continue
+        if strides_like[other] > strides_like[dim]:
+            strides[other] *= ranks.size
+        elif length > 1:
+            inner = max(inner, strides[other] * length)
+    shape[dim], strides[dim] = ranks.size, inner
+    return shape, strides
+
+
 def take_share(whole: Tensor, layout: Layout, ranks: Ranks, rank: int | None = None) -> Tensor:
     """The share of a plain whole tensor that ``rank`` (default: this one) holds; a view where there is one segment."""
     dim = layout.dim

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tlgc_mp.parallel import collectives
-from tlgc_mp.parallel.layout import Layout, gather_shares
+from tlgc_mp.parallel.layout import Layout, gather_shares, thin_geometry
 from tlgc_mp.parallel.split_tensor import WHOLE, SplitTensor, share_in
 from tlgc_mp.parallel.split_tensor import like as alike
 
@@ -75,6 +75,9 @@ def wrap(share: Tensor, layout: Layout, like: SplitTensor) -> SplitTensor:
     own = like.share
     if share.stride() == own.stride() and share.shape == own.shape and layout == like.cut:
         return alike(share, like)
+    dim = layout.dim
+    if dim is not None and dim == like.cut.dim and share.dim() == own.dim() and share.shape[dim] == 1:
+        return SplitTensor(share, layout, like.ranks, thin_geometry(share, dim, like.ranks, like.stride()))
     return SplitTensor(share, layout, like.ranks)
 
 

@@ -64,6 +64,8 @@ def _weight_layout(kind: str, transposed: bool, inputs: Layout, outputs: Layout)
 @rule(aten.convolution.default)
 def convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args
+    if type(x) is not SplitTensor and type(weight) is not SplitTensor:
+        return NotImplemented
     kind, inputs, outputs = _convolution_kind(x, weight, transposed, groups)
     if kind == "whole":
         return NotImplemented

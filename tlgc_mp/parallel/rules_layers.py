@@ -219,6 +219,14 @@ def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
     return vector.view(1, -1, *[1] * (like.dim() - 2))
 
 
+def _dense(share: Tensor) -> Tensor:
+    """``share`` in one of the memory formats that kernels know: its own where that is one of them."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(share.dim())
+    if last is not None and share.is_contiguous(memory_format=last):
+        return share
+    return share.contiguous()
+
+
 @rule(aten.native_group_norm.default)
 def group_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, weight, bias, batch, channels, positions, groups, eps = args
@@ -229,7 +237,7 @@ def group_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if groups % ranks.size == 0 and x.cut.segments is None:
         affine = [optional(t, own, ranks) for t in (weight, bias)]
         local = (batch, channels // ranks.size, positions, groups // ranks.size, eps)
-        y, mean, inverse = func(x.share.contiguous(), *affine, *local)
+        y, mean, inverse = func(_dense(x.share), *affine, *local)
         return wrap(y, x.cut, x), *(SplitTensor(t, CHANNELS, ranks) for t in (mean, inverse))
     if groups != 1:
         return NotImplemented
@@ -257,7 +265,10 @@ def group_norm_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         stats = [share_in(t, CHANNELS, ranks).contiguous() for t in (mean, inverse)]
         local = (batch, channels // ranks.size, positions, groups // ranks.size, mask)
         scale = optional(weight, own, ranks)
-        to_input, *sums = func(incoming.contiguous(), x.share.contiguous(), *stats, scale, *local)
+        share = _dense(x.share)
+        if incoming.stride() != share.stride():
+            incoming = torch.empty_like(share).copy_(incoming)
+        to_input, *sums = func(incoming, share, *stats, scale, *local)
         return (None if to_input is None else wrap(to_input, x.cut, x)), *(
             None if t is None else SplitTensor(t, own, ranks) for t in sums
         )

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tlgc_mp.parallel.layout import Layout
+from tlgc_mp.parallel.layout import Layout, thin_geometry
 from tlgc_mp.parallel.rules import WHOLE, _first, aten, operators, rule, wrap
-from tlgc_mp.parallel.split_tensor import SplitTensor, as_view, share_in
+from tlgc_mp.parallel.split_tensor import Family, SplitTensor, as_view, made_as_view, share_in
 
 MOST_SEGMENTS = 64
 
@@ -23,6 +23,18 @@ MOST_SEGMENTS = 64
 def same(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0]
     return as_view(func(x.share), x.cut, x, geometry=(x.shape, x.stride()))
+
+
+@rule(aten._conj, aten._neg_view)
+def mark(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Computed at once, since operators on shares come after those that look at such a mark."""
+    x = args[0]
+    computed = aten.conj_physical if func.overloadpacket is aten._conj else aten.neg
+    share = computed(x.share)
+    made = made_as_view(share, x.cut, x, x.storage_offset())
+    made.family = Family()
+    made.family.link(x, computed, share, local=True)
+    return made
 
 
 @rule(aten.lift_fresh)
@@ -299,7 +311,13 @@ def stack(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     assert lead.cut.dim is not None
     shares = [share_in(t, lead.cut, lead.ranks) for t in tensors]
     layout = Layout(lead.cut.dim + (dim <= lead.cut.dim), lead.cut.segments)
-    return SplitTensor(func(shares, dim), layout, lead.ranks)
+    share = func(shares, dim)
+    if lead.share.shape[lead.cut.dim] > 1:
+        return SplitTensor(share, layout, lead.ranks)
+    strides_like = [*lead.stride()[:dim], lead.numel() if dim == 0 else 0, *lead.stride()[dim:]]
+    return SplitTensor(
+        share, layout, lead.ranks, thin_geometry(share, lead.cut.dim + (dim <= lead.cut.dim), lead.ranks, strides_like)
+    )
 
 
 @rule(*operators("index_select.default"))

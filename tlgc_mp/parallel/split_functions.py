@@ -120,11 +120,24 @@ def _set_grad(tensor: Tensor, value: Tensor | None) -> Any:
     return None
 
 
+def _tensor_split(function: Any) -> Any:
+    """Indices in a tensor are read from its memory."""
+
+    def replace(tensor: Tensor, indices: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(indices) is not SplitTensor:
+            return NotImplemented
+        return function(tensor, whole(indices), *args, **kwargs)
+
+    return replace
+
+
 FUNCTIONS.update(
     {
         torch.autograd.grad: _grad,
         torch.autograd.backward: _backward,
         Tensor.backward: _tensor_backward,
+        torch.tensor_split: _tensor_split(torch.tensor_split),
+        Tensor.tensor_split: _tensor_split(Tensor.tensor_split),
         Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
         Tensor.grad.__set__: _set_grad,  # type: ignore[union-attr]
     }

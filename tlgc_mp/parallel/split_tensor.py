@@ -34,24 +34,27 @@ WHOLE = Layout(None, None)
 
 
 class Family:
-    """Tensors that share memory, as far as this module must know: a view that holds whole data, its local views, and
-    the split tensor that it is a view of. A write on either side shows on the other at its next use."""
+    """Tensors that share memory, as far as this module must know: a view that holds data of its own, its local views,
+    and the split tensor that it is a view of. A write on either side shows on the other at its next use."""
 
-    __slots__ = ("base", "seen", "version", "view", "viewed")
+    __slots__ = ("base", "local", "seen", "share", "version", "viewed")
     linked = 0  # how many families have a base: none, mostly, and then nothing is looked at
 
     def __init__(self) -> None:
         self.version = 0
         self.base: SplitTensor | None = None
-        self.view: SplitTensor | None = None
+        self.share: Tensor | None = None
         self.viewed: Callable[[Tensor], Tensor] | None = None
+        self.local = False
         self.seen = 0
 
-    def link(self, base: SplitTensor, viewed: Callable[[Tensor], Tensor], share: Tensor) -> None:
-        """Makes this the family of ``share``, which is ``viewed`` of a whole copy of ``base``."""
-        self.base, self.viewed = base, viewed
-        self.view = SplitTensor(share, WHOLE, base.ranks)
-        self.seen = _family(base).version
+    def link(self, base: SplitTensor, viewed: Callable[[Tensor], Tensor], share: Tensor, local: bool = False) -> None:
+        """Makes this the family of ``share``, which is ``viewed`` of a whole copy of ``base``; or, where ``local``, of
+        its share, and then the other way round, too."""
+        self.base = SplitTensor(base.share, base.cut, base.ranks, (base.shape, base.stride()))  # as it is now
+        self.base.family = _family(base)
+        self.viewed, self.share, self.local = viewed, share, local
+        self.seen = self.base.family.version
         Family.linked += 1
 
     def __del__(self) -> None:
@@ -59,27 +62,30 @@ class Family:
             Family.linked -= 1
 
     def refresh(self) -> None:
-        """Brings whole data up to date with its base."""
+        """Brings data up to date with its base."""
         if self.base is None:
             return
         base_family = _family(self.base)
         base_family.refresh()
         if base_family.version != self.seen:
-            assert self.view is not None and self.viewed is not None
-            self.view.share.copy_(self.viewed(gather_shares(self.base)))
+            assert self.share is not None and self.viewed is not None
+            self.share.copy_(self.viewed(self.base.share if self.local else gather_shares(self.base)))
             self.seen = base_family.version
             self.version += 1
 
     def written(self) -> None:
         """Carries a write to a member over to the base."""
         self.version += 1
-        if self.base is None:
-            return
-        assert self.view is not None and self.viewed is not None
-        data = gather_shares(self.base)
-        self.viewed(data).copy_(self.view.share)
         base = self.base
-        base.share.copy_(take_share(data, base.cut, base.ranks))
+        if base is None:
+            return
+        assert self.share is not None and self.viewed is not None
+        if self.local:
+            base.share.copy_(self.viewed(self.share))
+        else:
+            data = gather_shares(base)
+            self.viewed(data).copy_(self.share)
+            base.share.copy_(take_share(data, base.cut, base.ranks))
         _family(base).written()
         self.seen = _family(base).version
 
@@ -196,16 +202,12 @@ def _entered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     Its gradient then comes back plain and whole.
     """
     ranks = next(t.ranks for t in tree_leaves((args, kwargs)) if type(t) is SplitTensor)
-
-    def enter(tensor: Tensor) -> Tensor:
-        return enter_ranks(tensor, ranks) if type(tensor) is not SplitTensor and tensor.requires_grad else tensor
-
     if _in_place(func) and args:
         if isinstance(args[0], Tensor) and type(args[0]) is not SplitTensor and args[0].requires_grad:
-            args[0].register_hook(whole)  # of its value before it changes, which may get a split gradient
-        rest, named = tree_map_only(Tensor, enter, (args[1:], kwargs))
+            args[0].register_hook(plain_gradient)  # of its value before it changes, which may get a split gradient
+        rest, named = enter_leaves((args[1:], kwargs), ranks)
         return (args[0], *rest), named
-    return tree_map_only(Tensor, enter, (args, kwargs))
+    return enter_leaves((args, kwargs), ranks)
 
 
 def _in_place(func: Any) -> bool:
@@ -264,7 +266,10 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> SplitTensor:  # type: ignore[override]
         ctx.set_materialize_grads(False)
-        return SplitTensor(tensor.detach(), WHOLE, ranks, (tensor.shape, tensor.stride()), tensor.storage_offset())
+        data = tensor.detach()
+        if data.is_conj() or data.is_neg():
+            return SplitTensor(data.resolve_conj().resolve_neg(), WHOLE, ranks)
+        return SplitTensor(data, WHOLE, ranks, (tensor.shape, tensor.stride()), tensor.storage_offset())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
@@ -345,7 +350,9 @@ def enter_leaves(tree: Any, ranks: Ranks) -> Any:
         return tree
 
     def enter(tensor: Tensor) -> Tensor:
-        return enter_ranks(tensor, ranks) if type(tensor) is not SplitTensor and tensor.requires_grad else tensor
+        if type(tensor) is SplitTensor or not tensor.requires_grad or tensor.layout != torch.strided:
+            return tensor
+        return enter_ranks(tensor, ranks)
 
     return tree_map_only(Tensor, enter, tree)
 

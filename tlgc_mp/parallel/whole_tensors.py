@@ -80,9 +80,17 @@ def compute_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return linked(None, out)
 
 
+def resolved(tensor: Tensor) -> Tensor:
+    """``tensor``, without the marks of a conjugate or a negative that is still to be computed: operators below this
+    package do not look at them any more."""
+    if tensor.is_conj():
+        tensor = torch.ops.aten.conj_physical(tensor.conj())
+    return torch.ops.aten.neg(tensor._neg_view()) if tensor.is_neg() else tensor
+
+
 def _whole_split(tensor: Tensor, ranks: Ranks) -> Tensor:
     """A result that is whole on every rank; a sparse one stays a plain tensor."""
-    return SplitTensor(tensor, WHOLE, ranks) if tensor.layout == torch.strided else tensor
+    return SplitTensor(resolved(tensor), WHOLE, ranks) if tensor.layout == torch.strided else tensor
 
 
 def _write_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], facts: _Facts, ranks: Ranks) -> Any:
@@ -120,9 +128,13 @@ _VIEW_OVERLOADS = {"transpose": "int"}
 def _reshape_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``squeeze_`` and the like: the view that the function without ``_`` makes takes the tensor's place."""
     target = args[0]
+    if type(target) is not SplitTensor:
+        return func(target, *tree_map_only(SplitTensor, gather_shares, args[1:]), **kwargs)
     name = func._schema.name.removeprefix("aten::").removesuffix("_")
     overload = getattr(getattr(torch.ops.aten, name, None), _VIEW_OVERLOADS.get(name, func._overloadname), None)
-    if type(target) is not SplitTensor or overload is None:
+    if name == "resize_as" and target.shape == args[1].shape:
+        return target
+    if overload is None:
         raise RuntimeError(f"{func}: a split tensor cannot change its shape in place this way; use {name}()")
     before = as_view(target.share, target.cut, target, geometry=(target.shape, target.stride()))
     made = SplitTensor.__torch_dispatch__(overload, (), (before, *args[1:]), kwargs)
