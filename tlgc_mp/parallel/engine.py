@@ -82,6 +82,7 @@ def initialize(
     from tlgc_mp.parallel import memory_format
     from tlgc_mp.parallel.engine_arguments import OwnCode, check_kinds, retarget, retarget_optimizer
     from tlgc_mp.parallel.engine_groups import enter_groups, keep_groups
+    from tlgc_mp.parallel.first_batch import check_first_batch
     from tlgc_mp.parallel.layers import collect_checkpoint_info
     from tlgc_mp.parallel.plan import channels_stay_apart
     from tlgc_mp.parallel.sharding import shard
@@ -158,6 +159,7 @@ def initialize(
         memory_format.follow(made[0].module, filters)
     keep_groups(made[0])
     if mpu is not None:
+        check_first_batch(made[0], mpu.get_tensor_model_parallel_group())
         made[0].save_16bit_model = functools.partial(_save_16bit_model, made[0])
     return made
 

@@ -22,6 +22,7 @@ from tlgc_mp.nn.arguments import check_module
 from tlgc_mp.parallel import collectives, split_tensor
 from tlgc_mp.parallel.layout import Ranks
 from tlgc_mp.parallel.plan import Placement, plan
+from tlgc_mp.parallel.replicas import ReplicaWatch
 from tlgc_mp.parallel.sharded import Region
 
 ELSEWHERE = "(between layers)"
@@ -158,6 +159,9 @@ def layout_report(model: nn.Module, inputs: Any = None, *, tensor_parallel: int 
     if inputs is None or ranks == 1:
         return report
     twin = _on_meta(model, ranks)
+    for hooks in (twin._forward_pre_hooks, twin._forward_hooks):  # ranks that are alone have nobody to compare with
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), ReplicaWatch)]:
+            del hooks[key]
     if placements is not None:
         from tlgc_mp.parallel.sharding import split_layers
 

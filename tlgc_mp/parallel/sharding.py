@@ -16,8 +16,10 @@ from tlgc_mp.nn.arguments import check_device, check_module
 from tlgc_mp.parallel.layers import make_root, shard_layer
 from tlgc_mp.parallel.layout import Ranks
 from tlgc_mp.parallel.plan import Placement, goes_plain, plan
+from tlgc_mp.parallel.replicas import check_same_model, watch_replicas
 from tlgc_mp.parallel.report import static_report
 from tlgc_mp.parallel.sharded import Region, ShardedLayer
+from tlgc_mp.parallel.waiting import as_timeout
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 """How long a rank waits for the others in one coarse collective before it gives up with an error."""
@@ -29,6 +31,7 @@ def shard(
     *,
     device: torch.device | str | None = None,
     seed: int | None = None,
+    timeout: datetime.timedelta | float = COLLECTIVE_TIMEOUT,
 ) -> nn.Module:
     """Splits ``model`` over the ranks of ``process_group``, in place, layer by layer. Collective.
 
@@ -46,12 +49,16 @@ def shard(
         device: where the shares live; the model's own device where not given (the CPU for the meta device).
         seed: of the initial weights of a model on the meta device; ``torch.initial_seed()`` where not given. Not used
             otherwise.
+        timeout: how long a rank waits for the others in a forward or backward pass, as a timedelta or in seconds,
+            before it raises an error that names who is missing.
 
     Returns:
         ``model``.
 
     Raises:
-        UsageError: torch.distributed is not initialized, or an argument is of another kind.
+        UsageError: torch.distributed is not initialized, an argument is of another kind, or the ranks do not pass the
+            same model. Later, in training, a forward pass raises one where the ranks have come to differ in their
+            inputs, their random state or what each holds whole (``replicas.py``).
     """
     check_module("model", model)
     check_device(device)
@@ -62,9 +69,10 @@ def shard(
     group: Any = process_group if process_group is not None else dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):
         raise UsageError(f"process_group={group!r} is none that this rank is in; give a group of it")
-    coarse_group = dist.new_group(
-        dist.get_process_group_ranks(group), timeout=COLLECTIVE_TIMEOUT, use_local_synchronization=True
-    )
+    bound = as_timeout("timeout", timeout)
+    check_same_model(model, group, seed)
+    members = dist.get_process_group_ranks(group)
+    coarse_group = dist.new_group(members, timeout=bound, use_local_synchronization=True)
     ranks = Ranks(coarse_group)
     placements = plan(model, ranks.size)
     region = Region(ranks, Ranks(group), goes_plain(model, placements))
@@ -74,6 +82,7 @@ def shard(
     if meta:
         with region.set_plain(True):
             init_parameters(model, torch.initial_seed() if seed is None else seed, shard_index=ranks.rank)
+    watch_replicas(model, ranks, bound)
     return model
 
 
