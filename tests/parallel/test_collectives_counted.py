@@ -165,7 +165,7 @@ def test_only_the_first_step_checks_that_the_batch_is_the_same(config: str) -> N
         first, later = Counter(steps[0]), Counter(steps[1])
         assert Counter(steps[2]) == later
         extra = first - later
-        extra.pop(Collective("ALLGATHER", CHECK_BYTES, RANKS * CHECK_BYTES), None)  # compares the ranks of the replica
+        assert extra.pop(Collective("ALLGATHER", CHECK_BYTES, RANKS * CHECK_BYTES)) == 1  # compares the ranks
         assert not later - first
         if CONFIGS[config] is None:
             assert not extra

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.parallel.common import run_ranks_once, smooth_network
 from tlgc_mp.errors import UsageError
-from tlgc_mp.parallel import collectives, shard, sharding
+from tlgc_mp.parallel import collectives, shard
 from tlgc_mp.parallel.layout import Ranks
 from tlgc_mp.parallel.waiting import GRACE_SECONDS, MissingRankError, as_timeout
 
@@ -43,8 +43,10 @@ def _evaluates_alone() -> dict[str, Any]:
     """Rank 0 alone evaluates a split model; then rank 1 calls it, too late."""
     torch.manual_seed(0)
     whole = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 4))
-    with mock.patch.object(sharding, "COLLECTIVE_TIMEOUT", datetime.timedelta(seconds=TIMEOUT)):
-        networks = {"dense": shard(copy.deepcopy(whole).eval()), "two-level": shard(smooth_network("cpu").eval())}
+    networks = {
+        "dense": shard(copy.deepcopy(whole).eval(), timeout=TIMEOUT),
+        "two-level": shard(smooth_network("cpu").eval(), timeout=datetime.timedelta(seconds=TIMEOUT)),
+    }
     images = torch.ones(2, 3, 8, 8)
     found: dict[str, Any] = {}
     for name, network in networks.items():
@@ -85,7 +87,7 @@ def _two_of_four() -> dict[str, tuple[str, float]]:
     operations = {
         "all_reduce": lambda ranks: collectives.all_reduce(torch.ones(3), ranks),
         "coarse_gather": lambda ranks: collectives.coarse_gather(torch.ones(3, 2), world, ranks.group_name),
-        "coarse_reduce_scatter": lambda ranks: collectives.CoarseExchange(ranks.group).reduce_scatter(
+        "coarse_reduce_scatter": lambda ranks: collectives.CoarseExchange(world, ranks.group_name).reduce_scatter(
             torch.ones(world, 3)
         )(),
         "exchange_channels": lambda ranks: collectives.exchange_channels(

@@ -245,10 +245,13 @@ def all_gather(share: Tensor, ranks: TensorParallelRanks) -> Tensor:
 
 
 def start_all_gather(share: Tensor, ranks: TensorParallelRanks) -> Callable[[], Tensor]:
-    """Starts :func:`all_gather` of a contiguous tensor; the function returned waits for its result."""
+    """Starts :func:`all_gather` of a contiguous tensor; the function returned waits for its result.
+
+    It is none of a pass, and so no part of DeepSpeed's communication log.
+    """
     stacked = share.new_empty((ranks.size, *share.shape))
     call = _begin("all_gather", share, ranks.group)
-    start = _comm("all_gather_into_tensor", "all_gather_single")
+    start: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     work = complete(call, start, stacked.view(-1), share.view(-1), group=ranks.group, async_op=True)
     return _arrival(call, work, stacked, share)
 

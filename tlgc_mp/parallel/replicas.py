@@ -7,6 +7,7 @@ forward passes in training, what each of them is given and holds whole.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -89,17 +90,20 @@ def _paired(ours: list[str], theirs: list[str]) -> Iterator[tuple[str, str]]:
 def _device_of(group: dist.ProcessGroup) -> torch.device:
     """Where tensors lie that ``group`` sends."""
     accelerator = torch.accelerator.current_accelerator()
-    on_cpu = any(backend in dist.get_backend_config(group) for backend in (dist.Backend.GLOO, dist.Backend.MPI))
-    return torch.device("cpu") if on_cpu or accelerator is None else accelerator
+    return torch.device("cpu") if "cpu:" in dist.get_backend_config(group) or accelerator is None else accelerator
 
 
-def watch_replicas(model: nn.Module, ranks: Ranks, every: int = CHECK_EVERY) -> None:
-    """Registers a :class:`ReplicaWatch` on ``model``, which is split over ``ranks``. Collective."""
+def watch_replicas(model: nn.Module, ranks: Ranks, timeout: datetime.timedelta | None = None) -> None:
+    """Registers a :class:`ReplicaWatch` on ``model``, which is split over ``ranks``. Collective.
+
+    Args:
+        timeout: how long a rank waits for the others in a check; torch's default where not given.
+    """
     if ranks.size == 1:
         return
     members = dist.get_process_group_ranks(ranks.group)
-    group: Any = dist.new_group(members, use_local_synchronization=True)
-    watch = ReplicaWatch(Ranks(group), held_whole, every)
+    group: Any = dist.new_group(members, timeout=timeout, use_local_synchronization=True)
+    watch = ReplicaWatch(Ranks(group), held_whole, CHECK_EVERY)
     model.register_forward_pre_hook(watch.before, with_kwargs=True)
     model.register_forward_hook(watch.after)
 
