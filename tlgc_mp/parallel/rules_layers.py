@@ -227,6 +227,11 @@ def _dense(share: Tensor) -> Tensor:
     return share.contiguous()
 
 
+def _in_group_norms_format(y: Tensor) -> Tensor:
+    """``y``, which lies as the input of a group normalization does, in the format of its output."""
+    return _dense(y) if y.device.type == "cpu" else y.contiguous()
+
+
 @rule(aten.native_group_norm.default)
 def group_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, weight, bias, batch, channels, positions, groups, eps = args
@@ -248,7 +253,7 @@ def group_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         y = y * _per_channel(share_in(weight, own, ranks), x)
     if bias is not None:
         y = y + _per_channel(share_in(bias, own, ranks), x)
-    return wrap(y.to(x.dtype).contiguous(), x.cut, x), *(
+    return wrap(_in_group_norms_format(y.to(x.dtype)), x.cut, x), *(
         SplitTensor(t.view(batch, 1), WHOLE, ranks) for t in (mean, inverse)
     )
 
@@ -281,7 +286,7 @@ def group_norm_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     to_input, normal, _ = _normalized_backward(incoming, x.share, wide[0], wide[1], scale, dims, count, ranks)
     others = [0, *range(2, x.dim())]
     return (
-        wrap(to_input.to(x.dtype).contiguous(), x.cut, x) if mask[0] else None,
+        wrap(_in_group_norms_format(to_input.to(x.dtype)), x.cut, x) if mask[0] else None,
         SplitTensor((incoming * normal).sum(others).to(x.dtype), own, ranks) if mask[1] else None,
         SplitTensor(incoming.sum(others), own, ranks) if mask[2] else None,
     )
