@@ -156,6 +156,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     _model_arguments(params)
     params.add_argument("--tp", type=int, default=1, metavar="P", help="tensor-parallel ranks (default: %(default)s)")
+    params.add_argument(
+        "--layout",
+        nargs="?",
+        type=int,
+        const=224,
+        metavar="SIDE",
+        help="print instead how each layer is held and what a training step on 8 images of SIDE x SIDE pixels sends "
+        "(default: %(const)s)",
+    )
     params.set_defaults(run=_params)
     report = commands.add_parser(
         "report",
@@ -344,7 +353,17 @@ def _params(options: Any, launch: Launch) -> int:
         coarse_kernel_size=options.coarse_kernel_size,
         coarse_init=options.coarse_init,
     )
-    print(json.dumps(parameter_counts(model, options.tp)))
+    if options.layout is None:
+        print(json.dumps(parameter_counts(model, options.tp)))
+        return 0
+    if not 1 <= options.layout <= 65536:
+        raise UsageError(f"--layout must be a number of pixels, got {options.layout}; use e.g. 224")
+    import torch
+
+    from tlgc_mp.parallel.report import layout_report
+
+    images = torch.empty(8, 3, options.layout, options.layout, device="meta")
+    print(layout_report(model, images, tensor_parallel=options.tp))
     return 0
 
 

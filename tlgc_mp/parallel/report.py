@@ -102,6 +102,8 @@ class LayoutReport:
         header = ["layer", "held", "parameters a rank", "MB sent a step", "computed whole, why"]
         rows = [header]
         for layer in self.layers:
+            if layer.kind == "code" and not layer.sent and not layer.whole:
+                continue
             sent = ", ".join(f"{name} {size / 1e6:.3g}" for name, size in layer.sent.items())
             whole = ", ".join(f"{name} x{count}" for name, count in layer.whole.items())
             why = "; ".join(part for part in (whole, layer.reason) if part)
