@@ -16,7 +16,7 @@ OPTIONS = [
     *("--model", "wrn-10-1", "--groups", "4", "--dataset", "digits", "--epochs", "2"),
     *("--deepspeed_config", str(ROOT / "ds_configs" / "zero1.json")),
     # At the recipe's rate one gradient that rounding turns on or off at a ReLU's kink moves the loss by half a percent.
-    *("--learning-rate", "0.005"),
+    *("--learning-rate", "0.0005"),
 ]
 
 
@@ -74,7 +74,7 @@ def test_launchers_give_the_same_figures(outcome_under: Runs, launcher: str) -> 
 def test_two_ranks_give_the_figures_of_one_process(outcome_under: Runs) -> None:
     """P ranks compute what one does, but sum in another order."""
     one, two = (outcome_under(launcher).lines for launcher in ("plain", TWO_RANKS[0]))
-    assert [line["train_loss"] for line in two] == pytest.approx([line["train_loss"] for line in one], rel=1e-3)
+    assert [line["train_loss"] for line in two] == pytest.approx([line["train_loss"] for line in one], rel=1e-4)
 
 
 def _figures(outcome: Outcome) -> list[dict[str, Any]]:

@@ -81,7 +81,9 @@ def test_frozen_computes_the_same(n: int, m: int, groups: int, bias: bool, layou
     y = frozen(x)
     torch.testing.assert_close(y, layer(x), rtol=1e-12, atol=1e-12)
     assert y.is_contiguous(memory_format=layout)
-    torch.testing.assert_close(frozen.float()(x.float()), layer.float()(x.float()), rtol=1e-5, atol=1e-6)
+    # In float32 small sums of large products hold the rounding of those, which is each backend's own.
+    y, expected = frozen.float()(x.float()), layer.float()(x.float())
+    assert (y - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 def test_frozen_works_where_one_group_has_all_channels_and_none_of_the_filters() -> None:

