@@ -76,7 +76,7 @@ def wrap(share: Tensor, layout: Layout, like: SplitTensor) -> SplitTensor:
     if share.stride() == own.stride() and share.shape == own.shape and layout == like.cut:
         return alike(share, like)
     dim = layout.dim
-    if dim is not None and dim == like.cut.dim and share.dim() == own.dim() and share.shape[dim] == 1:
+    if dim is not None and layout == like.cut and share.shape == own.shape and share.shape[dim] == 1:
         return SplitTensor(share, layout, like.ranks, thin_geometry(share, dim, like.ranks, like.stride()))
     return SplitTensor(share, layout, like.ranks)
 
@@ -199,7 +199,10 @@ def same_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     if kwargs.get("layout") not in (None, torch.strided):
         return NotImplemented
-    return wrap(func(x.share, *args[1:], **kwargs), x.cut, x)
+    share = func(x.share, *args[1:], **kwargs)
+    if kwargs.get("memory_format", torch.preserve_format) not in (None, torch.preserve_format):
+        return SplitTensor(share, x.cut, x.ranks)
+    return wrap(share, x.cut, x)
 
 
 @rule(*operators("fill_.Scalar zero_"))
@@ -276,7 +279,9 @@ def reduce(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = func(x.share, *args[1:], **kwargs)
     first = out if isinstance(out, Tensor) else out[0]
     layout = x.cut if first.dim() == x.dim() else _without(x.cut, gone)
-    return wrap_all(out, layout, x)
+    if isinstance(out, Tensor):
+        return SplitTensor(out, layout, x.ranks)
+    return tuple(SplitTensor(t, layout, x.ranks) for t in out)
 
 
 def _reduce_over_ranks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: SplitTensor) -> Any:

@@ -10,9 +10,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from tlgc_mp.parallel.layout import Layout, thin_geometry
+from tlgc_mp.parallel.layout import Layout
 from tlgc_mp.parallel.rules import WHOLE, _first, aten, operators, rule, wrap
 from tlgc_mp.parallel.split_tensor import Family, SplitTensor, as_view, made_as_view, share_in
 
@@ -314,10 +315,8 @@ def stack(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     share = func(shares, dim)
     if lead.share.shape[lead.cut.dim] > 1:
         return SplitTensor(share, layout, lead.ranks)
-    strides_like = [*lead.stride()[:dim], lead.numel() if dim == 0 else 0, *lead.stride()[dim:]]
-    return SplitTensor(
-        share, layout, lead.ranks, thin_geometry(share, lead.cut.dim + (dim <= lead.cut.dim), lead.ranks, strides_like)
-    )
+    shapes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
+    return SplitTensor(share, layout, lead.ranks, (list(func(shapes, dim).shape), func(shapes, dim).stride()))
 
 
 @rule(*operators("index_select.default"))

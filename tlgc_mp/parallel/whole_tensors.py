@@ -59,7 +59,7 @@ def compute_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         return _write_whole(func, args, kwargs, facts, ranks)
     plain_args, plain_kwargs = tree_map_only(SplitTensor, gather_shares, (args, kwargs))
     base = args[0] if args else None
-    out = func(*plain_args, **plain_kwargs)
+    out = _call(func, plain_args, plain_kwargs)
     if not facts.is_view or type(base) is not SplitTensor:
         return tree_map_only(Tensor, lambda t: _whole_split(t, ranks), out)
     if base.cut.dim is None:  # a view of whole data is one of memory, too
@@ -78,6 +78,22 @@ def compute_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if isinstance(out, list | tuple):
         return type(out)(linked(index, share) for index, share in enumerate(out))
     return linked(None, out)
+
+
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``func`` of plain tensors, as outside of a tensor subclass: there torch sees conjugates that it has only marked,
+    which its own code makes of complex numbers."""
+    if not any(isinstance(t, Tensor) and t.is_complex() for t in tree_leaves((args, kwargs))):
+        return func(*args, **kwargs)
+    keys = (torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative)
+    before = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in keys]
+    try:
+        for key in keys:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        return func(*args, **kwargs)
+    finally:
+        for key, excluded in zip(keys, before, strict=True):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
 
 
 def resolved(tensor: Tensor) -> Tensor:
@@ -108,13 +124,13 @@ def _write_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], facts
             if type(target) is SplitTensor:
                 copies[id(target)] = (target, gather_shares(target))
     plain_args, plain_kwargs = tree_map_only(SplitTensor, plain, (args, kwargs))
-    out = func(*plain_args, **plain_kwargs)
+    out = _call(func, plain_args, plain_kwargs)
     origin: dict[int, Tensor] = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
     for target, copy in copies.values():
         origin[id(copy)] = target
-        if copy.shape != target.shape:
-            raise RuntimeError(f"{func}: an output of shape {tuple(target.shape)} cannot be resized; give an empty one")
-        if target.cut.dim is not None:
+        if copy.shape != target.shape:  # torch fits an empty output to its result
+            target.data = SplitTensor(copy, WHOLE, ranks)
+        elif target.cut.dim is not None:
             target.share.copy_(take_share(copy, target.cut, ranks))
         if target.family is not None:
             target.family.written()
