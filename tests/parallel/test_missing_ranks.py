@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.parallel.common import run_ranks_once, smooth_network
 from tlgc_mp.errors import UsageError
-from tlgc_mp.parallel import collectives, shard
+from tlgc_mp.parallel import collectives, initialize, shard
 from tlgc_mp.parallel.layout import Ranks
 from tlgc_mp.parallel.waiting import GRACE_SECONDS, MissingRankError, as_timeout
 
@@ -47,6 +47,10 @@ def _evaluates_alone() -> dict[str, Any]:
         "dense": shard(copy.deepcopy(whole).eval(), timeout=TIMEOUT),
         "two-level": shard(smooth_network("cpu").eval(), timeout=datetime.timedelta(seconds=TIMEOUT)),
     }
+    config = {"train_batch_size": 2, "tensor_parallel": {"autotp_size": 2}}
+    engine, *_ = initialize(model=copy.deepcopy(whole), config=config, collective_timeout=TIMEOUT)
+    networks["engine"] = engine
+    engine.eval()
     images = torch.ones(2, 3, 8, 8)
     found: dict[str, Any] = {}
     for name, network in networks.items():
@@ -65,7 +69,7 @@ def _evaluates_alone() -> dict[str, Any]:
 
 def test_a_rank_that_evaluates_alone_is_told_who_is_missing() -> None:
     ranks = run_ranks_once(2, _evaluates_alone)
-    for name in ("dense", "two-level"):
+    for name in ("dense", "two-level", "engine"):
         (message, seconds), _, shape, total = ranks[0][name]
         assert message.startswith("rank 1 did not take part in "), name
         assert "must run the model" in message
@@ -76,7 +80,7 @@ def test_a_rank_that_evaluates_alone_is_told_who_is_missing() -> None:
 
 def test_the_rank_that_comes_too_late_is_told_the_same() -> None:
     first, second = run_ranks_once(2, _evaluates_alone)
-    for name in ("dense", "two-level"):
+    for name in ("dense", "two-level", "engine"):
         message, seconds = second[name][1]
         assert message == first[name][0][0]
         assert seconds < SLACK
