@@ -7,6 +7,7 @@ package's own do: then shares go from layer to layer as plain tensors.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.collectives import CoarseExchange, coarse_gather, copy_to_ranks, exchange_channels, sum_partials
-from tlgc_mp.parallel.layout import Layout, take_share
+from tlgc_mp.parallel.layout import Layout, Ranks, take_share
 from tlgc_mp.parallel.plan import Placement
 from tlgc_mp.parallel.sharded import HOOKS, Region, ShardedLayer, is_engines, reduced, split_class
 from tlgc_mp.parallel.split_tensor import (
@@ -30,6 +31,7 @@ from tlgc_mp.parallel.split_tensor import (
     enter_ranks,
     from_share,
     plain_gradient,
+    share_in,
     to_share,
     whole,
 )
@@ -98,10 +100,11 @@ class ParallelShuffle(LocalLayer):
 class ParallelGroupConv(ShardedLayer):
     """N / P groups of a group (or depthwise) convolution. No communication."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         layer: Any = self
         if not self.region.plain or self.region.ranks.size == 1:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        (x,) = args
         groups = layer.groups // self.region.ranks.size
         return F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, groups)
 
@@ -113,10 +116,10 @@ class ParallelColumnConv(ShardedLayer):
     input is asked for.
     """
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.region.plain and x.requires_grad and self.region.ranks.size > 1:
-            x = copy_to_ranks(x, self.region.ranks.group_name)
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.region.plain and self.region.ranks.size > 1 and args[0].requires_grad:
+            args = (copy_to_ranks(args[0], self.region.ranks.group_name),)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class GatheredConv(ShardedLayer):
@@ -125,12 +128,12 @@ class GatheredConv(ShardedLayer):
     (B, n / P, H, W) -> (B, m / P, h, w). Sends a whole feature map where a two-level layer sends one channel a group.
     """
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         ranks = self.region.ranks
         if self.region.plain and ranks.size > 1:
-            gathered = coarse_gather(x.transpose(0, 1), ranks.size, ranks.group_name)  # n, B, H, W
-            x = gathered.transpose(0, 1).contiguous(memory_format=torch.channels_last)
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            gathered = coarse_gather(args[0].transpose(0, 1), ranks.size, ranks.group_name)  # n, B, H, W
+            args = (gathered.transpose(0, 1).contiguous(memory_format=torch.channels_last),)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class ParallelDropout(ShardedLayer):
@@ -140,11 +143,12 @@ class ParallelDropout(ShardedLayer):
     own of them.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         layer: Any = self
         ranks = self.region.ranks
         if not self.region.plain or ranks.size == 1 or not layer.training or layer.p == 0:
-            return super().forward(x)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        (x,) = args
         shape = (x.shape[0], x.shape[1] * ranks.size, *x.shape[2:])
         last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)  # values are drawn in memory's order
         form = torch.channels_last if last else torch.contiguous_format
@@ -158,10 +162,11 @@ class ParallelRow(ShardedLayer):
     """A layer with a share of its inputs. Between plain shares it is the head: (B, n / P) features of each rank ->
     (B, C) logits, summed over the ranks; the bias is added once."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         layer: Any = self
         if not self.region.plain or self.region.ranks.size == 1:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        (x,) = args
         logits = sum_partials(F.linear(x, layer.weight), self.region.ranks.group_name)
         return logits if layer.bias is None else logits + layer.bias
 
@@ -249,17 +254,32 @@ def shard_layer(
         if id(param) not in shares:
             share = nn.Parameter(_share(placement, key, param.data, region, device), requires_grad=param.requires_grad)
             shares[id(param)] = share
+            if key not in placement.dims and not region.channels_apart:
+                # A function of autograd's own kind may hand a split gradient to a parameter that it was given plain.
+                share.register_hook(plain_gradient)
+            _keep_hooks(param, share, placement.dims.get(key), region)
         layer._parameters[key] = shares[id(param)]
         if key in placement.dims:
             own.config_tp_params(shares[id(param)])
-        elif not region.channels_apart:
-            # A function of autograd's own kind may hand a split gradient to a parameter that it was given plain.
-            shares[id(param)].register_hook(plain_gradient)
     for key, buffer in layer._buffers.items():
         if buffer is not None:
             layer._buffers[key] = _share(placement, key, buffer, region, device)
     with region.set_plain(True):
         own._adjust()
+
+
+def _keep_hooks(param: nn.Parameter, share: nn.Parameter, dim: int | None, region: Region) -> None:
+    """Has the gradient hooks of a whole parameter run for its share; they see the whole gradient."""
+    for hook in (param._backward_hooks or {}).values():
+        if dim is None:
+            share.register_hook(hook)
+        else:
+            share.register_hook(functools.partial(_hook_of_whole, hook, Layout(dim, None), region.ranks))
+
+
+def _hook_of_whole(hook: Any, layout: Layout, ranks: Ranks, grad: Tensor) -> Tensor | None:
+    changed = hook(SplitTensor(grad, layout, ranks))
+    return None if changed is None else share_in(changed, layout, ranks)
 
 
 def _share(placement: Placement, key: str, tensor: Tensor, region: Region, device: torch.device | None) -> Tensor:

@@ -67,10 +67,13 @@ class ShardedLayer:
         return SplitTensor(value, layout, own["region"].ranks)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, Tensor) and "region" in self.__dict__ and name in self.placement.dims:
-            buffer = name in self._buffers  # type: ignore[attr-defined]
-            if buffer and not self.region.plain:
-                value = share_in(value, Layout(self.placement.dims[name], None), self.region.ranks).clone()
+        own = self.__dict__
+        if isinstance(value, Tensor) and "region" in own and name in own["_buffers"] and not own["region"].plain:
+            # A buffer that forward code replaces is stored as the one before it was.
+            if name in own["placement"].dims:
+                value = share_in(value, Layout(own["placement"].dims[name], None), own["region"].ranks).clone()
+            else:
+                value = whole(value)
         super().__setattr__(name, value)
 
     @property

@@ -19,6 +19,7 @@ from tlgc_mp.parallel.plan import Placement, goes_plain, plan
 from tlgc_mp.parallel.replicas import check_same_model, watch_replicas
 from tlgc_mp.parallel.report import static_report
 from tlgc_mp.parallel.sharded import Region, ShardedLayer
+from tlgc_mp.parallel.split_tensor import whole
 from tlgc_mp.parallel.waiting import as_timeout
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
@@ -114,9 +115,10 @@ def gather_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tenso
         prefix = f"{name}." if name else ""
         with _zero3_gathered(list(module.parameters(recurse=False))):
             for key, value in _own_state(module).items():
-                whole = module.gather_whole(key) if isinstance(module, ShardedLayer) else value.detach().clone()
+                held = isinstance(module, ShardedLayer)
+                full = module.gather_whole(key) if held else whole(value.detach()).clone()  # type: ignore[operator]
                 if keep:
-                    state[prefix + key] = whole
+                    state[prefix + key] = full
     return state
 
 
