@@ -7,6 +7,7 @@ a WideResNet trained on handwritten digits.
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import numpy as np
@@ -24,8 +25,8 @@ GROUPS = [2, 4, 8, 16]
 
 
 def fitted(dense: nn.Conv2d, conv: str, groups: int) -> nn.Module:
-    """What ``dense`` becomes as the second convolution of a network; it is itself not changed."""
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), dense, nn.Linear(1, 1))
+    """What a copy of ``dense`` becomes as the second convolution of a network."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), copy.deepcopy(dense), nn.Linear(1, 1))
     return convert(network, conv=conv, groups=groups, init="from_dense").get_submodule("1")
 
 
