@@ -73,7 +73,7 @@ def shard(
     bound = as_timeout("timeout", timeout)
     check_same_model(model, group, seed)
     members = dist.get_process_group_ranks(group)
-    coarse_group = dist.new_group(members, timeout=bound, use_local_synchronization=True)
+    coarse_group: Any = dist.new_group(members, timeout=bound, use_local_synchronization=True)
     ranks = Ranks(coarse_group)
     placements = plan(model, ranks.size)
     region = Region(ranks, Ranks(group), goes_plain(model, placements))
