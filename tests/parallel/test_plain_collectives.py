@@ -1,4 +1,4 @@
-"""The collectives below autograd: values for every type and memory format, shapes on meta, bytes reported."""
+"""The collectives below autograd: values of every type and memory format, shapes on the meta device, bytes sent."""
 
 from __future__ import annotations
 
