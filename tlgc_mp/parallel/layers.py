@@ -254,7 +254,7 @@ def shard_layer(
         if id(param) not in shares:
             share = nn.Parameter(_share(placement, key, param.data, region, device), requires_grad=param.requires_grad)
             shares[id(param)] = share
-            if key not in placement.dims and not region.channels_apart:
+            if share.requires_grad and key not in placement.dims and not region.channels_apart:
                 # A function of autograd's own kind may hand a split gradient to a parameter that it was given plain.
                 share.register_hook(plain_gradient)
             _keep_hooks(param, share, placement.dims.get(key), region)

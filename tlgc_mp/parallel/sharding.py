@@ -71,9 +71,9 @@ def shard(
     if not isinstance(group, dist.ProcessGroup):
         raise UsageError(f"process_group={group!r} is none that this rank is in; give a group of it")
     bound = as_timeout("timeout", timeout)
-    check_same_model(model, group, seed)
     members = dist.get_process_group_ranks(group)
     coarse_group: Any = dist.new_group(members, timeout=bound, use_local_synchronization=True)
+    check_same_model(model, coarse_group, seed)
     ranks = Ranks(coarse_group)
     placements = plan(model, ranks.size)
     region = Region(ranks, Ranks(group), goes_plain(model, placements))
