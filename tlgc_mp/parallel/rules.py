@@ -58,6 +58,8 @@ def rule_of(func: Any) -> Callable[..., Any] | None:
         rules_views,
     )
 
+    if any(a.kwarg_only and a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments):
+        return None  # a form with out=
     found = _RULES.get(func) or _RULES.get(func.overloadpacket)
     if found is not None:
         return found

@@ -98,7 +98,8 @@ def _tensor_backward(tensor: Tensor, gradient: Any = None, **options: Any) -> An
     return _backward(tensor, gradient, **options)
 
 
-def _set_data(tensor: Tensor, value: Tensor) -> Any:
+def set_data(tensor: Tensor, value: Tensor) -> Any:
+    """``tensor.data = value``."""
     if type(tensor) is not SplitTensor:
         tensor.data = whole(value.detach())  # type: ignore[attr-defined]
         return None
@@ -138,7 +139,7 @@ FUNCTIONS.update(
         Tensor.backward: _tensor_backward,
         torch.tensor_split: _tensor_split(torch.tensor_split),
         Tensor.tensor_split: _tensor_split(Tensor.tensor_split),
-        Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+        Tensor.data.__set__: set_data,  # type: ignore[attr-defined]
         Tensor.grad.__set__: _set_grad,  # type: ignore[union-attr]
     }
 )

@@ -14,6 +14,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tlgc_mp.parallel.layout import Ranks, gather_shares, take_share
+from tlgc_mp.parallel.split_functions import set_data
 from tlgc_mp.parallel.split_tensor import WHOLE, Family, SplitTensor, as_view, made_as_view
 
 
@@ -129,7 +130,7 @@ def _write_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], facts
     for target, copy in copies.values():
         origin[id(copy)] = target
         if copy.shape != target.shape:  # torch fits an empty output to its result
-            target.data = SplitTensor(copy, WHOLE, ranks)
+            set_data(target, SplitTensor(copy, WHOLE, ranks))
         elif target.cut.dim is not None:
             target.share.copy_(take_share(copy, target.cut, ranks))
         if target.family is not None:
