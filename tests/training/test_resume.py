@@ -17,20 +17,19 @@ from tests.ranks import run_ranks
 from tests.training.runs import EPOCHS, OPTIONS, STEPS, metrics, train, train_until
 from tlgc_mp.cli import main
 
-WholeRun = Callable[..., Path]
+WholeRun = Callable[[int], Path]
 FIGURES = ("epoch", "step", "samples", "learning_rate", "train_loss", "test_loss", "test_error_percent")
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
-    """The folder of a run that nothing stopped, of two ranks, P of them tensor-parallel; it is run once for each P and
-    further options."""
+    """The folder of a run that nothing stopped, of two ranks, P of them tensor-parallel; it is run once for each P."""
     folder = tmp_path_factory.mktemp("whole")
 
     @functools.cache
-    def run(tensor_parallel: int, *options: str) -> Path:
-        output_dir = folder / "_".join([str(tensor_parallel), *options])
-        outcomes = run_ranks(2, train, str(output_dir), "--tp", str(tensor_parallel), *options)
+    def run(tensor_parallel: int) -> Path:
+        output_dir = folder / str(tensor_parallel)
+        outcomes = run_ranks(2, train, str(output_dir), "--tp", str(tensor_parallel))
         assert [outcome.status for outcome in outcomes] == [0, 0], outcomes[0].stderr
         return output_dir
 
@@ -127,19 +126,16 @@ def test_goes_on_at_another_shape(
     tmp_path: Path, whole_run: WholeRun, saved_by: tuple[int, int], resumed_by: tuple[int, int], spread: str
 ) -> None:
     output_dir = str(tmp_path / "run")
-    # Another shape sums in another order. At the recipe's rate, one gradient that this turns on or off at a ReLU's kink
-    # is seen in the loss of the next steps.
-    rate = ("--learning-rate", "0.001")
-    stopped = run_ranks(2, train_until, (0, STEPS + 3), output_dir, "--tp", str(saved_by[0]), *rate)
+    stopped = run_ranks(2, train_until, (0, STEPS + 3), output_dir, "--tp", str(saved_by[0]))
     assert [outcome.status for outcome in stopped] == [128 + signal.SIGTERM] * 2, stopped[0].stderr
 
     world = resumed_by[0] * resumed_by[1]
-    resumed = run_ranks(world, train, output_dir, "--tp", str(resumed_by[0]), *rate, "--resume")
+    resumed = run_ranks(world, train, output_dir, "--tp", str(resumed_by[0]), "--resume")
 
     assert [outcome.status for outcome in resumed] == [0] * world, resumed[0].stderr
     before = f"{saved_by[0]} tensor-parallel x {saved_by[1]} data-parallel at ZeRO 1"
     assert f"It was saved as {before}, and goes on as {spread}" in resumed[0].stdout.splitlines()
-    lines, expected = metrics(tmp_path / "run"), metrics(whole_run(saved_by[0], *rate))
+    lines, expected = metrics(tmp_path / "run"), metrics(whole_run(saved_by[0]))
     assert len(lines) == len(expected) == EPOCHS
     for line, other in zip(lines, expected, strict=True):
         for key in ("epoch", "step", "samples", "learning_rate"):
