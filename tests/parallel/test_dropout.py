@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.parallel.common import SEED, run_ranks_once
 from tlgc_mp.parallel import shard
-from tlgc_mp.parallel.layers import ShardedLayer
+from tlgc_mp.parallel.sharded import ShardedLayer
 from tlgc_mp.parallel.split_tensor import SplitTensor, split, whole
 
 WORLD, CHANNELS = 4, 24
