@@ -202,7 +202,8 @@ def given_values_are_read(given: Given) -> Any:
         torch.allclose(x, x + 1),
         (x > 0).nonzero(),
         (x > 0).sum().item(),
-        f"{x.sum().item():.5f}",
+        f"{x.sum():.5f} {x.max():.3e}",
+        torch.from_dlpack(x),
         x.unique(),
         x.sum() in [x.sum()],
     )
@@ -250,7 +251,7 @@ def given_tensors_are_made_like_it(given: Given) -> Any:
         torch.ones_like(x, memory_format=torch.contiguous_format),
         torch.randn_like(x),
         torch.rand_like(x) < 0.5,
-        torch.tensor([x.sum().item(), 1.0]),
+        torch.tensor([x.sum(), 1.0]),
         torch.as_tensor(x) + 1,
         torch.arange(x.shape[1]).to(x),
     )

@@ -242,9 +242,15 @@ def given_functional_transforms(given: Given) -> Any:
     def loss(w: Tensor) -> Tensor:
         return (x @ w).tanh().sum()
 
+    transforms = (
+        torch.func.vmap(lambda row: (row @ w).tanh())(x),
+        torch.func.vmap(torch.sin, in_dims=1)(x),
+        torch.func.jvp(lambda t: (t @ w).tanh(), (x,), (x * 2,)),
+        torch.func.jacrev(lambda t: (t @ w).tanh().sum(0))(x),
+    )
     jacobian = torch.autograd.functional.jacobian(lambda t: (t @ w).tanh().sum(1), x)
     products = torch.autograd.functional.vjp(lambda t: (t @ w).sum(0), x, given.plain(4))[1]
-    return jacobian, products, torch.autograd.functional.hvp(loss, w, given.plain(12, 4))[1]
+    return transforms, jacobian, products, torch.autograd.functional.hvp(loss, w, given.plain(12, 4))[1]
 
 
 NAMES = list(properties_of(sys.modules[__name__]))

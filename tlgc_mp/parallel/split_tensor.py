@@ -33,6 +33,9 @@ WHOLE = Layout(None, None)
 """Of a tensor that every rank holds whole."""
 
 
+_NO_MEMORY = "a split tensor has no memory of its own; use tlgc_mp.parallel.split_tensor.whole(tensor) first"
+
+
 class Family:
     """Tensors that share memory, as far as this module must know: a view that holds data of its own, its local views,
     and the split tensor that it is a view of. A write on either side shows on the other at its next use."""
@@ -114,6 +117,10 @@ class SplitTensor(Tensor):
     def __new__(
         cls, share: Tensor, layout: Layout, ranks: Ranks, geometry: tuple[Any, Any] | None = None, offset: int = 0
     ) -> SplitTensor:
+        if not share.shape:  # one value, which torch.tensor, for one, reads from memory
+            made = torch.Tensor._make_subclass(cls, share)
+            made.share, made.cut, made.ranks = share, layout, ranks
+            return made
         shape, strides = geometry or whole_geometry(share, layout, ranks)
         made = _make(cls, shape, strides=strides, storage_offset=offset, dtype=share.dtype, device=share.device)
         made.share, made.cut, made.ranks = share, layout, ranks
@@ -167,6 +174,8 @@ class SplitTensor(Tensor):
         return result
 
     # What reads memory without an operator.
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.dim() == 0 else super().__format__(spec)  # one value: never split
 
     def numpy(self, *, force: bool = False) -> Any:
         """The whole tensor as a NumPy array that cannot be written to, since writes would not reach the shares."""
@@ -180,8 +189,14 @@ class SplitTensor(Tensor):
     def tolist(self) -> Any:
         return whole(self.detach()).tolist()
 
+    def __dlpack__(self, **options: Any) -> Any:  # type: ignore[override]
+        return whole(self.detach()).__dlpack__(**options)
+
     def data_ptr(self) -> int:
-        raise RuntimeError("a split tensor has no data pointer of its own; use tlgc_mp.parallel.whole(tensor) first")
+        raise RuntimeError(_NO_MEMORY)
+
+    def untyped_storage(self) -> Any:
+        raise RuntimeError(_NO_MEMORY)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         plain = whole(self.detach()).clone()
