@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,8 +60,12 @@ def own_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Module, str, nn.P
 
 
 @torch.no_grad()
-def whole_gradients(model: nn.Module) -> dict[str, Tensor | None]:
-    """Parameter name -> its whole gradient, of a split model or of one on one device. Collective."""
+def whole_gradients(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor | None]:
+    """Parameter name -> its whole gradient, of a split model or of one on one device. Collective.
+
+    Args:
+        keep: whether this rank wants it; one that only helps the others gets an empty dict.
+    """
     gradients: dict[str, Tensor | None] = {}
     for name, layer, key, param in own_parameters(model):
         gradient = param.grad
@@ -69,7 +73,8 @@ def whole_gradients(model: nn.Module) -> dict[str, Tensor | None]:
         if gradient is not None and isinstance(layer, ShardedLayer) and key in layer.placement.dims:
             layout = Layout(layer.placement.dims[key], None)
             gradient = whole(SplitTensor(gradient.contiguous(), layout, layer.region.ranks))
-        gradients[name] = None if gradient is None else gradient.clone()
+        if keep:
+            gradients[name] = None if gradient is None else gradient.clone()
     return gradients
 
 
@@ -101,7 +106,7 @@ def train_step(
     seed: int = SEED,
     lr: float | None = None,
     evaluate: bool = False,
-    forward: Callable[..., Any] | None = None,
+    keep: bool = True,
 ) -> Step:
     """Forward, backward and a step of SGD, from the random state of ``seed``. Collective where ``model`` is split.
 
@@ -109,7 +114,7 @@ def train_step(
         arguments: of ``model``; leaves that need a gradient get one.
         lr: one at which no weight moves by more than 0.05, where not given.
         evaluate: whether to run the model once more afterwards, in evaluation.
-        forward: what to call in place of ``model``, with it and the arguments.
+        keep: whether this rank wants gradients and state; then it holds a copy of the whole model of each.
     """
     step = Step()
     leaves = [t for t in tree_leaves(arguments) if isinstance(t, Tensor) and t.requires_grad]
@@ -117,22 +122,22 @@ def train_step(
         leaf.grad = None
     model.zero_grad(set_to_none=True)
     seed_all(seed)
-    outputs = model(*arguments) if forward is None else forward(model, *arguments)
+    outputs = model(*arguments)
     loss = scalar_loss(outputs)
     if loss is not None:
         loss.backward()
     step.outputs = detached(outputs)
     step.input_gradients = [leaf.grad for leaf in leaves]
-    step.gradients = whole_gradients(model)
+    step.gradients = whole_gradients(model, keep=keep)
     largest = max((g.abs().max().item() for g in step.gradients.values() if g is not None and g.numel()), default=0.0)
     step.lr = lr if lr is not None else 0.05 / max(1.0, largest)
     torch.optim.SGD(model.parameters(), lr=step.lr).step()
     if evaluate:
         model.eval()
         with torch.no_grad():
-            step.evaluated = detached(model(*arguments) if forward is None else forward(model, *arguments))
+            step.evaluated = detached(model(*arguments))
         model.train()
-    step.state = gather_state_dict(model)
+    step.state = gather_state_dict(model, keep=keep)
     return step
 
 
@@ -145,6 +150,8 @@ def difference(found: Any, expected: Any, least: float = 0.0) -> float:
 
     Infinite where one is a tensor and the other is not, or of another type, shape, or place of NaN.
     """
+    if isinstance(expected, float) and isinstance(found, float):
+        found, expected = torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
     if not isinstance(expected, Tensor):
         return 0.0 if type(found) is type(expected) and found == expected else math.inf
     if type(found) is not type(expected) or found.shape != expected.shape or found.dtype != expected.dtype:

@@ -194,7 +194,7 @@ def _rounding(network: Network, step: Step) -> float:
 def _split(network: Network, result: Result, measure: bool, lr: float) -> Step:
     model, arguments = _built(network)
     model = shard(model, timeout=120.0)
-    step = train_step(model, arguments, lr=lr, evaluate=True)
+    step = train_step(model, arguments, lr=lr, evaluate=True, keep=dist.get_rank() == 0)
     result.parameters_a_rank = sum(param.numel() for param in model.parameters())
     if measure:
         meter = Meter(model, arguments, result.ranks)
@@ -296,11 +296,11 @@ def sweep(names: tuple[str, ...], ranks: int, path: Path) -> None:
 
 INTRODUCTION = """
 Each network is split over P ranks and takes one training step, with its dropout and drop path, on a batch of two small
-inputs in float64 (optical flow: float32). *Exact* means that its outputs, the gradients of its inputs and parameters,
-all weights and running statistics after a step of SGD, and its outputs in evaluation are within {tolerance:.0e} of
-those on one device, relative to the largest value. *Rounding* means that they are not, but within {rounding:.0f} times
-what another last bit of each weight makes on one device: layers that normalize few values, or compute in float32,
-magnify it.
+inputs in float64 (optical flow, and networks of 600 million parameters: float32). *Exact* means that its outputs, the
+gradients of its inputs and parameters, all weights and running statistics after a step of SGD, and its outputs in
+evaluation are within {tolerance:.0e} of those on one device, relative to the largest value. *Rounding* means that they
+are not, but within {rounding:.0f} times what another last bit of each weight makes on one device: layers that normalize
+few values, or compute in float32, magnify it.
 
 - *Parameters split*: of all parameters, those that are split over the ranks.
 - *Activations split*: of the bytes that autograd keeps for backward on all ranks, those of tensors that are split.

@@ -160,6 +160,10 @@ CLIPS = {"mvit_v1_b": (4, 64, 64), "mvit_v2_s": (4, 64, 64), "s3d": (16, 224, 22
 """Frames, height and width of what a video model takes that does not take 4 x 32 x 32."""
 
 
+HUGE = ("regnet_y_128gf", "vit_h_14")
+"""Of 600 million parameters: several of them in float64 take more memory than a small machine has."""
+
+
 @dataclass(frozen=True)
 class Network:
     """A network of the zoo.
@@ -272,7 +276,7 @@ def torchvision_networks() -> list[Network]:
             elif family == "optical flow":
                 arguments = _flow
             # What a flow is looked up with is float32 whatever the network is.
-            dtype = torch.float32 if family == "optical flow" else torch.float64
+            dtype = torch.float32 if family == "optical flow" or name in HUGE else torch.float64
             make = functools.partial(_make_torchvision, name, options)
             networks.append(Network(f"torchvision/{name}", family, make, arguments, dtype))
     return networks
