@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from tests.ranks import run_ranks
 from tests.training.runs import metrics, train
 from tlgc_mp import load_model
 from tlgc_mp.cli import _parser, main
-from tlgc_mp.data import load_datasets
+from tlgc_mp.data import EvaluationBatches, load_datasets
+from tlgc_mp.data.loaders import started_workers
 from tlgc_mp.training.settings import output_folder
 
 SHORT = ("--batch-size", "16", "--epochs", "1", "--limit-steps", "2", "--learning-rate", "0.01")
@@ -67,6 +70,21 @@ def test_what_cannot_be_trained_is_said_in_a_line(
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and err.startswith("tlgc-mp: error: ") and said in err
     assert not output.exists()
+
+
+def test_workers_of_an_earlier_run_in_the_process_are_not_blamed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = torch.utils.data.TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long))
+    list(EvaluationBatches(images, batch_size=2, rank=0, replicas=1, num_workers=1))
+    deadline = time.monotonic() + 60
+    while started_workers[-1].is_alive() and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.05)
+    assert not started_workers[-1].is_alive()
+    mistaken = ("train", "--conv", "sc", "--dataset", "synthetic", "--model", "torchvision:resnet81")
+    assert main([*mistaken, "--output-dir", str(tmp_path / "run")]) == 2
+    assert "use one of torchvision:resnet18" in capsys.readouterr().err
 
 
 def test_the_folder_of_a_run_has_no_colon() -> None:

@@ -101,7 +101,7 @@ class Watchdog:
         # Of the judging thread.
         self._descriptors: dict[int, int] = {}  # rank: what the kernel tells the end of its process by
         self._ended: dict[int, float] = {}  # rank: when its process ended
-        self._first_worker = 0
+        self._first_worker = len(started_workers)  # those before are of earlier runs in this process
         self._minds_workers = True
 
     def __enter__(self) -> Watchdog:
@@ -157,7 +157,6 @@ class Watchdog:
             store = store.clone() if hasattr(store, "clone") else store
             self._store = dist.PrefixStore(f"tlgc_mp/watchdog/{next(_runs)}", store)
             self._threads.append(threading.Thread(target=self._keep_beating, name="tlgc_mp beat", daemon=True))
-        self._first_worker = len(started_workers)
         self._answered_at = self._next_seen_at = time.monotonic()
         self._threads.append(threading.Thread(target=self._judge, name="tlgc_mp judge", daemon=True))
         for thread in self._threads:
