@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tlgc_mp.parallel import gather_state_dict, whole
-from tlgc_mp.parallel.layout import Layout
 from tlgc_mp.parallel.sharded import ShardedLayer
 from tlgc_mp.parallel.split_tensor import SplitTensor
 
@@ -71,8 +70,7 @@ def whole_gradients(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor 
         gradient = param.grad
         assert type(gradient) is not SplitTensor, f"the gradient of {name} is split, and its parameter is not"
         if gradient is not None and isinstance(layer, ShardedLayer) and key in layer.placement.dims:
-            layout = Layout(layer.placement.dims[key], None)
-            gradient = whole(SplitTensor(gradient.contiguous(), layout, layer.region.ranks))
+            gradient = whole(SplitTensor(gradient.contiguous(), layer.placement.layout(key), layer.region.ranks))
         if keep:
             gradients[name] = None if gradient is None else gradient.clone()
     return gradients

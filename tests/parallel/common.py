@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tests.ranks import run_ranks
 from tlgc_mp.models.names import TWO_LEVEL
 from tlgc_mp.nn import TwoLevelConv2d, init_parameters
+from tlgc_mp.parallel.layout import Layout
 from tlgc_mp.parallel.sharded import ShardedLayer
 
 SEED = 20260
@@ -125,11 +126,13 @@ def sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=5e-4)
 
 
-def gather_shares(share: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    """The shares of all ranks of ``group``, joined along ``dim`` in rank order."""
+def gather_shares(share: Tensor, layout: Layout, group: dist.ProcessGroup) -> Tensor:
+    """The whole of which each rank of ``group`` holds its share."""
     shares = [torch.empty_like(share, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
     dist.all_gather(shares, share.contiguous(), group=group)
-    return torch.cat(shares, dim=dim)
+    segments = layout.segments or (share.shape[layout.dim] * len(shares),)
+    pieces = [one.split([segment // len(shares) for segment in segments], layout.dim) for one in shares]
+    return torch.cat([own[at] for at in range(len(segments)) for own in pieces], layout.dim)
 
 
 def gather_gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -140,7 +143,7 @@ def gather_gradients(model: nn.Module) -> dict[str, Tensor]:
             assert param.grad is not None, f"{name}.{key} has no gradient"
             grad = param.grad
             if isinstance(module, ShardedLayer) and key in module.placement.dims:
-                grad = gather_shares(grad, module.placement.dims[key], module.mp_group)
+                grad = gather_shares(grad, module.placement.layout(key), module.mp_group)
             gradients[f"{name}.{key}"] = grad
     return gradients
 

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -143,3 +144,24 @@ def test_a_model_that_reads_values_is_refused() -> None:
 def test_arguments_are_checked(ranks: Any) -> None:
     with pytest.raises(UsageError, match=r"^tensor_parallel must be a number of ranks, got "):
         layout_report(Reads(), tensor_parallel=ranks)
+
+
+ATTENTION: dict[str, Any] = {
+    "one layer": lambda: timm.create_model("vit_tiny_patch16_224", depth=1, num_heads=6, img_size=32),
+    "of torch": lambda: nn.TransformerEncoderLayer(192, 6, 768, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_attention_sends_nothing_between_its_layers(name: str, ranks: int) -> None:
+    inputs = torch.randn(2, 3, 32, 32) if name == "one layer" else torch.randn(2, 5, 192, requires_grad=True)
+    sent: Counter[str] = Counter()
+    for layer in layout_report(ATTENTION[name](), inputs, tensor_parallel=ranks).layers:
+        if "attn" in layer.name:
+            sent.update(layer.sent)
+    # The input of the first layer is gathered, forward and backward, and its gradient scattered. The output of the last
+    # is scattered, and its gradient gathered, for its weight and for its input.
+    size = 2 * 5 * 192 * 4 * (ranks - 1) // ranks  # of ten tokens
+    assert 3 * size < sent["all_gather"] < 4.2 * size
+    assert sent["reduce_scatter"] == 2 * size

@@ -52,6 +52,53 @@ class _AttentionThenRecurrence(nn.Module):
         return self.head(self.recurrent(x + self.attention(x, x, x)[0])[0][:, -1])
 
 
+class _Attention(nn.Module):
+    """Attention as transformers of timm write it, over the pixels: one layer for queries, keys and values, or two."""
+
+    def __init__(self, width: int, heads: int, fused: bool, flash: bool) -> None:
+        super().__init__()
+        self.heads, self.fused, self.flash = heads, fused, flash
+        if fused:
+            self.qkv = nn.Linear(width, 3 * width)
+        else:
+            self.q = nn.Linear(width, width, bias=False)
+            self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height = x.shape[2]
+        x = x.flatten(2).transpose(1, 2)  # images, pixels, channels
+        images, pixels, width = x.shape
+        if self.fused:
+            q, k, v = self.qkv(x).reshape(images, pixels, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            q = self.q(x).reshape(images, pixels, self.heads, -1).transpose(1, 2)
+            k, v = self.kv(x).reshape(images, pixels, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.flash:
+            seen = F.scaled_dot_product_attention(q, k, v)
+        else:
+            seen = ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(-1) @ v
+        return self.proj(seen.transpose(1, 2).reshape(images, pixels, width)).transpose(1, 2).unflatten(2, (height, -1))
+
+
+class _AttentionOfTorch(nn.Module):
+    """nn.MultiheadAttention, as a layer of an encoder, with its weights, and with keys of another width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.TransformerEncoderLayer(12, 6, 24, dropout=0.1, batch_first=True)
+        self.attend = nn.MultiheadAttention(12, 6, add_bias_kv=True)
+        self.look = nn.MultiheadAttention(12, 6, dropout=0.1, kdim=6, vdim=18, bias=False)
+        self.key, self.value = nn.Linear(12, 6), nn.Linear(12, 18)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height = x.shape[2]
+        y = self.encode(x.flatten(2).transpose(1, 2)).transpose(0, 1)
+        y, weights = self.attend(y, y, y)
+        y = self.look(y, self.key(y), self.value(y), need_weights=False)[0] * weights.amax((1, 2))[None, :, None]
+        return y.permute(1, 2, 0).unflatten(2, (height, -1))
+
+
 def _tied_alike() -> nn.Module:
     first, second = (nn.Conv2d(12, 12, 3, padding=1) for _ in range(2))
     second.weight = first.weight
@@ -101,6 +148,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "tied convolutions": _tied_alike,
     "embedding tied to the head": _TiedLanguageModel,
     "attention, then recurrence": _AttentionThenRecurrence,
+    "fused attention": lambda: _images(_Attention(12, 6, True, False), _Attention(12, 6, True, True)),
+    "attention by two layers": lambda: _images(_Attention(12, 6, False, True), _Attention(12, 6, False, False)),
+    "heads that do not divide": lambda: _images(_Attention(12, 1, True, False), _Attention(12, 4, True, True)),
+    "attention of torch": lambda: _images(_AttentionOfTorch()),
     "weights that are computed": lambda: _images(
         weight_norm(nn.Conv2d(12, 12, 3)), spectral_norm(nn.Conv2d(12, 12, 3))
     ),
@@ -163,4 +214,4 @@ def test_two_steps(ranks: int, name: str) -> None:
 
 def test_every_kind_of_placement_is_there() -> None:
     kinds = {placement.kind for name in NETWORKS for p in RANKS for placement in plan(_model(name), p).values()}
-    assert kinds == {"column", "row", "grouped", "two-level", "shuffle", "channels", "dropout", "whole"}
+    assert kinds == {"column", "row", "grouped", "two-level", "shuffle", "channels", "heads", "dropout", "whole"}

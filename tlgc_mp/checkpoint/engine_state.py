@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tlgc_mp.checkpoint.reader import Part
 from tlgc_mp.errors import UsageError
+from tlgc_mp.parallel.layout import WHOLE
 from tlgc_mp.parallel.sharded import ShardedLayer
 
 
@@ -87,10 +88,10 @@ class EngineState:
             for key, tensor in tensors.items():
                 if tensor is None or key in module._non_persistent_buffers_set:
                     continue
-                dim = module.placement.dims.get(key) if isinstance(module, ShardedLayer) else None
+                dim, segments = module.placement.layout(key) if isinstance(module, ShardedLayer) else WHOLE
                 index, count = (0, 1) if dim is None else (module.tp_index, module.tp_world_size)
                 shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
-                found[f"{prefix}.{key}" if prefix else key] = Part(shape, dim, index, count)
+                found[f"{prefix}.{key}" if prefix else key] = Part(shape, dim, index, count, segments)
         return found
 
     def buffers(self) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from tlgc_mp.models import create_model
 from tlgc_mp.models.factory import create_meta_model
 from tlgc_mp.models.names import check_split, library_model
 from tlgc_mp.nn.arguments import check_device
+from tlgc_mp.parallel.layout import WHOLE, Layout
 from tlgc_mp.parallel.plan import plan
 
 _ARGUMENTS = ("conv", "groups", "coarse_everywhere", "coarse_kernel_size", "coarse_init")
@@ -122,7 +123,7 @@ def reshard_checkpoint(path: str, output: str, tensor_parallel: int) -> str:
     check_split(run["model"], run["conv"], run["groups"], tensor_parallel)
     arguments = _arguments(run, reader)
     model = _check_model(arguments, reader)
-    dims = _dims(model, tensor_parallel)
+    layouts = _layouts(model, tensor_parallel)
     micro_batch = run["batch_size"] // (run["accumulation"] * run["data_parallel"])
     run = {
         **{**run, "tensor_parallel": tensor_parallel, "data_parallel": 1},
@@ -140,7 +141,7 @@ def reshard_checkpoint(path: str, output: str, tensor_parallel: int) -> str:
         files = {}
         for rank in range(tensor_parallel):
             name = f"shard-{rank:02d}-00.safetensors"
-            tensors, index = _share(reader, dims, rank, tensor_parallel)
+            tensors, index = _share(reader, layouts, rank, tensor_parallel)
             save_file(tensors, os.path.join(partial, name), metadata={INDEX: json.dumps(index)})
             files[name] = folders.sealed(os.path.join(partial, name))
         for name in reader.description["files"]:
@@ -196,31 +197,31 @@ def _arguments(run: dict[str, Any], reader: CheckpointReader) -> dict[str, Any]:
     return {"name": run["model"], "num_classes": classes, **{key: run[key] for key in _ARGUMENTS}}
 
 
-def _dims(model: nn.Module, tensor_parallel: int) -> dict[str, int]:
-    """Name -> the dimension in which a parameter or buffer is cut, of those that are."""
+def _layouts(model: nn.Module, tensor_parallel: int) -> dict[str, Layout]:
+    """Name -> how a parameter or buffer is cut, of those that are."""
     if tensor_parallel == 1:
         return {}
     return {
-        f"{name}.{key}" if name else key: dim
+        f"{name}.{key}" if name else key: placement.layout(key)
         for name, placement in plan(model, tensor_parallel).items()
-        for key, dim in placement.dims.items()
+        for key in placement.dims
     }
 
 
 def _share(
-    reader: CheckpointReader, dims: dict[str, int], rank: int, ranks: int
+    reader: CheckpointReader, layouts: dict[str, Layout], rank: int, ranks: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(the tensors of one rank's file, where each belongs)"""
     tensors, index = {}, {}
     for tensor in reader.tensors():
         name = tensor.removeprefix("optimizer/").partition("/")[2] if tensor.startswith("optimizer/") else None
-        dim = dims.get(name or tensor.partition("/")[2])
+        dim, segments = layouts.get(name or tensor.partition("/")[2], WHOLE)
         if dim is None and rank > 0:
             continue
         shape = list(reader.whole_shape(tensor))
         if dim is not None:
             shape[dim] //= ranks
-        part = Part(tuple(shape), dim, 0 if dim is None else rank, 1 if dim is None else ranks)
+        part = Part(tuple(shape), dim, 0 if dim is None else rank, 1 if dim is None else ranks, segments)
         tensors[tensor] = reader.read_mean(tensor, part).contiguous()
         index[tensor] = Piece(part, 0, 0).entry()
     return tensors, index

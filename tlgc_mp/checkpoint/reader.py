@@ -1,8 +1,8 @@
 """Reading any part of any tensor of a checkpoint, whatever the shape of the run that wrote it.
 
 A file holds ranges of parts: a whole tensor is cut in equal parts along one dimension, and a flattened part in ranges.
-Where the parts that are asked for are those that were written, or are cut along dimension 0, a range of theirs is a few
-ranges of the files; else the parts are put together first.
+Where the parts that are asked for are those that were written, or both are cut along dimension 0, a range of theirs is
+a few ranges of the files; else the parts are put together first.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tlgc_mp.checkpoint.folder import read_description
 from tlgc_mp.errors import UsageError, is_count
+from tlgc_mp.parallel.layout import Layout, Ranks, join_shares, take_share
 
 INDEX = "index"
 """The key of a file's metadata under which, as JSON, stands where each of its tensors belongs."""
@@ -36,12 +37,22 @@ class Part:
         shape: of the part.
         dim: the dimension in which the whole is cut; ``None`` where it is not.
         index, count: it is part ``index`` of ``count`` equal ones.
+        segments: sizes of the pieces that the cut dimension is a row of, each cut by itself; ``None`` for one piece.
     """
 
     shape: tuple[int, ...]
     dim: int | None
     index: int
     count: int
+    segments: tuple[int, ...] | None = None
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        return tuple(n * self.count if dim == self.dim else n for dim, n in enumerate(self.shape))
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.dim, self.segments)
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class Piece:
         return {
             **{"shape": part.shape, "dim": part.dim, "part": part.index, "parts": part.count},
             **{"start": self.start, "replica": self.replica},
+            **({} if part.segments is None else {"segments": part.segments}),
         }
 
     @staticmethod
@@ -67,13 +79,17 @@ class Piece:
             ValueError, KeyError, TypeError: it has not made that.
         """
         shape, dim, index, count = tuple(entry["shape"]), entry["dim"], entry["part"], entry["parts"]
-        numbers = (*shape, index, entry["start"], entry["replica"])
+        segments = tuple(entry["segments"]) if "segments" in entry else None
+        numbers = (*shape, *(segments or ()), index, entry["start"], entry["replica"])
         uncut = dim is None and count == 1
         if not all(is_count(number, 0) for number in numbers) or not is_count(count) or index >= count:
             raise ValueError(f"{entry} is no piece")
         if not uncut and not (is_count(dim, 0) and dim < len(shape)):
             raise ValueError(f"{entry} is no piece")
-        return Piece(Part(shape, dim, index, count), entry["start"], entry["replica"])
+        part = Part(shape, dim, index, count, segments)
+        if segments and (any(n % count for n in segments) or dim is None or sum(segments) != part.whole_shape[dim]):
+            raise ValueError(f"{entry} is no piece")
+        return Piece(part, entry["start"], entry["replica"])
 
 
 class CheckpointReader:
@@ -125,7 +141,7 @@ class CheckpointReader:
         ranges: dict[tuple[int, int], list[tuple[int, int]]] = {}  # (part, replica) -> (start, end) of each piece
         for piece, elements in pieces:
             part = piece.part
-            if (part.shape, part.dim, part.count) != (first.shape, first.dim, first.count):
+            if replace(part, index=0) != replace(first, index=0):
                 raise UsageError(f"the checkpoint {self.where!r} holds {tensor} in parts that do not fit together")
             keeper = piece.replica if tensor.startswith(_OWN) else 0
             ranges.setdefault((part.index, keeper), []).append((piece.start, piece.start + elements))
@@ -152,8 +168,7 @@ class CheckpointReader:
 
     def whole_shape(self, tensor: str) -> tuple[int, ...]:
         """The shape of the whole tensor."""
-        part = self._of(tensor)[0][1].part
-        return tuple(n * part.count if dim == part.dim else n for dim, n in enumerate(part.shape))
+        return self._of(tensor)[0][1].part.whole_shape
 
     def read(self, tensor: str, part: Part, start: int = 0, numel: int | None = None, replica: int = 0) -> Tensor:
         """Elements ``start .. start + numel - 1`` of the flattened ``part`` of a tensor, or the part in its shape.
@@ -168,14 +183,14 @@ class CheckpointReader:
         if tensor.startswith(_OWN):
             pieces = [p for p in pieces if p[1].replica == (replica if replica in replicas else min(replicas))]
         written = pieces[0][1].part
-        whole = tuple(n * part.count if dim == part.dim else n for dim, n in enumerate(part.shape))
-        if whole != self.whole_shape(tensor):
-            raise UsageError(f"{tensor} is {self.whole_shape(tensor)} in the checkpoint {self.where!r}, not {whole}")
+        whole = part.whole_shape
+        if whole != written.whole_shape:
+            raise UsageError(f"{tensor} is {written.whole_shape} in the checkpoint {self.where!r}, not {whole}")
         length = math.prod(part.shape) - start if numel is None else numel
-        dim = written.dim if part.dim is None else part.dim
-        if written.count == part.count:
+        rows = Layout(0, None)
+        if written.count == part.count and (written.count == 1 or written.layout == part.layout):
             flat = self._range(tensor, pieces, part.index, start, length)
-        elif dim == 0:
+        elif all(each.count == 1 or each.layout == rows for each in (written, part)):
             share = math.prod(written.shape)
             at = math.prod(part.shape) * part.index + start
             end, ranges = at + length, []
@@ -186,12 +201,13 @@ class CheckpointReader:
                 at += here
             flat = torch.cat(ranges)
         else:
-            assert dim is not None
-            parts = [
+            shares = [
                 self._range(tensor, pieces, index, 0, math.prod(written.shape)).view(written.shape)
                 for index in range(written.count)
             ]
-            cut = torch.cat(parts, dim).narrow(dim, part.index * part.shape[dim], part.shape[dim])
+            if written.dim is not None:
+                shares = [torch.cat(join_shares(shares, written.layout), written.dim)]
+            cut = take_share(shares[0], part.layout, Ranks(size=part.count, rank=part.index))
             flat = cut.flatten().narrow(0, start, length)
         return flat.view(part.shape) if numel is None and start == 0 else flat
 

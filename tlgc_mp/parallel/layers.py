@@ -179,6 +179,7 @@ LAYERS: dict[str, type[ShardedLayer]] = {
     "shuffle": ParallelShuffle,
     "gathered": GatheredConv,
     "channels": ShardedLayer,
+    "heads": ShardedLayer,
     "dropout": ParallelDropout,
     "row": ParallelRow,
 }
@@ -257,7 +258,7 @@ def shard_layer(
             if share.requires_grad and key not in placement.dims and not region.channels_apart:
                 # A function of autograd's own kind may hand a split gradient to a parameter that it was given plain.
                 share.register_hook(plain_gradient)
-            _keep_hooks(param, share, placement.dims.get(key), region)
+            _keep_hooks(param, share, placement.layout(key), region)
         layer._parameters[key] = shares[id(param)]
         if key in placement.dims:
             own.config_tp_params(shares[id(param)])
@@ -268,13 +269,13 @@ def shard_layer(
         own._adjust()
 
 
-def _keep_hooks(param: nn.Parameter, share: nn.Parameter, dim: int | None, region: Region) -> None:
+def _keep_hooks(param: nn.Parameter, share: nn.Parameter, layout: Layout, region: Region) -> None:
     """Has the gradient hooks of a whole parameter run for its share; they see the whole gradient."""
     for hook in (param._backward_hooks or {}).values():
-        if dim is None:
+        if layout.dim is None:
             share.register_hook(hook)
         else:
-            share.register_hook(functools.partial(_hook_of_whole, hook, Layout(dim, None), region.ranks))
+            share.register_hook(functools.partial(_hook_of_whole, hook, layout, region.ranks))
 
 
 def _hook_of_whole(hook: Any, layout: Layout, ranks: Ranks, grad: Tensor) -> Tensor | None:
@@ -284,8 +285,7 @@ def _hook_of_whole(hook: Any, layout: Layout, ranks: Ranks, grad: Tensor) -> Ten
 
 def _share(placement: Placement, key: str, tensor: Tensor, region: Region, device: torch.device | None) -> Tensor:
     """This rank's share of a whole parameter or buffer, in storage of its own."""
-    if key in placement.dims:
-        tensor = take_share(tensor, Layout(placement.dims[key], None), region.ranks)
+    tensor = take_share(tensor, placement.layout(key), region.ranks)
     if tensor.is_meta:
         return torch.empty_like(tensor, device=device or torch.device("cpu"))
     return tensor.to(device=device or tensor.device, copy=True)

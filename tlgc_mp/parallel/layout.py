@@ -34,6 +34,9 @@ class Layout(NamedTuple):
         return self.segments or (total,)
 
 
+WHOLE = Layout(None, None)
+
+
 class Ranks:
     """The tensor-parallel ranks of one replica.
 
@@ -114,6 +117,16 @@ def take_share(whole: Tensor, layout: Layout, ranks: Ranks, rank: int | None = N
     return torch.cat(parts, dim)
 
 
+def join_shares(shares: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+    """The pieces of a whole tensor along its cut dimension, in order, of the shares of all ranks, as views."""
+    if layout.segments is None:
+        return list(shares)
+    assert layout.dim is not None
+    lengths = [segment // len(shares) for segment in layout.segments]
+    cut = [share.split(lengths, layout.dim) for share in shares]
+    return [cut[rank][piece] for piece in range(len(lengths)) for rank in range(len(shares))]
+
+
 def gather_shares(tensor: Any) -> Tensor:
     """The whole of a SplitTensor, plain, in the memory format that it has on one device. Collective.
 
@@ -130,11 +143,7 @@ def gather_shares(tensor: Any) -> Tensor:
         joined = stacked.flatten(0, 1).permute(back)
         if joined.stride() == tensor.stride():
             return joined
-    shares = [stacked[rank].permute(back) for rank in range(ranks.size)]
-    if layout.segments is not None:
-        lengths = [segment // ranks.size for segment in layout.segments]
-        cut = [part.split(lengths, dim) for part in shares]
-        shares = [cut[rank][piece] for piece in range(len(lengths)) for rank in range(ranks.size)]
+    shares = join_shares([stacked[rank].permute(back) for rank in range(ranks.size)], layout)
     if 0 in tensor.stride():
         return torch.cat(shares, dim)
     out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=share.dtype, device=share.device)

@@ -13,6 +13,7 @@ without a process group, and it refuses nothing but layers that have no shapes y
     prototype   its prototype: the same
     shuffle     group convolution with shuffled channels: local, but for an all-to-all of its output
     channels    normalization, PReLU: a value a channel; local, or a sum a position
+    heads       multi-head attention: column, each rank its heads
     dropout     nothing to hold; it draws what one device draws
     whole       held by every rank
 """
@@ -29,6 +30,7 @@ from torch.nn.parameter import is_lazy
 
 from tlgc_mp.errors import UsageError, is_count
 from tlgc_mp.nn import FullyLearnableGroupConv2d, ShuffleConv2d, TwoLevelConv2d, TwoLevelPrototypeConv2d
+from tlgc_mp.parallel.layout import WHOLE, Layout
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,17 @@ class Placement:
         kind: one of the kinds in this module's docstring.
         dims: parameter or buffer name -> the dimension cut into P shares. What is not named is whole on every rank.
         reason: why a layer is whole; empty otherwise.
+        segments: sizes of the pieces that each cut dimension is a row of, each cut by itself; ``None`` for one piece.
     """
 
     kind: str
     dims: dict[str, int] = field(default_factory=dict)
     reason: str = ""
+    segments: tuple[int, ...] | None = None
+
+    def layout(self, name: str) -> Layout:
+        """How the parameter or buffer ``name`` is cut."""
+        return Layout(self.dims[name], self.segments) if name in self.dims else WHOLE
 
 
 def plan(model: nn.Module, tensor_parallel: int) -> dict[str, Placement]:
@@ -66,13 +74,13 @@ def plan(model: nn.Module, tensor_parallel: int) -> dict[str, Placement]:
         for key, param in module.named_parameters(recurse=False):
             if is_lazy(param):
                 raise UsageError(f"{name}.{key} has no shape yet; run one batch through the model first")
-        placement = _placement(module, tensor_parallel)
+        placement = _placement(module, tensor_parallel, name)
         if placement is None:
             continue
         if isinstance(module, _ConvNd) and placement.kind == "row" and (module is stem or channels_apart):
             placement = _column(module, tensor_parallel) or placement
         if channels_apart and placement.kind == "column" and module is not stem:
-            placement = Placement("gathered", placement.dims)
+            placement = Placement("gathered", placement.dims, segments=placement.segments)
         if type(module) is nn.Linear and only_linear and module.in_features % tensor_parallel == 0:
             placement = Placement("row", {"weight": 1})
         placements[name] = placement
@@ -122,7 +130,7 @@ def unsplit_class(module: nn.Module) -> type:
     return cls
 
 
-def _placement(module: nn.Module, ranks: int) -> Placement | None:
+def _placement(module: nn.Module, ranks: int, name: str) -> Placement | None:
     held = set(_held(module))
     if isinstance(module, TwoLevelConv2d | ShuffleConv2d):
         kind = "shuffle"
@@ -141,7 +149,9 @@ def _placement(module: nn.Module, ranks: int) -> Placement | None:
     if isinstance(module, _ConvNd) and "weight" in held:
         found = _convolution(module, ranks)
     elif isinstance(module, nn.Linear) and "weight" in held:
-        found = _linear(module, ranks)
+        found = _linear(module, ranks, name)
+    elif isinstance(module, nn.MultiheadAttention):
+        found = _attention(module, ranks)
     elif isinstance(module, _NormBase | nn.GroupNorm | nn.PReLU):
         found = _channels(module, held, ranks)
     elif isinstance(module, nn.LayerNorm) and module.normalized_shape[0] % ranks == 0:
@@ -184,13 +194,33 @@ def _column(layer: _ConvNd, ranks: int) -> Placement | None:
     return Placement("column", {"weight": 1 if isinstance(layer, _ConvTransposeNd) else 0, **bias})
 
 
-def _linear(layer: nn.Linear, ranks: int) -> Placement | None:
+_FUSED = {"qkv": 3, "kv": 2}
+"""Name that a layer goes by -> how many layers of attention are usually one in it, each cut by itself."""
+
+
+def _linear(layer: nn.Linear, ranks: int, name: str) -> Placement | None:
     """Row-parallel where there are fewer outputs than inputs: where two layers of an MLP follow, column, then row."""
+    fused = _FUSED.get(name.rpartition(".")[2], 1)
+    if fused > 1 and layer.out_features % (fused * ranks) == 0:
+        pieces = (layer.out_features // fused,) * fused
+        return Placement("column", dict.fromkeys(_parameters(layer), 0), segments=pieces)
     if layer.in_features >= layer.out_features and layer.in_features % ranks == 0:
         return Placement("row", {"weight": 1})
     if layer.out_features % ranks:
         return None
     return Placement("column", dict.fromkeys(_parameters(layer), 0))
+
+
+def _attention(layer: nn.MultiheadAttention, ranks: int) -> Placement | None:
+    """The heads are cut; queries, keys and values each, where one parameter holds the three."""
+    if layer.num_heads % ranks:
+        return None
+    names = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    dims = {name: 0 for name in names if name in _parameters(layer)}
+    if "in_proj_weight" in dims:
+        return Placement("heads", dims, segments=(layer.embed_dim,) * 3)
+    dims.pop("in_proj_bias", None)  # of three layers, where the weights are of one each
+    return Placement("heads", dims) if dims else None
 
 
 def _channels(layer: nn.Module, held: set[str], ranks: int) -> Placement | None:
@@ -203,11 +233,11 @@ def _channels(layer: nn.Module, held: set[str], ranks: int) -> Placement | None:
 
 def _keep_ties_whole(model: nn.Module, placements: dict[str, Placement]) -> None:
     """A parameter that two layers hold is cut where both cut it alike, and whole otherwise."""
-    cuts: dict[int, set[int | None]] = {}
+    cuts: dict[int, set[Layout]] = {}
     for name, module in model.named_modules():
         for key, param in module._parameters.items():
             if param is not None:
-                cut = placements[name].dims.get(key) if name in placements else None
+                cut = placements[name].layout(key) if name in placements else WHOLE
                 cuts.setdefault(id(param), set()).add(cut)
     for name, placement in list(placements.items()):
         module = model.get_submodule(name)
@@ -218,7 +248,8 @@ def _keep_ties_whole(model: nn.Module, placements: dict[str, Placement]) -> None
             placements[name] = Placement("whole", reason=f"{tied[0]} is tied to another layer's")
         elif tied:
             kept = {key: dim for key, dim in placement.dims.items() if key not in tied}
-            placements[name] = Placement(placement.kind, kept, f"{tied[0]} is tied to another layer's")
+            reason = f"{tied[0]} is tied to another layer's"
+            placements[name] = Placement(placement.kind, kept, reason, placement.segments)
 
 
 _LOCAL = ("two-level", "prototype", "shuffle")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from tlgc_mp.parallel import collectives
-from tlgc_mp.parallel.layout import Layout, gather_shares, thin_geometry
-from tlgc_mp.parallel.split_tensor import WHOLE, SplitTensor, share_in
+from tlgc_mp.parallel.layout import WHOLE, Layout, gather_shares, thin_geometry
+from tlgc_mp.parallel.split_tensor import SplitTensor, share_in
 from tlgc_mp.parallel.split_tensor import like as alike
 
 aten = torch.ops.aten
@@ -225,8 +225,8 @@ def copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @rule(
     *operators(
-        "_softmax _log_softmax cumsum cumprod logcumsumexp flip roll sort.default sort.stable topk.default "
-        "cummax.default cummin.default kthvalue.default mode.default"
+        "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp flip roll sort.default sort.stable "
+        "topk.default cummax.default cummin.default kthvalue.default mode.default"
     )
 )
 def along_dim(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

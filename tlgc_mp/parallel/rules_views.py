@@ -17,7 +17,7 @@ from tlgc_mp.parallel.layout import Layout
 from tlgc_mp.parallel.rules import WHOLE, _first, aten, operators, rule, wrap
 from tlgc_mp.parallel.split_tensor import Family, SplitTensor, as_view, made_as_view, share_in
 
-MOST_SEGMENTS = 64
+MOST_SEGMENTS = 256
 
 
 @rule(aten.detach, aten.alias)

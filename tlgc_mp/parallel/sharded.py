@@ -19,7 +19,7 @@ import torch.distributed as dist
 from deepspeed.module_inject.layers import TensorParallel_Layer
 from torch import Tensor, nn
 
-from tlgc_mp.parallel.layout import Layout, Ranks
+from tlgc_mp.parallel.layout import Ranks
 from tlgc_mp.parallel.plan import Placement
 from tlgc_mp.parallel.split_tensor import SplitTensor, from_share, share_in, whole
 
@@ -61,7 +61,7 @@ class ShardedLayer:
         own = self.__dict__
         if "region" not in own or name not in own["placement"].dims or own["region"].plain or value is None:
             return value
-        layout = Layout(own["placement"].dims[name], None)
+        layout = own["placement"].layout(name)
         if isinstance(value, nn.Parameter):
             return from_share(value, layout, own["region"].ranks)
         return SplitTensor(value, layout, own["region"].ranks)
@@ -71,7 +71,7 @@ class ShardedLayer:
         if isinstance(value, Tensor) and "region" in own and name in own["_buffers"] and not own["region"].plain:
             # A buffer that forward code replaces is stored as the one before it was.
             if name in own["placement"].dims:
-                value = share_in(value, Layout(own["placement"].dims[name], None), own["region"].ranks).clone()
+                value = share_in(value, own["placement"].layout(name), own["region"].ranks).clone()
             else:
                 value = whole(value)
         super().__setattr__(name, value)
@@ -96,7 +96,7 @@ class ShardedLayer:
         tensor = {**self._parameters, **self._buffers}[key].detach()  # type: ignore[attr-defined]
         if key not in self.placement.dims:
             return tensor.clone()
-        made = SplitTensor(tensor.contiguous(), Layout(self.placement.dims[key], None), self.region.tp_ranks)
+        made = SplitTensor(tensor.contiguous(), self.placement.layout(key), self.region.tp_ranks)
         return whole(made).clone(memory_format=torch.contiguous_format)
 
     @torch.no_grad()
@@ -135,9 +135,15 @@ class ShardedLayer:
                 logical_shape=tuple(shape),
                 original_shape=tuple(shape),
                 partition_sizes=None if dim is None else (share,) * self.region.ranks.size,
+                sub_param_shard_widths=self._widths(key),
                 is_bias=key == "bias",
                 replicated=dim is None,
             )
+
+    def _widths(self, key: str) -> list[list[int]] | None:
+        """What each rank holds of each segment of the parameter ``key``; ``None`` where it is one piece."""
+        segments, ranks = self.placement.layout(key).segments, self.region.ranks.size
+        return None if segments is None else [[segment // ranks] * ranks for segment in segments]
 
 
 def split_class(base: Any, kind: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tlgc_mp.parallel.layout import Layout, Ranks, gather_shares, take_share, whole_geometry
+from tlgc_mp.parallel.layout import WHOLE, Layout, Ranks, gather_shares, take_share, whole_geometry
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
@@ -29,7 +29,6 @@ observers: list[Callable[[Any, str], None]] = []
 """Called with each operator and ``"shares"`` or ``"whole"``: how it was computed. Empty but for reports and tests."""
 
 _make = torch.Tensor._make_wrapper_subclass
-WHOLE = Layout(None, None)
 """Of a tensor that every rank holds whole."""
 
 
