@@ -154,7 +154,7 @@ def test_lazy_layers_are_refused_by_name() -> None:
         (nn.LayerNorm(6), Placement("channels", NORM)),
         (nn.LayerNorm([8, 6, 6], bias=False), Placement("channels", {"weight": 0})),
         (nn.InstanceNorm2d(8, affine=True), Placement("channels", NORM)),
-        (nn.SyncBatchNorm(8), Placement("channels", {**NORM, **STATISTICS})),
+        (nn.SyncBatchNorm(8), Placement("synchronized", {**NORM, **STATISTICS})),
         (nn.PReLU(8), Placement("channels", {"weight": 0})),
         (nn.PReLU(), Placement("whole", reason="no rule for a PReLU")),
         (nn.Conv1d(8, 10, 3), Placement("column", NORM)),

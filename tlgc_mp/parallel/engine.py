@@ -113,7 +113,9 @@ def initialize(
     before = dict(model.named_parameters())
     mpu = enter_groups(ranks)
     if ranks > 1:
-        model = shard(model, mpu.get_tensor_model_parallel_group(), device=device, seed=seed, **bounded)
+        replicas = mpu.get_data_parallel_group()
+        group = mpu.get_tensor_model_parallel_group()
+        model = shard(model, group, device=device, seed=seed, data_parallel_group=replicas, **bounded)
         collect_checkpoint_info(model)
     elif any(param.is_meta for param in before.values()):
         model.to_empty(device=device)

@@ -48,7 +48,10 @@ class LocalLayer(ShardedLayer):
         channels = self.in_channels  # type: ignore[attr-defined]
         if x.dim() != 4 or x.shape[1] != channels:
             raise UsageError(f"input of shape {tuple(x.shape)} does not fit; give (B, {channels}, H, W)")
-        last = x.is_contiguous(memory_format=torch.channels_last)
+        return self._on_shares(x)
+
+    def _on_shares(self, x: Tensor) -> Tensor:
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         if not isinstance(x, SplitTensor):
             x = enter_ranks(x, self.region.ranks)  # its gradient is plain, too
         share = to_share(x, CHANNELS, self.region.ranks)  # of a whole tensor, a view with gaps
@@ -95,6 +98,25 @@ class ParallelShuffle(LocalLayer):
         received = exchange_channels(by_place, self._sends, self._receives, self.region.ranks.group_name)
         shuffled = received.index_select(0, self.receive_order).transpose(0, 1)
         return shuffled.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+class ParallelSyncNorm(LocalLayer):
+    """A SyncBatchNorm with a share of its channels, whose statistics are over the replicas alone."""
+
+    @property
+    def process_group(self) -> Any:
+        return None if self.region.replicas is None else self.region.replicas.group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        """It follows from the region."""
+
+    def forward(self, x: Tensor) -> Any:
+        if self.region.plain or not self.training:  # type: ignore[attr-defined]
+            return super(LocalLayer, self).forward(x)  # type: ignore[misc]
+        if x.device.type == "meta":  # to be measured
+            return nn.modules.batchnorm._BatchNorm.forward(self, x)  # type: ignore[arg-type]
+        return self._on_shares(x)
 
 
 class ParallelGroupConv(ShardedLayer):
@@ -180,6 +202,7 @@ LAYERS: dict[str, type[ShardedLayer]] = {
     "gathered": GatheredConv,
     "channels": ShardedLayer,
     "heads": ShardedLayer,
+    "synchronized": ParallelSyncNorm,
     "dropout": ParallelDropout,
     "row": ParallelRow,
 }

@@ -13,6 +13,7 @@ without a process group, and it refuses nothing but layers that have no shapes y
     prototype   its prototype: the same
     shuffle     group convolution with shuffled channels: local, but for an all-to-all of its output
     channels    normalization, PReLU: a value a channel; local, or a sum a position
+    synchronized  SyncBatchNorm: the same, with statistics over the replicas
     heads       multi-head attention: column, each rank its heads
     dropout     nothing to hold; it draws what one device draws
     whole       held by every rank
@@ -80,7 +81,7 @@ def plan(model: nn.Module, tensor_parallel: int) -> dict[str, Placement]:
         if isinstance(module, _ConvNd) and placement.kind == "row" and (module is stem or channels_apart):
             placement = _column(module, tensor_parallel) or placement
         if channels_apart and placement.kind == "column" and module is not stem:
-            placement = Placement("gathered", placement.dims, segments=placement.segments)
+            placement = Placement("gathered", placement.dims)
         if type(module) is nn.Linear and only_linear and module.in_features % tensor_parallel == 0:
             placement = Placement("row", {"weight": 1})
         placements[name] = placement
@@ -154,6 +155,8 @@ def _placement(module: nn.Module, ranks: int, name: str) -> Placement | None:
         found = _attention(module, ranks)
     elif isinstance(module, _NormBase | nn.GroupNorm | nn.PReLU):
         found = _channels(module, held, ranks)
+        if found is not None and isinstance(module, nn.SyncBatchNorm):
+            found = Placement("synchronized", found.dims)
     elif isinstance(module, nn.LayerNorm) and module.normalized_shape[0] % ranks == 0:
         found = Placement("channels", dict.fromkeys(_parameters(module), 0))
     if found is not None:

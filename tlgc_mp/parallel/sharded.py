@@ -32,13 +32,15 @@ class Region:
         tp_group: the same ranks, on the group that the engine knows.
         channels_apart: whether they can, since the model's code between layers leaves channels apart.
         plain: whether shares go from layer to layer as plain tensors, now.
+        replicas: the ranks that hold this share, one of each replica; ``None`` where nobody asks.
     """
 
-    def __init__(self, ranks: Ranks, tp_ranks: Ranks, channels_apart: bool) -> None:
+    def __init__(self, ranks: Ranks, tp_ranks: Ranks, channels_apart: bool, replicas: Ranks | None = None) -> None:
         self.ranks = ranks
         self.tp_ranks = tp_ranks
         self.channels_apart = channels_apart
         self.plain = ranks.size == 1
+        self.replicas = replicas
 
     @contextlib.contextmanager
     def set_plain(self, plain: bool) -> Iterator[None]:

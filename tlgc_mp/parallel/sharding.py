@@ -33,6 +33,7 @@ def shard(
     device: torch.device | str | None = None,
     seed: int | None = None,
     timeout: datetime.timedelta | float = COLLECTIVE_TIMEOUT,
+    data_parallel_group: dist.ProcessGroup | None = None,
 ) -> nn.Module:
     """Splits ``model`` over the ranks of ``process_group``, in place, layer by layer. Collective.
 
@@ -52,14 +53,17 @@ def shard(
             otherwise.
         timeout: how long a rank waits for the others in a forward or backward pass, as a timedelta or in seconds,
             before it raises an error that names who is missing.
+        data_parallel_group: the ranks that hold the same share, one of each replica. Only ``nn.SyncBatchNorm`` asks for
+            them, and only where there are other ranks than those of ``process_group``.
 
     Returns:
         ``model``.
 
     Raises:
-        UsageError: torch.distributed is not initialized, an argument is of another kind, or the ranks do not pass the
-            same model. Later, in training, a forward pass raises one where the ranks have come to differ in their
-            inputs, their random state or what each holds whole (``replicas.py``).
+        UsageError: torch.distributed is not initialized, an argument is of another kind, ``data_parallel_group`` is
+            needed and not given, or the ranks do not pass the same model. Later, in training, a forward pass raises
+            one where the ranks have come to differ in their inputs, their random state or what each holds whole
+            (``replicas.py``).
     """
     check_module("model", model)
     check_device(device)
@@ -76,7 +80,8 @@ def shard(
     check_same_model(model, coarse_group, seed)
     ranks = Ranks(coarse_group)
     placements = plan(model, ranks.size)
-    region = Region(ranks, Ranks(group), goes_plain(model, placements))
+    replicas = _replicas(model, members, data_parallel_group)
+    region = Region(ranks, Ranks(group), goes_plain(model, placements), replicas)
     meta = any(param.is_meta for param in model.parameters())
     target = None if device is None else torch.device(device)
     split_layers(model, placements, region, target)
@@ -85,6 +90,30 @@ def shard(
             init_parameters(model, torch.initial_seed() if seed is None else seed, shard_index=ranks.rank)
     watch_replicas(model, ranks, bound)
     return model
+
+
+def _replicas(model: nn.Module, members: list[int], group: dist.ProcessGroup | None) -> Ranks | None:
+    """The ranks over which synchronized layers of ``model`` take their statistics: one of each replica."""
+    layers = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    if not layers:
+        return None
+    given: list[Any] = [group] if group is not None else [layer.process_group for layer in layers]
+    if any(each is None for each in given):
+        if len(members) < dist.get_world_size():
+            raise UsageError(
+                "data_parallel_group must be the ranks that hold the same share of other replicas, got None; "
+                "SyncBatchNorm takes its statistics over them"
+            )
+        alone: Any = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        return Ranks(alone)
+    for each in given:
+        ranks = dist.get_process_group_ranks(each)
+        if len(set(ranks) & set(members)) > 1 or ranks != dist.get_process_group_ranks(given[0]):
+            raise UsageError(
+                f"data_parallel_group must be ranks of one share, for every SyncBatchNorm the same, got {ranks}; "
+                f"the ranks {members} share one replica"
+            )
+    return Ranks(given[0])
 
 
 def split_layers(
