@@ -1,7 +1,12 @@
-"""What a rank keeps for backward of a 3-D U-Net: its share, though every dense convolution needs all channels."""
+"""What a rank keeps for backward of a 3-D U-Net: its share, though every dense convolution needs all channels.
+
+``python -m tests.parallel.test_memory_of_activations`` prints it for larger images, and the peak of a step.
+"""
 
 from __future__ import annotations
 
+import argparse
+import resource
 from typing import Any
 from unittest import mock
 
@@ -11,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.parallel.common import SEED, assert_close, relative_error, run_ranks_once
+from tests.ranks import run_ranks
 from tlgc_mp.parallel import collectives, gather_state_dict, rules_convolution, shard
 from tlgc_mp.parallel.split_tensor import SplitTensor
 
@@ -54,11 +60,11 @@ def _network(width: int = WIDTH) -> nn.Module:
     return UNet3d(width)
 
 
-def _images() -> Tensor:
-    return torch.randn(1, 1, SIDE, SIDE, SIDE, generator=torch.Generator().manual_seed(SEED))
+def _images(side: int = SIDE) -> Tensor:
+    return torch.randn(1, 1, side, side, side, generator=torch.Generator().manual_seed(SEED))
 
 
-def _pass(model: nn.Module) -> tuple[Tensor, int]:
+def _pass(model: nn.Module, side: int = SIDE) -> tuple[Tensor, int]:
     """The output of a training step's forward pass, and the bytes of memory that it keeps for backward."""
     own = {param.untyped_storage().data_ptr() for param in model.parameters()}
     storages: dict[int, int] = {}
@@ -70,7 +76,7 @@ def _pass(model: nn.Module) -> tuple[Tensor, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(_images())
+        out = model(_images(side))
     out.square().mean().backward()
     return out.detach(), sum(storages.values())
 
@@ -124,3 +130,32 @@ def test_whole_inputs_come_in_blocks(ranks: int) -> None:
             if largest == 40_000:
                 assert biggest <= max(largest, ranks * channel, filters)
         assert answers[0][3] > 1.5 * answers[1][3], "no block was smaller than the whole"
+
+
+def _peak(width: int, side: int, split: bool) -> tuple[int, int]:
+    """Bytes kept for backward, and bytes that a step adds to the most that the process has held. Once a process."""
+    torch.set_num_threads(1)
+    model = shard(_network(width)) if split else _network(width)
+    _pass(model)  # small, so that what a first step loads is there
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _, kept = _pass(model, side)
+    return kept, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.parallel.test_memory_of_activations", description=__doc__)
+    parser.add_argument("--width", type=int, default=32, help="channels of the first block")
+    parser.add_argument("--side", type=int, default=64, help="length of the three sides of the image")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    options = parser.parse_args()
+    whole, most = run_ranks(1, _peak, options.width, options.side, False)[0]
+    print(f"one device: {whole / 1e6:.0f} MB kept for backward, {most / 1e6:.0f} MB at the peak")
+    for ranks in options.ranks:
+        kept, peak = max(run_ranks(ranks, _peak, options.width, options.side, True))
+        print(
+            f"each of {ranks} ranks: {kept / 1e6:.0f} MB ({kept / whole:.2f}), {peak / 1e6:.0f} MB ({peak / most:.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -139,15 +139,23 @@ def gather_shares(tensor: Any) -> Tensor:
     order = memory_order(share)
     stacked = collectives.all_gather(share.permute(order).contiguous(), ranks)  # P, then the share in memory's order
     back = [order.index(i) for i in range(share.dim())]
-    if order[0] == dim and layout.segments is None:
-        joined = stacked.flatten(0, 1).permute(back)
-        if joined.stride() == tensor.stride():
-            return joined
+    if layout.segments is None and _is_outermost(share, dim, order):
+        place = order.index(dim)
+        joined = stacked.movedim(0, place).flatten(place, place + 1).permute(back)
+        shape, strides = tensor.shape, tensor.stride()
+        if all(n == 1 or own == whole for n, own, whole in zip(shape, joined.stride(), strides, strict=True)):
+            return joined.as_strided(shape, strides)
     shares = join_shares([stacked[rank].permute(back) for rank in range(ranks.size)], layout)
     if 0 in tensor.stride():
         return torch.cat(shares, dim)
     out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=share.dtype, device=share.device)
     return torch.cat(shares, dim, out=out)
+
+
+def _is_outermost(tensor: Tensor, dim: int, order: Sequence[int]) -> bool:
+    """Whether nothing but dimensions of one lies outside of ``dim`` in memory, as in a batch of one image: the shares
+    of all ranks lie one after the other then."""
+    return all(tensor.shape[other] == 1 for other in order[: order.index(dim)])
 
 
 def memory_order(tensor: Tensor) -> list[int]:
@@ -160,8 +168,12 @@ def scatter_sum(partial: Tensor, layout: Layout, ranks: Ranks) -> Tensor:
     """This rank's share, in ``layout``, of the sum of ``partial`` over the ranks. Collective."""
     if layout.dim is None:
         return collectives.all_reduce(partial, ranks)
-    shares = [take_share(partial, layout, ranks, rank) for rank in range(ranks.size)]
-    order = memory_order(shares[0])
-    stacked = torch.stack([share.permute(order) for share in shares])
+    order = memory_order(partial)
+    if layout.segments is None and _is_outermost(partial, layout.dim, order):
+        place = order.index(layout.dim)
+        stacked = partial.permute(order).unflatten(place, (ranks.size, -1)).movedim(place, 0).contiguous()
+    else:
+        shares = [take_share(partial, layout, ranks, rank) for rank in range(ranks.size)]
+        stacked = torch.stack([share.permute(order) for share in shares])
     back = [order.index(i) for i in range(partial.dim())]
     return collectives.reduce_scatter(stacked, ranks).permute(back)
