@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from tlgc_mp.parallel import collectives
 from tlgc_mp.parallel.layout import WHOLE, Layout, gather_shares, thin_geometry
@@ -162,7 +163,16 @@ def _broadcast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], lead: S
         return NotImplemented
     out = func(*local_args, **local_kwargs)
     first = out if isinstance(out, Tensor) else out[0]
-    return wrap_all(out, Layout(place + first.dim(), lead.cut.segments), lead)
+    layout = Layout(place + first.dim(), lead.cut.segments)
+    if first is out and out.shape[place] == 1 and out.shape != lead.share.shape:  # its stride says nothing of the whole
+        told = func(*unfilled(args), **unfilled(kwargs))
+        return SplitTensor(out, layout, lead.ranks, (told.shape, told.stride()))
+    return wrap_all(out, layout, lead)
+
+
+def unfilled(tree: Any) -> Any:
+    """``tree`` with every tensor in it, whole, on the meta device."""
+    return tree_map_only(Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), tree)
 
 
 class _Unlike(Exception):

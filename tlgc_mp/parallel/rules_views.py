@@ -10,11 +10,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tlgc_mp.parallel.layout import Layout
-from tlgc_mp.parallel.rules import WHOLE, _first, aten, operators, rule, wrap
+from tlgc_mp.parallel.rules import WHOLE, _first, aten, operators, rule, unfilled, wrap
 from tlgc_mp.parallel.split_tensor import Family, SplitTensor, as_view, made_as_view, share_in
 
 MOST_SEGMENTS = 256
@@ -109,13 +108,15 @@ def view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     assert layout.dim is not None
     local = list(size)
     local[layout.dim] //= x.ranks.size
-    if func is aten._unsafe_view.default:
-        return SplitTensor(x.share.reshape(local), layout, x.ranks)
     try:
         share = x.share.view(local)
+        geometry = None
+        if local[layout.dim] == 1:  # its stride says nothing of the whole
+            whole = unfilled(x).view(size)
+            geometry = whole.shape, whole.stride()
     except RuntimeError:  # a share may lie otherwise in memory than the whole
         return NotImplemented
-    return as_view(share, layout, x)
+    return as_view(share, layout, x, geometry=geometry)
 
 
 def viewed(shape: Sequence[int], size: Sequence[int], layout: Layout, ranks: int) -> Layout | None:
@@ -315,7 +316,7 @@ def stack(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     share = func(shares, dim)
     if lead.share.shape[lead.cut.dim] > 1:
         return SplitTensor(share, layout, lead.ranks)
-    shapes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
+    shapes = unfilled(tensors)
     return SplitTensor(share, layout, lead.ranks, (list(func(shapes, dim).shape), func(shapes, dim).stride()))
 
 

@@ -33,7 +33,7 @@ _SILENT_WRITES = {
     "aten::miopen_batch_norm": (3, 4),
 }
 """Operators that write arguments of which their schema does not say so."""
-_SILENT_VIEWS = {"aten::unsafe_split", "aten::unsafe_split_with_sizes"}
+_SILENT_VIEWS = {"aten::_unsafe_view", "aten::unsafe_split", "aten::unsafe_split_with_sizes"}
 """Operators that return views of which their schema does not say so."""
 
 
