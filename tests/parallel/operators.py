@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
+import json
 import sys
 import tempfile
 import textwrap
@@ -35,56 +36,62 @@ class Record:
     Attributes:
         kinds: how many calls were ``OK``, ``WRONG`` or ``RAISES``.
         reasons: of the first call of each kind that is not ``OK``.
+        computed: operator of torch that it called -> how often it was computed how.
     """
 
     kinds: collections.Counter[str] = field(default_factory=collections.Counter)
     reasons: dict[str, str] = field(default_factory=dict)
+    computed: dict[str, collections.Counter[str]] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
         return next((kind for kind in (WRONG, RAISES, OK) if self.kinds[kind]), NONE)
 
-
-@dataclass
-class Outcome:
-    """Of a run: the record of each operator of the database, and how often each operator of torch was computed how."""
-
-    records: dict[str, Record] = field(default_factory=dict)
-    computed: dict[str, collections.Counter[str]] = field(default_factory=dict)
-
-    def add(self, other: Outcome) -> None:
-        for name, record in other.records.items():
-            own = self.records.setdefault(name, Record())
-            own.kinds.update(record.kinds)
-            own.reasons = {**record.reasons, **own.reasons}
+    def add(self, other: Record) -> None:
+        self.kinds.update(other.kinds)
+        self.reasons = {**other.reasons, **self.reasons}
         for name, counts in other.computed.items():
             self.computed.setdefault(name, collections.Counter()).update(counts)
 
-    def failures(self) -> dict[str, str]:
-        return {
-            name: f"{record.verdict} {dict(record.kinds)}: {record.reasons[record.verdict]}"
-            for name, record in self.records.items()
-            if record.verdict in (WRONG, RAISES)
-        }
+
+Records = dict[str, Record]
+"""Operator of the database -> what it did."""
 
 
-def run_on_rank(names: tuple[str, ...], quick: bool, progress: str) -> Outcome:
-    """The outcome of these operators, on each rank the same; ``progress`` is the file that names the one at work."""
+def failures(records: Records) -> dict[str, str]:
+    return {
+        name: f"{record.verdict} {dict(record.kinds)}: {record.reasons[record.verdict]}"
+        for name, record in records.items()
+        if record.verdict in (WRONG, RAISES)
+    }
+
+
+def computed(records: Records) -> dict[str, collections.Counter[str]]:
+    """Operator of torch -> how often it was computed how."""
+    total = Record()
+    for record in records.values():
+        total.add(record)
+    return total.computed
+
+
+def run_on_rank(names: tuple[str, ...], quick: bool, progress: str) -> Records:
+    """The records of these operators, on each rank the same; ``progress`` is the file that names the one at work."""
     warnings.filterwarnings("ignore")
     limit = datetime.timedelta(seconds=30)
     ranks = Ranks(dist.new_group(timeout=limit))
     votes = dist.new_group(timeout=limit)  # its own, so that ranks that part do not read each other's data
-    outcome = Outcome()
+    records: Records = {}
+    record = Record()
 
     def note(func: Any, how: str) -> None:
-        outcome.computed.setdefault(func._schema.name.removeprefix("aten::"), collections.Counter())[how] += 1
+        record.computed.setdefault(func._schema.name.removeprefix("aten::"), collections.Counter())[how] += 1
 
     entries = database()
     observers.append(note)
     try:
         for name in names:
             Path(f"{progress}.{ranks.rank}").write_text(name)
-            record = outcome.records.setdefault(name, Record())
+            record = records[name] = Record()
             for call in calls_of(entries[name], ranks.size, quick):
                 kind, reason = _agreed(call.verdict(ranks), votes)
                 if kind != NONE:
@@ -93,7 +100,7 @@ def run_on_rank(names: tuple[str, ...], quick: bool, progress: str) -> Outcome:
                         record.reasons.setdefault(kind, reason)
     finally:
         observers.remove(note)
-    return outcome
+    return records
 
 
 def _agreed(own: tuple[str, str], group: dist.ProcessGroup | None) -> tuple[str, str]:
@@ -108,22 +115,21 @@ def _agreed(own: tuple[str, str], group: dist.ProcessGroup | None) -> tuple[str,
     return worst, reason
 
 
-def run(names: tuple[str, ...], size: int, quick: bool = False, timeout: float = 280.0) -> Outcome:
-    """The outcome of these operators over ``size`` ranks. One that hangs or ends a rank is ``WRONG``."""
-    total = Outcome()
+def run(names: tuple[str, ...], size: int, quick: bool = False, timeout: float = 280.0) -> Records:
+    """The records of these operators over ``size`` ranks. One that hangs or ends a rank is ``WRONG``."""
+    total: Records = {}
     while names:
         with tempfile.TemporaryDirectory() as folder:
             progress = str(Path(folder) / "operator")
             try:
-                total.add(run_ranks(size, run_on_rank, names, quick, progress, timeout=timeout)[0])
-                return total
+                return total | run_ranks(size, run_on_rank, names, quick, progress, timeout=timeout)[0]
             except AssertionError as error:
                 at = [path.read_text() for path in sorted(Path(folder).glob("operator.*"))]
                 if not at:
                     raise
                 reason = f"a rank hung or ended: {str(error).strip().splitlines()[-1]}"
         failed = min(at, key=names.index)
-        total.records[failed] = Record(collections.Counter({WRONG: 1}), {WRONG: reason})
+        total[failed] = Record(collections.Counter({WRONG: 1}), {WRONG: reason})
         names = tuple(name for name in names if name != failed)
     return total
 
@@ -131,16 +137,17 @@ def run(names: tuple[str, ...], size: int, quick: bool = False, timeout: float =
 # Reporting.
 
 
-def table(outcome: Outcome) -> str:
+def table(records: Records) -> str:
     """The contents of ``docs/operators.md``."""
-    counts = collections.Counter(record.verdict for record in outcome.records.values())
-    calls = sum(record.kinds.total() for record in outcome.records.values())
-    names = sorted(name for name in outcome.computed if "::" not in name)
-    on_shares = [name for name in names if outcome.computed[name]["shares"]]
-    always = [name for name in on_shares if not outcome.computed[name]["whole"]]
-    both = [name for name in on_shares if outcome.computed[name]["whole"]]
+    counts = collections.Counter(record.verdict for record in records.values())
+    calls = sum(record.kinds.total() for record in records.values())
+    how = computed(records)
+    names = sorted(name for name in how if "::" not in name)
+    on_shares = [name for name in names if how[name]["shares"]]
+    always = [name for name in on_shares if not how[name]["whole"]]
+    both = [name for name in on_shares if how[name]["whole"]]
     whole_only = [name for name in names if name not in on_shares]
-    failures = outcome.failures()
+    failed = failures(records)
     lines = [
         "# Operators on split tensors",
         "",
@@ -153,13 +160,13 @@ def table(outcome: Outcome) -> str:
         "| entries of the database | |",
         "|---|---:|",
         f"| as on one device | {counts[OK]} |",
-        f"| fail | {len(failures)} |",
+        f"| fail | {len(failed)} |",
         f"| take no tensor that can be split | {counts[NONE]} |",
         f"| calls compared | {calls:,} |",
         "",
         "What the lists below lack was not reached by the database; it computes whole unless a rule covers it.",
         "",
-        *_section("What fails", [f"- `{name}`: {reason}" for name, reason in failures.items()] or ["Nothing."]),
+        *_section("What fails", [f"- `{name}`: {reason}" for name, reason in failed.items()] or ["Nothing."]),
         *_section(
             "On shares",
             ["Whatever the arguments were, each rank computed with its share.", "", _list(always)],
@@ -193,28 +200,53 @@ def _list(names: list[str]) -> str:
     return textwrap.fill(", ".join(f"`{name}`" for name in names), 120, break_long_words=False, break_on_hyphens=False)
 
 
+def read(path: Path) -> dict[tuple[str, int], Record]:
+    """(operator, ranks) -> its last record in the file."""
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        name, size, kinds, reasons, how = json.loads(line)
+        counted = {key: collections.Counter(counts) for key, counts in how.items()}
+        found[name, size] = Record(collections.Counter(kinds), reasons, counted)
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.parallel.operators", description=__doc__.split("\n")[0])
     parser.add_argument("operators", nargs="*", help="names in torch's operator database (default: all)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3], help="numbers of ranks to split over")
     parser.add_argument("--output", type=Path, help="the file to write the table to")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("runs/operators.json"),
+        help="keeps results as they come; what it holds is run again where it is named only (default: %(default)s)",
+    )
     arguments = parser.parse_args(argv)
     known = database()
     names = tuple(arguments.operators or known)
     if unknown := [name for name in names if name not in known]:
         parser.error(f"operators must be in torch's operator database, got {unknown}")
-    outcome = Outcome()
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
     for size in arguments.ranks:
-        for start in range(0, len(names), 50):
-            part = run(names[start : start + 50], size, timeout=1200.0)
-            for name, failure in part.failures().items():
+        done = {} if arguments.operators else read(arguments.results)
+        left = [name for name in names if (name, size) not in done]
+        for start in range(0, len(left), 50):
+            part = run(tuple(left[start : start + 50]), size, timeout=1200.0)
+            for name, failure in failures(part).items():
                 print(f"{size} ranks, {name}: {failure}", flush=True)
-            print(f"{size} ranks: {min(start + 50, len(names))} of {len(names)}", file=sys.stderr, flush=True)
-            outcome.add(part)
-    print(dict(collections.Counter(record.verdict for record in outcome.records.values())))
+            with arguments.results.open("a") as file:
+                for name, record in part.items():
+                    line = (name, size, record.kinds, record.reasons, record.computed)
+                    file.write(json.dumps(line) + "\n")
+            print(f"{size} ranks: {min(start + 50, len(left))} of {len(left)}", file=sys.stderr, flush=True)
+    records: Records = {}
+    for (name, size), record in sorted(read(arguments.results).items()):
+        if name in names and size in arguments.ranks:
+            records.setdefault(name, Record()).add(record)
+    print(dict(collections.Counter(record.verdict for record in records.values())))
     if arguments.output:
-        arguments.output.write_text(table(outcome))
-    return int(bool(outcome.failures()))
+        arguments.output.write_text(table(records))
+    return int(bool(failures(records)))
 
 
 if __name__ == "__main__":

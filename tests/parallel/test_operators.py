@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.parallel.operators import OK, database, run
+from tests.parallel.operators import OK, computed, database, failures, run
 
 SPREAD = """
 add div.no_rounding_mode addcmul where masked_fill clamp pow sum mean amax var std_mean prod argmax cumsum softmax
@@ -20,11 +20,11 @@ PARTS = 14
 
 
 def test_a_spread_of_operators() -> None:
-    outcome = run(tuple(SPREAD.split()), 2, quick=True)
-    assert not outcome.failures()
-    assert not [name for name, record in outcome.records.items() if not record.kinds[OK]]
+    records = run(tuple(SPREAD.split()), 2, quick=True)
+    assert not failures(records)
+    assert not [name for name, record in records.items() if not record.kinds[OK]]
     assert {"add", "relu", "convolution", "cat", "sum"} <= {
-        name for name, counts in outcome.computed.items() if counts["shares"]
+        name for name, counts in computed(records).items() if counts["shares"]
     }
 
 
@@ -33,4 +33,4 @@ def test_a_spread_of_operators() -> None:
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_database(size: int, part: int) -> None:
-    assert not run(tuple(database())[part::PARTS], size, timeout=1100.0).failures()
+    assert not failures(run(tuple(database())[part::PARTS], size, timeout=1100.0))
