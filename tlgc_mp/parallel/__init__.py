@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from tlgc_mp import lazy
 
 if TYPE_CHECKING:
+    from tlgc_mp.parallel.clipping import clip_grad_norm_
     from tlgc_mp.parallel.engine import initialize
     from tlgc_mp.parallel.recompute import checkpoint_activations
     from tlgc_mp.parallel.report import LayoutReport, layout_report
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LayoutReport",
     "checkpoint_activations",
+    "clip_grad_norm_",
     "gather_state_dict",
     "initialize",
     "layout_report",
@@ -26,6 +28,7 @@ __all__ = [
 __getattr__ = lazy.attributes(
     __name__,
     {
+        "clip_grad_norm_": "tlgc_mp.parallel.clipping",
         "checkpoint_activations": "tlgc_mp.parallel.recompute",
         "initialize": "tlgc_mp.parallel.engine",
         "gather_state_dict": "tlgc_mp.parallel.sharding",

@@ -22,16 +22,16 @@ from torch import Tensor, nn
 
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.collectives import CoarseExchange, coarse_gather, copy_to_ranks, exchange_channels, sum_partials
-from tlgc_mp.parallel.layout import Layout, Ranks, take_share
+from tlgc_mp.parallel.layout import Layout, take_share
 from tlgc_mp.parallel.plan import Placement
 from tlgc_mp.parallel.sharded import HOOKS, Region, ShardedLayer, is_engines, reduced, split_class
+from tlgc_mp.parallel.split_functions import hook_of_whole
 from tlgc_mp.parallel.split_tensor import (
     SplitTensor,
     enter_leaves,
     enter_ranks,
     from_share,
     plain_gradient,
-    share_in,
     to_share,
     whole,
 )
@@ -215,8 +215,8 @@ class SplitModel:
     region: Region
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        region = self.region
-        if region.ranks.size == 1:
+        region = self.__dict__.get("region")  # a part that was sliced off has none
+        if region is None or region.ranks.size == 1:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         if region.channels_apart and not _is_watched(self):  # type: ignore[arg-type]
             with region.set_plain(True):
@@ -298,12 +298,7 @@ def _keep_hooks(param: nn.Parameter, share: nn.Parameter, layout: Layout, region
         if layout.dim is None:
             share.register_hook(hook)
         else:
-            share.register_hook(functools.partial(_hook_of_whole, hook, layout, region.ranks))
-
-
-def _hook_of_whole(hook: Any, layout: Layout, ranks: Ranks, grad: Tensor) -> Tensor | None:
-    changed = hook(SplitTensor(grad, layout, ranks))
-    return None if changed is None else share_in(changed, layout, ranks)
+            share.register_hook(functools.partial(hook_of_whole, hook, layout, region.ranks))
 
 
 def _share(placement: Placement, key: str, tensor: Tensor, region: Region, device: torch.device | None) -> Tensor:

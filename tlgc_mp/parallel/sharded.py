@@ -19,6 +19,7 @@ import torch.distributed as dist
 from deepspeed.module_inject.layers import TensorParallel_Layer
 from torch import Tensor, nn
 
+from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.layout import Ranks
 from tlgc_mp.parallel.plan import Placement
 from tlgc_mp.parallel.split_tensor import SplitTensor, from_share, share_in, whole
@@ -64,19 +65,64 @@ class ShardedLayer:
         if "region" not in own or name not in own["placement"].dims or own["region"].plain or value is None:
             return value
         layout = own["placement"].layout(name)
-        if isinstance(value, nn.Parameter):
-            return from_share(value, layout, own["region"].ranks)
-        return SplitTensor(value, layout, own["region"].ranks)
+        ranks = own["region"].ranks
+        if name not in own["_parameters"]:
+            shown = SplitTensor(value, layout, ranks)
+        elif torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            shown = from_share(value, layout, ranks)
+        else:  # it may be kept, and used where gradients are enabled
+            with torch.enable_grad():
+                shown = from_share(value, layout, ranks)
+        shown.held = value
+        return shown
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: Any) -> Any:
         own = self.__dict__
-        if isinstance(value, Tensor) and "region" in own and name in own["_buffers"] and not own["region"].plain:
+        if not isinstance(value, Tensor) or "region" not in own or own["region"].plain:
+            return super().__setattr__(name, value)
+        if name in own["placement"].dims and name in own["_parameters"]:
+            own["_parameters"][name] = self._as_held(name, value)
+            return None
+        if name in own["_buffers"]:
             # A buffer that forward code replaces is stored as the one before it was.
             if name in own["placement"].dims:
                 value = share_in(value, own["placement"].layout(name), own["region"].ranks).clone()
             else:
                 value = whole(value)
-        super().__setattr__(name, value)
+        return super().__setattr__(name, value)
+
+    def _as_held(self, name: str, value: Tensor) -> nn.Parameter:
+        """The share that ``value`` stands for, to be held as the cut parameter ``name``: as after ``weight -= x``, or
+        from another layer, whose parameter is tied to this one from now on."""
+        held = value.held if type(value) is SplitTensor else value
+        own = self._parameters[name]  # type: ignore[attr-defined]
+        fits = held is not None and own is not None and held.shape == own.shape
+        if type(value) is SplitTensor:
+            fits = fits and value.cut == self.placement.layout(name)
+        if not fits or not isinstance(held, nn.Parameter):
+            raise UsageError(
+                f"{name} of a split {type(self).__name__} must be a parameter cut as it is, got a "
+                f"{type(value).__name__} of shape {tuple(value.shape)}; copy values into it, or change the model "
+                "before it is split"
+            )
+        return held
+
+    def __delattr__(self, name: str) -> None:
+        own = self.__dict__
+        if "region" in own and own["region"].ranks.size > 1 and name in own["placement"].dims:
+            raise UsageError(
+                f"{name} of a split {type(self).__name__} must stay, since it is held in shares; prune, normalize or "
+                "parametrize weights before the model is split"
+            )
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if type(param) is SplitTensor:
+            raise UsageError(
+                f"{name} of a split {type(self).__name__} must be a parameter of its own, got one that is held in "
+                "shares; prune, normalize or parametrize weights before the model is split"
+            )
+        super().register_parameter(name, param)  # type: ignore[misc]
 
     @property
     def mp_group(self) -> dist.ProcessGroup:

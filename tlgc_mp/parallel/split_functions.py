@@ -6,6 +6,7 @@ what is recomputed in it, and hooks. It is started from the edges of the graph i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from tlgc_mp.parallel.split_tensor import FUNCTIONS, SplitTensor, enter_ranks, whole
+from tlgc_mp.parallel.layout import Layout, Ranks
+from tlgc_mp.parallel.split_tensor import FUNCTIONS, SplitTensor, enter_ranks, from_share, share_in, whole
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
@@ -21,7 +23,11 @@ def _tuple(value: Any) -> tuple[Any, ...]:
 
 
 def _edges(tensors: Sequence[Any]) -> list[Any]:
-    return [get_gradient_edge(tensor) if type(tensor) is SplitTensor else tensor for tensor in tensors]
+    """Where the graph holds them; a parameter's share is where it begins."""
+    return [
+        tensor if type(tensor) is not SplitTensor else get_gradient_edge(tensor if tensor.held is None else tensor.held)
+        for tensor in tensors
+    ]
 
 
 def _seeds(outputs: Sequence[Any], gradients: Any) -> list[Any] | None:
@@ -66,6 +72,12 @@ def _grad(
         create_graph=create_graph,
         allow_unused=materialize_grads if allow_unused is None else allow_unused,
     )
+    found = tuple(
+        gradient
+        if gradient is None or type(tensor) is not SplitTensor or tensor.held is None
+        else _shown(gradient, tensor)
+        for gradient, tensor in zip(found, inputs, strict=True)
+    )
     if not materialize_grads:
         return found
     return tuple(
@@ -105,20 +117,81 @@ def set_data(tensor: Tensor, value: Tensor) -> Any:
         return None
     value = value.detach()
     source = value if type(value) is SplitTensor else enter_ranks(value, tensor.ranks)
+    if tensor.held is not None:
+        source = _shown(share_in(source, tensor.cut, tensor.ranks).clone(), tensor)
+        tensor.held.data = source.share
     with torch._C.DisableTorchFunctionSubclass():
         Tensor.data.__set__(tensor, source)  # type: ignore[attr-defined]
     tensor.share, tensor.cut, tensor.family = source.share, source.cut, source.family
     return None
 
 
+# What is asked of a parameter that code has read from a layer.
+
+
+def hook_of_whole(hook: Any, layout: Layout, ranks: Ranks, grad: Tensor) -> Tensor | None:
+    """Calls ``hook`` with the whole of a share's gradient; the share of what it makes of it."""
+    changed = hook(SplitTensor(grad, layout, ranks))
+    return None if changed is None else share_in(changed, layout, ranks)
+
+
+def _shown(share: Tensor, tensor: SplitTensor) -> SplitTensor:
+    """``share``, which is cut as ``tensor`` is, as a split tensor."""
+    return from_share(share, tensor.cut, tensor.ranks)
+
+
+def _of_held(function: Any) -> Any:
+    """``function(tensor, held, ...)`` where the tensor shows a parameter; as torch does otherwise."""
+
+    def replace(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if type(tensor) is not SplitTensor or tensor.held is None:
+            return NotImplemented
+        return function(tensor, tensor.held, *args, **kwargs)
+
+    return replace
+
+
+def _get_grad(tensor: SplitTensor, held: Tensor) -> Tensor | None:
+    return None if held.grad is None else _shown(held.grad, tensor)
+
+
 def _set_grad(tensor: Tensor, value: Tensor | None) -> Any:
     if type(tensor) is not SplitTensor:
         tensor.grad = whole(value)
+    elif tensor.held is not None:
+        held = tensor.held
+        held.grad = None if value is None else share_in(value, tensor.cut, tensor.ranks).clone().view(held.shape)
     elif value is None or type(value) is SplitTensor:
         return NotImplemented
     else:
         tensor.grad = enter_ranks(value, tensor.ranks)
     return None
+
+
+def _delete_grad(tensor: SplitTensor, held: Tensor) -> None:
+    del held.grad
+
+
+def _require_grad(tensor: SplitTensor, held: Tensor, requires_grad: bool = True) -> SplitTensor:
+    held.requires_grad_(requires_grad)
+    return tensor
+
+
+def _set_requires_grad(tensor: SplitTensor, held: Tensor, requires_grad: bool) -> None:
+    held.requires_grad = requires_grad
+
+
+def _register_hook(tensor: SplitTensor, held: Tensor, hook: Any) -> Any:
+    return held.register_hook(functools.partial(hook_of_whole, hook, tensor.cut, tensor.ranks))
+
+
+def _register_post_hook(tensor: SplitTensor, held: Tensor, hook: Any) -> Any:
+    def call(param: Tensor) -> None:
+        shown = _shown(param, tensor)
+        shown.held = param
+        hook(shown)
+
+    return held.register_post_accumulate_grad_hook(call)
 
 
 def _tensor_split(function: Any) -> Any:
@@ -132,6 +205,9 @@ def _tensor_split(function: Any) -> Any:
     return replace
 
 
+_TENSOR: Any = Tensor
+"""Of which an attribute is a descriptor."""
+
 FUNCTIONS.update(
     {
         torch.autograd.grad: _grad,
@@ -139,7 +215,17 @@ FUNCTIONS.update(
         Tensor.backward: _tensor_backward,
         torch.tensor_split: _tensor_split(torch.tensor_split),
         Tensor.tensor_split: _tensor_split(Tensor.tensor_split),
-        Tensor.data.__set__: set_data,  # type: ignore[attr-defined]
-        Tensor.grad.__set__: _set_grad,  # type: ignore[union-attr]
+        _TENSOR.data.__set__: set_data,
+        _TENSOR.grad.__get__: _of_held(_get_grad),
+        _TENSOR.grad.__set__: _set_grad,
+        _TENSOR.grad.__delete__: _of_held(_delete_grad),
+        _TENSOR.grad_fn.__get__: _of_held(lambda tensor, held: None),
+        _TENSOR.is_leaf.__get__: _of_held(lambda tensor, held: True),
+        _TENSOR.requires_grad.__get__: _of_held(lambda tensor, held: held.requires_grad),
+        _TENSOR.requires_grad.__set__: _of_held(_set_requires_grad),
+        Tensor.requires_grad_: _of_held(_require_grad),
+        Tensor.register_hook: _of_held(_register_hook),
+        Tensor.register_post_accumulate_grad_hook: _of_held(_register_post_hook),
+        Tensor.retain_grad: _of_held(lambda tensor, held: None),
     }
 )

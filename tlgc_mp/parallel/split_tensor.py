@@ -105,12 +105,15 @@ class SplitTensor(Tensor):
         share: a plain tensor: this rank's share, or all of it where ``cut.dim`` is ``None``.
         cut: which dimension is cut, and how.
         ranks: the tensor-parallel ranks.
+        held: the plain parameter or buffer, this rank's share, that code has read from a layer as this tensor. What is
+            asked of the tensor itself, its gradient, its hooks, is asked of that (``split_functions.py``).
     """
 
     share: Tensor
     cut: Layout
     ranks: Ranks
     family: Family | None = None
+    held: Tensor | None = None
 
     @staticmethod
     def __new__(
