@@ -125,7 +125,7 @@ def train_step(
     if loss is not None:
         loss.backward()
     step.outputs = detached(outputs)
-    step.input_gradients = [leaf.grad for leaf in leaves]
+    step.input_gradients = [None if leaf.grad is None else leaf.grad.clone() for leaf in leaves]
     step.gradients = whole_gradients(model, keep=keep)
     largest = max((g.abs().max().item() for g in step.gradients.values() if g is not None and g.numel()), default=0.0)
     step.lr = lr if lr is not None else 0.05 / max(1.0, largest)
@@ -158,6 +158,11 @@ def difference(found: Any, expected: Any, least: float = 0.0) -> float:
         return 0.0
     if not (expected.is_floating_point() or expected.is_complex()):
         return 0.0 if torch.equal(found, expected) else math.inf
+    if expected.dtype in (torch.float32, torch.float64):
+        low, high = (bound.item() for bound in (found - expected).aminmax())
+        least_value, most = (bound.item() for bound in expected.aminmax())
+        if all(map(math.isfinite, (low, high, least_value, most))):
+            return max(-low, high) / max(-least_value, most, least, 1e-300)
     off = torch.where(found == expected, 0.0, (found - expected).abs().double())
     off = torch.where(found.isnan() & expected.isnan(), 0.0, off)
     finite = expected.abs().double()

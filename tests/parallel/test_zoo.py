@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import timm
+import torch
 
 from tests.parallel.common import run_ranks_once
-from tests.parallel.zoo import IN_EVERY_THIRD, Result, run_on_rank
+from tests.parallel.zoo import _one_device, _rounding, every_third, run_on_rank
 from tests.parallel.zoo_models import timm_networks, zoo
+from tests.parallel.zoo_table import Result, table
 from tests.ranks import run_ranks
 
 SMALL = (
@@ -33,7 +35,7 @@ SMALL = (
     "timm/test_resnet",
     "timm/test_vit",
 )
-NAMES = tuple(zoo())
+NAMES = tuple(name for name, network in zoo().items() if not network.skip)
 BATCH = 8
 
 
@@ -52,9 +54,9 @@ def test_all_networks_over_two_ranks(first: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("first", range(0, len(NAMES[::IN_EVERY_THIRD]), BATCH))
+@pytest.mark.parametrize("first", range(0, len(every_third(NAMES)), BATCH))
 def test_a_third_of_them_over_four_ranks(first: int) -> None:
-    names = NAMES[::IN_EVERY_THIRD][first : first + BATCH]
+    names = every_third(NAMES)[first : first + BATCH]
     for result in run_ranks(4, run_on_rank, names, timeout=3500.0)[0].values():
         _assert_right(result)
 
@@ -63,6 +65,40 @@ def test_every_module_of_timm_is_in_the_zoo() -> None:
     assert {network.family for network in timm_networks()} == set(timm.list_modules())
     for network in timm_networks():
         assert timm.models.is_model_in_modules(network.name.removeprefix("timm/"), [network.family])
+
+
+def test_rounding_on_one_device_is_small() -> None:
+    """It is measured against what a step left behind, which later passes must not change."""
+    network = zoo()["timm/test_resnet"]
+    result = Result(network.name, network.family, 2)
+    before = torch.get_default_dtype()
+    try:
+        step = _one_device(network, result, measure=True)
+        assert 0 < _rounding(network, step) < 1e-11
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_the_table_counts_and_names_what_did_not_run() -> None:
+    networks = zoo()
+    half = {"parameters": 100, "parameters_a_rank": 50, "kept": 100, "convolutional": True}
+    results = [
+        Result("timm/dla34", "dla", 2, worst=0.0, kept_split=50, **half),
+        Result("timm/vgg11_bn", "vgg", 2, worst=0.0, kept_split=40, kept_whole=20, whole={"flip": 3}, **half),
+        Result("timm/test_vit", "vision_transformer", 2, worst=0.0, parameters=100, parameters_a_rank=100),
+        Result("timm/dpn48b", "dpn", 2, "outputs[0] is off by 1e-01"),
+    ]
+    wanted = [(result.model, 2) for result in results] + [("timm/rexnet_100", 4), ("torchvision/vit_h_14", 2)]
+    text = " ".join(table(results, wanted, networks).split())
+    assert "Over 2 ranks, 3 of 4 networks" in text
+    assert "split in 1 of 2 convolutional networks, and in 0 of 1 others" in text
+    assert "- `timm/vgg11_bn`, P = 2: flip 3" in text
+    assert "- `timm/dpn48b`, P = 2: outputs[0] is off by 1e-01" in text
+    assert (
+        "Not run over 4 ranks The sweep ended before these 1; the same command goes on with them. timm/rexnet_100"
+        in text
+    )
+    assert "`torchvision/vit_h_14`: about 640 million parameters" in text
 
 
 def _assert_right(result: Result) -> None:

@@ -15,20 +15,19 @@ import contextlib
 import datetime
 import gc
 import json
-import math
 import sys
-import textwrap
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tests.parallel.against_one_device import (
     SEED,
@@ -40,61 +39,14 @@ from tests.parallel.against_one_device import (
     worst,
 )
 from tests.parallel.zoo_models import Network, zoo
+from tests.parallel.zoo_table import ROUNDING, TOLERANCE, Result, read, table
 from tests.ranks import run_ranks
 from tlgc_mp.parallel import collectives, shard, split_tensor
-from tlgc_mp.provenance import describe_machine
 
-TOLERANCE = 1e-9
-"""Largest difference of what is the same, relative to the largest value, in float64."""
-ROUNDING = 10.0
-"""Largest difference of a network that rounding moves by more, as float32 does: in units of the difference that another
-last bit of each weight makes on one device."""
+SEVERAL = 5
+"""Convolutions that make a network convolutional, where it has no attention: AlexNet has as many."""
 IN_EVERY_THIRD = 3
 """Of the networks split over two ranks, one in so many is split over four as well."""
-
-
-@dataclass
-class Result:
-    """How one network did over a number of ranks.
-
-    Attributes:
-        reason: why it is not exact, or did not run; empty where it is exact.
-        worst: the largest relative difference, and ``where`` it is.
-        rounding: the largest one that rounding makes on one device, where that had to be asked.
-        parameters: of the whole network; ``parameters_a_rank`` of them on the first rank.
-        kept: bytes that autograd keeps for backward on one device; on a rank, ``kept_split`` of tensors that are split
-            and ``kept_whole`` of others.
-        sent: bytes that a rank sends in a step, in a ring.
-        whole: operator -> how often it was computed whole in a step.
-        seconds: of the processor, for a forward and a backward pass: on one device, and on the rank that takes most.
-    """
-
-    model: str
-    family: str
-    ranks: int
-    reason: str = ""
-    worst: float = math.inf
-    where: str = ""
-    rounding: float = 0.0
-    parameters: int = 0
-    parameters_a_rank: int = 0
-    kept: int = 0
-    kept_split: int = 0
-    kept_whole: int = 0
-    sent: int = 0
-    whole: dict[str, int] = field(default_factory=dict)
-    seconds: tuple[float, float] = (0.0, 0.0)
-
-    @property
-    def parameters_split(self) -> float:
-        """Share of the parameters that is split, 0 to 1."""
-        return (1 - self.parameters_a_rank / max(1, self.parameters)) / (1 - 1 / self.ranks)
-
-    @property
-    def kept_share_split(self) -> float:
-        """Share of the bytes kept for backward by all ranks that is split, 0 to 1."""
-        total = self.ranks * self.kept_split + self.kept_whole
-        return self.ranks * self.kept_split / total if total else 0.0
 
 
 class Meter:
@@ -104,6 +56,7 @@ class Meter:
         self.ranks = ranks
         self.sent = 0
         self.whole: Counter[str] = Counter()
+        self.multiplies_activations = False
         self.storages: dict[int, tuple[int, bool]] = {}
         given = [*model.parameters(), *model.buffers(), *torch.utils._pytree.tree_leaves(arguments)]
         self.given = {t.untyped_storage().data_ptr() for t in given if isinstance(t, Tensor)}
@@ -129,8 +82,11 @@ class Meter:
             self.sent += others * size // self.ranks * (2 if collective in ("all_reduce", "sum_partials") else 1)
 
     def _compute(self, operator: Any, how: str) -> None:
+        name = operator._schema.name.removeprefix("aten::")
         if how == "whole":
-            self.whole[operator._schema.name.removeprefix("aten::")] += 1
+            self.whole[name] += 1
+        if name in ("bmm", "baddbmm") or name.startswith("_scaled_dot_product"):
+            self.multiplies_activations = True
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
@@ -202,6 +158,8 @@ def _split(network: Network, result: Result, measure: bool, lr: float) -> Step:
             _pass(model, arguments)
         result.kept_split, result.kept_whole = meter.kept(True), meter.kept(False)
         result.sent, result.whole = meter.sent, dict(meter.whole)
+        convolutions = sum(isinstance(module, _ConvNd) for module in model.modules())
+        result.convolutional = convolutions >= SEVERAL and not meter.multiplies_activations
         result.seconds = (result.seconds[0], _pass(model, arguments))
     return step
 
@@ -263,15 +221,9 @@ def run_on_rank(names: tuple[str, ...], measure: bool = False, output: str = "")
     return results
 
 
-# The table.
-
-
-def read(path: Path) -> dict[tuple[str, int], Result]:
-    """(model, ranks) -> its last result in the file."""
-    if not path.exists():
-        return {}
-    results = [Result(**json.loads(line)) for line in path.read_text().splitlines()]
-    return {(result.model, result.ranks): result for result in results}
+def every_third(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that are split over four ranks, too."""
+    return names[::IN_EVERY_THIRD]
 
 
 def sweep(names: tuple[str, ...], ranks: int, path: Path) -> None:
@@ -294,75 +246,15 @@ def sweep(names: tuple[str, ...], ranks: int, path: Path) -> None:
         missing = [name for name in missing if (name, ranks) not in done]
 
 
-INTRODUCTION = """
-Each network is split over P ranks and takes one training step, with its dropout and drop path, on a batch of two small
-inputs in float64 (optical flow, and networks of 600 million parameters: float32). *Exact* means that its outputs, the
-gradients of its inputs and parameters, all weights and running statistics after a step of SGD, and its outputs in
-evaluation are within {tolerance:.0e} of those on one device, relative to the largest value. *Rounding* means that they
-are not, but within {rounding:.0f} times what another last bit of each weight makes on one device: layers that normalize
-few values, or compute in float32, magnify it.
-
-- *Parameters split*: of all parameters, those that are split over the ranks.
-- *Activations split*: of the bytes that autograd keeps for backward on all ranks, those of tensors that are split.
-- *A rank keeps*: those bytes on one rank, of what one device keeps.
-- *Sent*: what a rank sends in one step, in a ring.
-- *Time*: of the processor for a forward and a backward pass on the rank that takes most, over that on one device. At
-  these sizes most of it is Python's, and not arithmetic.
-
-| model | module or kind | P | | parameters | split | activations split | a rank keeps | MB sent | time |
-|---|---|---:|---|---:|---:|---:|---:|---:|---:|
-"""
-
-
-def table(results: list[Result]) -> str:
-    """The contents of ``docs/models.md``."""
-    import timm
-    import torchvision
-
-    machine = describe_machine()
-    right = [result for result in results if not result.reason]
-    others = [result for result in results if result.reason]
-    versions = ", ".join(
-        f"{name} {module.__version__.split('+')[0]}"
-        for name, module in (("torch", torch), ("torchvision", torchvision), ("timm", timm))
-    )
-    counts = ", ".join(
-        f"{sum(r.ranks == ranks for r in right)} of {sum(r.ranks == ranks for r in results)} over {ranks} ranks"
-        for ranks in sorted({result.ranks for result in results})
-    )
-    written = textwrap.fill(
-        f"As on one device: {counts}. Written by `python -m tests.parallel.zoo --output docs/models.md` on"
-        f" {datetime.date.today():%d %B %Y}, on {machine['cpu']},"
-        f" {machine['cores']} cores, with one thread a rank; {versions}.",
-        120,
-    )
-    rows = "\n".join(_row(result) for result in sorted(right, key=lambda r: (r.model, r.ranks)))
-    text = f"# Models\n\n{written}\n{INTRODUCTION.format(tolerance=TOLERANCE, rounding=ROUNDING)}{rows}\n"
-    if others:
-        items = [f"- `{r.model}`, P = {r.ranks}: {r.reason}" for r in sorted(others, key=lambda r: (r.model, r.ranks))]
-        text += "\n## Not exact, or not run\n\n" + "\n".join(items) + "\n"
-    return text
-
-
-def _row(result: Result) -> str:
-    one, split = result.seconds
-    how = f"rounding, {result.worst:.0e}" if result.rounding else "exact"
-    return (
-        f"| {result.model} | {result.family} | {result.ranks} | {how} | {result.parameters / 1e6:.2f} M |"
-        f" {result.parameters_split:.0%} | {result.kept_share_split:.0%} |"
-        f" {(result.kept_split + result.kept_whole) / max(1, result.kept):.0%} | {result.sent / 1e6:.1f} |"
-        f" {split / max(one, 1e-9):.1f} |"
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.parallel.zoo", description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", help="names, or beginnings of names (default: all, and a third at P=4)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="numbers of ranks to split over")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4], help="numbers of ranks to split over")
     parser.add_argument("--results", type=Path, default=Path("runs/models.json"), help="the file that keeps results")
     parser.add_argument("--output", type=Path, help="the file to write the table to")
     arguments = parser.parse_args(argv)
-    names = tuple(zoo())
+    networks = zoo()
+    names = tuple(networks)
     if arguments.models:
         names = tuple(name for name in names if name.startswith(tuple(arguments.models)))
         if not names:
@@ -370,13 +262,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for ranks in arguments.ranks:
-        chosen = names if ranks == 2 or arguments.models else names[::IN_EVERY_THIRD]
-        sweep(chosen, ranks, arguments.results)
+        chosen = names if ranks == 2 or arguments.models else every_third(names)
+        sweep(tuple(name for name in chosen if not networks[name].skip), ranks, arguments.results)
     found = read(arguments.results)
-    wanted = [found[key] for key in found if key[0] in names]
     if arguments.output:
-        arguments.output.write_text(table(wanted))
-    return int(any(result.reason for result in wanted))
+        wanted = [(name, 2) for name in networks] + [(name, 4) for name in every_third(tuple(networks))]
+        arguments.output.write_text(table([found[key] for key in found if key[0] in networks], wanted, networks))
+    return int(any(found[key].reason for key in found if key[0] in names))
 
 
 if __name__ == "__main__":

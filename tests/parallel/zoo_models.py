@@ -160,8 +160,11 @@ CLIPS = {"mvit_v1_b": (4, 64, 64), "mvit_v2_s": (4, 64, 64), "s3d": (16, 224, 22
 """Frames, height and width of what a video model takes that does not take 4 x 32 x 32."""
 
 
-HUGE = ("regnet_y_128gf", "vit_h_14")
-"""Of 600 million parameters: several of them in float64 take more memory than a small machine has."""
+LARGE = ("vit_l_16", "vit_l_32", "convnext_large")
+"""Of more than 190 million parameters: they are compared in float32."""
+_TOO_LARGE = "about 640 million parameters; needs 20 GB in float32 to compare two ranks with one device on one machine"
+TOO_LARGE = dict.fromkeys(("regnet_y_128gf", "vit_h_14"), _TOO_LARGE)
+"""Of torchvision, with what would be needed."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,7 @@ class Network:
         make: builds it, with random weights.
         arguments: makes what it takes, with gradients for the images.
         dtype: that it computes in.
+        skip: why it does not run here; empty where it does.
     """
 
     name: str
@@ -181,6 +185,7 @@ class Network:
     make: Callable[[], nn.Module]
     arguments: Callable[[], tuple[Any, ...]]
     dtype: torch.dtype = torch.float64
+    skip: str = ""
 
 
 def _images(*shape: int) -> tuple[Tensor]:
@@ -276,9 +281,10 @@ def torchvision_networks() -> list[Network]:
             elif family == "optical flow":
                 arguments = _flow
             # What a flow is looked up with is float32 whatever the network is.
-            dtype = torch.float32 if family == "optical flow" or name in HUGE else torch.float64
+            dtype = torch.float32 if family == "optical flow" or name in LARGE + tuple(TOO_LARGE) else torch.float64
             make = functools.partial(_make_torchvision, name, options)
-            networks.append(Network(f"torchvision/{name}", family, make, arguments, dtype))
+            skip = TOO_LARGE.get(name, "")
+            networks.append(Network(f"torchvision/{name}", family, make, arguments, dtype, skip))
     return networks
 
 
