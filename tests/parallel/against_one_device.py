@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections.abc import Iterable, Mapping
@@ -105,6 +106,7 @@ def train_step(
     lr: float | None = None,
     evaluate: bool = False,
     keep: bool = True,
+    measuring: contextlib.AbstractContextManager[Any] | None = None,
 ) -> Step:
     """Forward, backward and a step of SGD, from the random state of ``seed``. Collective where ``model`` is split.
 
@@ -113,6 +115,7 @@ def train_step(
         lr: one at which no weight moves by more than 0.05, where not given.
         evaluate: whether to run the model once more afterwards, in evaluation.
         keep: whether this rank wants gradients and state; then it holds a copy of the whole model of each.
+        measuring: a context for the forward and the backward pass.
     """
     step = Step()
     leaves = [t for t in tree_leaves(arguments) if isinstance(t, Tensor) and t.requires_grad]
@@ -120,10 +123,11 @@ def train_step(
         leaf.grad = None
     model.zero_grad(set_to_none=True)
     seed_all(seed)
-    outputs = model(*arguments)
-    loss = scalar_loss(outputs)
-    if loss is not None:
-        loss.backward()
+    with measuring or contextlib.nullcontext():
+        outputs = model(*arguments)
+        loss = scalar_loss(outputs)
+        if loss is not None:
+            loss.backward()
     step.outputs = detached(outputs)
     step.input_gradients = [None if leaf.grad is None else leaf.grad.clone() for leaf in leaves]
     step.gradients = whole_gradients(model, keep=keep)

@@ -134,6 +134,15 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         ShuffleConv2d(10, 10, 1, groups=5),
         FullyLearnableGroupConv2d(10, 12, 1, groups=2),
     ),
+    "groups that do not divide": lambda: _images(
+        nn.Conv2d(12, 60, 3, padding=1, bias=False),
+        nn.BatchNorm2d(60),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(60, 30, 3, groups=5),  # its input in another layout, its output cut
+        nn.SiLU(),
+        nn.Conv2d(30, 25, 1, groups=5, bias=False),  # its output whole
+        head=25,
+    ),
     "shuffled": lambda: _images(ShuffleConv2d(12, 12, 1, groups=6), ShuffleConv2d(12, 6, 3, groups=6), head=6),
     "row convolutions": lambda: _images(nn.Conv2d(12, 6, 3, stride=2), nn.Conv2d(6, 2, 1, bias=False), head=2),
     "a grouped stem": lambda: nn.Sequential(

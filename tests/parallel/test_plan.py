@@ -92,7 +92,7 @@ def test_a_rank_holds_its_part_of_all_but_the_bias_of_the_head(name: str, conv: 
         *(
             (layer, 4, "4 ranks do not divide its channels, or its weight is computed")
             for layer in (
-                nn.Conv2d(8, 8, 3, groups=2),
+                nn.Conv2d(12, 8, 3, groups=2),
                 nn.Conv2d(6, 6, 3),
                 nn.ConvTranspose2d(6, 6, 3),
                 nn.BatchNorm2d(6),
@@ -159,6 +159,7 @@ def test_lazy_layers_are_refused_by_name() -> None:
         (nn.PReLU(), Placement("whole", reason="no rule for a PReLU")),
         (nn.Conv1d(8, 10, 3), Placement("column", NORM)),
         (nn.Conv3d(8, 8, 3), Placement("row", {"weight": 1})),
+        (nn.Conv2d(12, 9, 3, groups=3), Placement("row", {"weight": 1})),
         (nn.ConvTranspose2d(8, 10, 3), Placement("column", {"weight": 1, "bias": 0})),
         (nn.ConvTranspose2d(8, 8, 3), Placement("row", {"weight": 0})),
         (nn.ConvTranspose2d(8, 8, 3, groups=2, bias=False), Placement("grouped", {"weight": 0})),

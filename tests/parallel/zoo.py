@@ -123,13 +123,11 @@ def _one_device(network: Network, result: Result, measure: bool) -> Step:
     """The step on one device."""
     model, arguments = _built(network)
     result.parameters = sum(param.numel() for param in model.parameters())
-    step = train_step(model, arguments, evaluate=True)
+    meter = Meter(model, arguments, 1)
+    step = train_step(model, arguments, evaluate=True, measuring=meter.counting() if measure else None)
     for value in step.outputs:
         assert not isinstance(value, Tensor) or value.isfinite().all(), "the outputs on one device are not finite"
     if measure:
-        meter = Meter(model, arguments, 1)
-        with meter.counting():
-            _pass(model, arguments)
         result.kept = meter.kept(False)
         result.seconds = (_pass(model, arguments), 0.0)
     return step
@@ -150,12 +148,11 @@ def _rounding(network: Network, step: Step) -> float:
 def _split(network: Network, result: Result, measure: bool, lr: float) -> Step:
     model, arguments = _built(network)
     model = shard(model, timeout=120.0)
-    step = train_step(model, arguments, lr=lr, evaluate=True, keep=dist.get_rank() == 0)
+    meter = Meter(model, arguments, result.ranks)
+    measuring = meter.counting() if measure else None
+    step = train_step(model, arguments, lr=lr, evaluate=True, keep=dist.get_rank() == 0, measuring=measuring)
     result.parameters_a_rank = sum(param.numel() for param in model.parameters())
     if measure:
-        meter = Meter(model, arguments, result.ranks)
-        with meter.counting():
-            _pass(model, arguments)
         result.kept_split, result.kept_whole = meter.kept(True), meter.kept(False)
         result.sent, result.whole = meter.sent, dict(meter.whole)
         convolutions = sum(isinstance(module, _ConvNd) for module in model.modules())

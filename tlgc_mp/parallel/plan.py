@@ -6,7 +6,8 @@ since code that reads a parameter sees all of it (``layers.py``), and each opera
 without a process group, and it refuses nothing but layers that have no shapes yet.
 
     column      a dense convolution or linear layer: its input whole, its output channels cut
-    row         the same: its input channels cut, and a sum over the ranks
+    row         the same: its input channels cut, and a sum over the ranks; in each group, of a group convolution
+                of which P does not divide the groups
     gathered    column, in a network whose code between layers is known to leave channels apart
     grouped     group (and depthwise) convolution: local
     two-level   two-level group convolution: local, but for the coarse gather
@@ -79,7 +80,7 @@ def plan(model: nn.Module, tensor_parallel: int) -> dict[str, Placement]:
         if placement is None:
             continue
         if isinstance(module, _ConvNd) and placement.kind == "row" and (module is stem or channels_apart):
-            placement = _column(module, tensor_parallel) or placement
+            placement = (_column(module, tensor_parallel) if module.groups == 1 else None) or placement
         if channels_apart and placement.kind == "column" and module is not stem:
             placement = Placement("gathered", placement.dims)
         if type(module) is nn.Linear and only_linear and module.in_features % tensor_parallel == 0:
@@ -180,9 +181,10 @@ def _convolution(layer: _ConvNd, ranks: int) -> Placement | None:
     transposed = isinstance(layer, _ConvTransposeNd)
     bias = {"bias": 0} if "bias" in _parameters(layer) else {}
     if layer.groups > 1:
-        if layer.groups % ranks:
-            return None
-        return Placement("grouped", {"weight": 0, **bias})
+        if layer.groups % ranks == 0:
+            return Placement("grouped", {"weight": 0, **bias})
+        inputs = layer.in_channels // layer.groups
+        return None if transposed or inputs % ranks else Placement("row", {"weight": 1})
     # Column-parallel gathers its input twice and scatters a gradient of its size, row-parallel scatters its output and
     # gathers a gradient of that size.
     if layer.in_channels % ranks == 0 and (layer.out_channels <= layer.in_channels or layer.out_channels % ranks):

@@ -3,7 +3,7 @@
 A dense convolution is column-parallel (the whole input, a share of the output) or row-parallel (a share of the input, a
 sum over the ranks), by how its weight is cut. Autograd keeps its input as it came, a share where it was one, and
 backward gathers again. What is whole for a moment, the input or the sum, is made in blocks of channels where it is
-large.
+large. A group convolution is local where the ranks divide its groups; where they do not, it is row-parallel in each.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LARGEST_TRANSIENT = 256 << 20
 def _convolution_kind(x: Tensor, weight: Tensor, transposed: bool, groups: int) -> tuple[str, Layout, Layout]:
     """How a convolution is computed on shares, with the layouts of its input and its output; backward asks again.
 
-    The kinds: ``grouped`` (local), ``column``, ``row``, and ``whole`` where none of these fits.
+    The kinds: ``grouped`` (local), ``column``, ``row``, ``grouped row``, and ``whole`` where none of these fits.
     """
     ranks = ranks_of(x, weight)
     if cut_dim(x) not in (None, 1):
@@ -36,6 +36,9 @@ def _convolution_kind(x: Tensor, weight: Tensor, transposed: bool, groups: int) 
     channels = x.shape[1]
     if groups > 1:
         segments = x.cut.segments if type(x) is SplitTensor else None
+        if cut_dim(weight) == 1 and not transposed:
+            summed = CHANNELS if out_channels % ranks.size == 0 else WHOLE
+            return "grouped row", Layout(1, (channels // groups,) * groups), summed
         if cut_dim(weight) not in (None, 0) or groups % ranks.size or (cut_dim(x) is None and cut_dim(weight) is None):
             return "whole", WHOLE, WHOLE
         if segments is None or groups != channels:
@@ -58,6 +61,8 @@ def _weight_layout(kind: str, transposed: bool, inputs: Layout, outputs: Layout)
         return Layout(0, inputs.segments if transposed else outputs.segments)
     if kind == "column":
         return Layout(1 if transposed else 0, outputs.segments)
+    if kind == "grouped row":
+        return Layout(1, None)
     return Layout(0 if transposed else 1, inputs.segments)
 
 
@@ -78,12 +83,15 @@ def convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         return SplitTensor(share, outputs, ranks)
 
     def convolve(part: Tensor, filters: Tensor, added: Tensor | None = None) -> Tensor:
-        return func(part, filters, added, *geometry, 1)
+        return func(part, filters, added, *geometry, groups)
 
     if kind == "column":
         return SplitTensor(_column(x, own, own_bias, 1 if not transposed else 0, convolve, ranks), outputs, ranks)
-    positions = x.numel() // x.shape[1] * math.prod(stride) ** (1 if transposed else -1)  # of the output, or about
-    share = _row(share_in(x, inputs, ranks), own, outputs, 0 if not transposed else 1, positions, convolve, ranks)
+    if kind == "grouped row":
+        share = scatter_sum(convolve(share_in(x, inputs, ranks), own), outputs, ranks)
+    else:
+        positions = x.numel() // x.shape[1] * math.prod(stride) ** (1 if transposed else -1)  # of the output, or about
+        share = _row(share_in(x, inputs, ranks), own, outputs, 0 if not transposed else 1, positions, convolve, ranks)
     if own_bias is not None:
         share = share + own_bias.view(-1, *[1] * (x.dim() - 2))
     return SplitTensor(share, outputs, ranks)
@@ -155,7 +163,7 @@ def convolution_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     ranks = ranks_of(x, weight)
     weight_layout = _weight_layout(kind, transposed, inputs, outputs)
     own = share_in(weight, weight_layout, ranks)
-    bias_layout = Layout(0, outputs.segments) if kind != "row" else WHOLE
+    bias_layout = Layout(0, outputs.segments) if kind in ("grouped", "column") else WHOLE
     local_groups = groups // ranks.size if kind == "grouped" else groups
 
     def pass_back(grad: Tensor, part: Tensor, filters: Tensor, which: list[bool]) -> Any:
@@ -174,7 +182,8 @@ def convolution_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         )
     else:
         layout = inputs
-        found = pass_back(share_in(grad, outputs, ranks), share_in(x, inputs, ranks), own, mask)
+        incoming = share_in(grad, outputs if kind == "grouped" else WHOLE, ranks)
+        found = pass_back(incoming, share_in(x, inputs, ranks), own, mask)
     return tuple(
         None if t is None else SplitTensor(t, where, ranks)
         for t, where in zip(found, (layout, weight_layout, bias_layout), strict=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tlgc_mp.parallel import collectives
 from tlgc_mp.parallel.layout import Layout, Ranks, gather_shares, take_share
-from tlgc_mp.parallel.rules import WHOLE, aten, operators, pointwise, rule, wrap, wrap_all
+from tlgc_mp.parallel.rules import WHOLE, aten, operators, pointwise, pointwise_in_place, rule, wrap, wrap_all
 from tlgc_mp.parallel.split_tensor import SplitTensor, share_in
 
 CHANNELS = Layout(1, None)
@@ -292,7 +292,15 @@ def group_norm_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     )
 
 
-rule(*operators("_prelu_kernel _prelu_kernel_backward native_dropout_backward"))(pointwise)
+# Pointwise, though torch does not mark them so.
+rule(
+    *operators(
+        "_prelu_kernel _prelu_kernel_backward native_dropout_backward hardswish hardswish_backward "
+        "hardsigmoid_backward hardtanh_backward leaky_relu_backward elu_backward softplus_backward mish_backward "
+        "hardshrink_backward softshrink_backward"
+    )
+)(pointwise)
+rule(*operators("hardswish_ mish_ threshold_ gelu_"))(pointwise_in_place)
 
 
 # Pooling, resampling and padding: channels and images stand for themselves, positions do not.
