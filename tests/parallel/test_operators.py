@@ -14,6 +14,7 @@ linalg.vector_norm linalg.inv fft.fft nn.functional.conv2d nn.functional.conv_tr
 nn.functional.group_norm nn.functional.layer_norm nn.functional.instance_norm nn.functional.max_pool2d
 nn.functional.avg_pool2d nn.functional.adaptive_avg_pool2d nn.functional.interpolate.bilinear
 nn.functional.pad.constant nn.functional.dropout nn.functional.relu nn.functional.gelu nn.functional.prelu
+nn.functional.hardswish nn.functional.hardtanh nn.functional.mish
 nn.functional.normalize nn.functional.cross_entropy nn.functional.linear nn.functional.embedding bernoulli rand_like
 """
 PARTS = 14
@@ -23,7 +24,7 @@ def test_a_spread_of_operators() -> None:
     records = run(tuple(SPREAD.split()), 2, quick=True)
     assert not failures(records)
     assert not [name for name, record in records.items() if not record.kinds[OK]]
-    assert {"add", "relu", "convolution", "cat", "sum"} <= {
+    assert {"add", "relu", "hardswish_backward", "convolution", "cat", "sum"} <= {
         name for name, counts in computed(records).items() if counts["shares"]
     }
 
