@@ -82,6 +82,8 @@ def read(path: Path) -> dict[tuple[str, int], Result]:
 
 
 LEGEND = """
+Shares are rounded down.
+
 - *Parameters split*: of all parameters, those that are split over the ranks.
 - *Activations split*: of the bytes that autograd keeps for backward on all ranks, those of tensors that are split.
 - *A rank keeps*: those bytes on one rank, of what one device keeps.
@@ -108,18 +110,21 @@ def table(results: list[Result], wanted: list[tuple[str, int]], networks: dict[s
         "Each network is split over P ranks and takes one training step, with its dropout and drop path, on a batch of"
         f" two small inputs in float64{f' (float32: {in_float32})' if in_float32 else ''}. *Exact* means that its"
         " outputs, the gradients of its inputs and parameters, all weights and running statistics after a step of SGD,"
-        f" and its outputs in evaluation are within {TOLERANCE:.0e} of those on one device, relative to the largest"
+        f" and its outputs in evaluation are within {TOLERANCE} of those on one device, relative to the largest"
         f" value. *Rounding* means that they are not, but within {ROUNDING:.0f} times what another last bit of each"
         " weight makes on one device, which stands in brackets: layers that normalize few values, or compute in"
         " float32, magnify it."
     )
-    paragraphs = [_provenance(), _counts(results), how]
+    found = {(result.model, result.ranks) for result in results}
+    missing = [key for key in wanted if key not in found and not networks[key[0]].skip]
+    partial = f" This table is partial: what has not run yet ({len(missing)}) stands at the end." if missing else ""
+    paragraphs = [_provenance(), _counts(results) + partial, how]
     text = "# Models\n\n" + "\n\n".join(textwrap.fill(paragraph, 120) for paragraph in paragraphs) + "\n"
     text += LEGEND + "".join(_row(result) for result in right)
     wrong = [f"- `{r.model}`, P = {r.ranks}: {r.reason}\n" for r in results if r.reason]
     if wrong:
         text += "\n## Wrong, or failed\n\n" + "".join(wrong)
-    text += _below(right) + _not_run(results, wanted, networks)
+    text += _below(right) + _not_run(missing, networks)
     return text
 
 
@@ -186,18 +191,11 @@ def _below(right: list[Result]) -> str:
     return title + "".join(items)
 
 
-def _not_run(results: list[Result], wanted: list[tuple[str, int]], networks: dict[str, Network]) -> str:
-    found = {(result.model, result.ranks) for result in results}
-    skipped = {name for name, _ in wanted if networks[name].skip}
-    missing = [key for key in wanted if key not in found and key[0] not in skipped]
-    text = ""
-    if skipped:
-        text += "\n## Too large for this machine\n\n"
-        text += "".join(f"- `{name}`: {networks[name].skip}\n" for name in sorted(skipped))
+def _not_run(missing: list[tuple[str, int]], networks: dict[str, Network]) -> str:
+    text = "\n## Too large for this machine\n\n"
+    text += "".join(f"- `{name}`: {network.skip}\n" for name, network in networks.items() if network.skip)
     for ranks in sorted({ranks for _, ranks in missing}):
         names = [name for name, other in missing if other == ranks]
-        text += (
-            f"\n## Not run over {ranks} ranks\n\nThe sweep ended before these {len(names)}; the same command goes on"
-        )
-        text += " with them.\n\n" + textwrap.fill(", ".join(names), 120, break_on_hyphens=False) + "\n"
+        text += f"\n## Not run yet over {ranks} ranks\n\nThe same command goes on with these ({len(names)}).\n\n"
+        text += textwrap.fill(", ".join(names), 120, break_on_hyphens=False) + "\n"
     return text
