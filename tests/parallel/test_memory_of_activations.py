@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.parallel.common import SEED, assert_close, relative_error, run_ranks_once
+from tests.parallel.common import SEED, assert_close, gather_gradients, relative_error, run_ranks_once
 from tests.ranks import run_ranks
 from tlgc_mp.parallel import collectives, gather_state_dict, rules_convolution, shard
 from tlgc_mp.parallel.split_tensor import SplitTensor
@@ -55,6 +55,25 @@ class UNet3d(nn.Module):
         return self.head(x)
 
 
+class Halves(nn.Module):
+    """(B, 1, D, H, W) -> (B, 3): channels go in halves, as in ShuffleNet, and the features are written into a table, as
+    in Faster R-CNN. Every rank holds halves and table whole before a layer reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv3d(1, 96, 3, padding=1)
+        self.left = nn.Conv3d(48, 48, 1, groups=3)
+        self.right = nn.Conv3d(48, 24, 1)
+        self.head = nn.Linear(72 * 512, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = torch.tanh(self.stem(x)).chunk(2, 1)
+        joined = torch.cat([self.left(left), self.right(right)], 1)
+        table = torch.zeros(1, 72 * 512, dtype=x.dtype)
+        table[:, :] = nn.functional.avg_pool3d(joined, SIDE // 8).flatten(1)
+        return self.head(table)
+
+
 def _network(width: int = WIDTH) -> nn.Module:
     torch.manual_seed(SEED)
     return UNet3d(width)
@@ -91,6 +110,22 @@ def test_a_rank_keeps_its_share(ranks: int) -> None:
     for out, kept in run_ranks_once(ranks, _on_ranks):
         assert relative_error(out, expected) < 1e-4
         assert kept <= whole / ranks * 1.15, f"{kept / 1e6:.1f} MB a rank, {whole / 1e6:.1f} MB on one device"
+
+
+def _halves(split: bool) -> tuple[Tensor, int, dict[str, Any]]:
+    torch.manual_seed(SEED)
+    model: nn.Module = Halves()
+    model = shard(model) if split else model
+    return *_pass(model), gather_gradients(model)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_row_parallel_layer_keeps_its_share_of_what_is_whole(ranks: int) -> None:
+    expected, on_one_device, gradients = _halves(False)
+    for out, kept, found in run_ranks_once(ranks, _halves, True):
+        assert_close({"out": out, **found}, {"out": expected, **gradients}, 1e-4)
+        # The two halves are views of one tensor on one device, and shares beside a share of it here.
+        assert kept <= 2 * on_one_device / ranks * 1.05, f"{kept} bytes a rank, {on_one_device} on one device"
 
 
 def _step(model: nn.Module) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.collectives import CoarseExchange, coarse_gather, copy_to_ranks, exchange_channels, sum_partials
 from tlgc_mp.parallel.layout import Layout, take_share
-from tlgc_mp.parallel.plan import Placement
+from tlgc_mp.parallel.plan import Placement, unsplit_class
 from tlgc_mp.parallel.sharded import HOOKS, Region, ShardedLayer, is_engines, reduced, split_class
 from tlgc_mp.parallel.split_functions import hook_of_whole
 from tlgc_mp.parallel.split_tensor import (
@@ -186,11 +186,36 @@ class ParallelRow(ShardedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layer: Any = self
-        if not self.region.plain or self.region.ranks.size == 1:
+        if self.region.ranks.size == 1:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not self.region.plain:
+            return super().forward(*self._cut(args), **kwargs)  # type: ignore[misc]
         (x,) = args
         logits = sum_partials(F.linear(x, layer.weight), self.region.ranks.group_name)
         return logits if layer.bias is None else logits + layer.bias
+
+    def _cut(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments, with an input that every rank holds whole cut: then autograd keeps this rank's share of it.
+
+        Only for layers whose code is known to leave its input as it is.
+        """
+        layer: Any = self
+        x: Any = args[0] if args else None
+        is_whole = x.cut.dim is None if type(x) is SplitTensor else type(x) is Tensor
+        if not is_whole or not torch.is_grad_enabled() or unsplit_class(layer) not in _READ_ONLY:
+            return args
+        linear = isinstance(layer, nn.Linear)
+        inputs, groups = (layer.in_features, 1) if linear else (layer.in_channels, layer.groups)
+        dim = x.dim() - 1 if linear else x.dim() - layer._parameters["weight"].dim() + 1
+        if dim < 0 or x.shape[dim] != inputs:
+            return args
+        ranks = layer.region.ranks
+        layout = Layout(dim, (inputs // groups,) * groups if groups > 1 else None)
+        x = x if type(x) is SplitTensor else enter_ranks(x, ranks)
+        return (from_share(to_share(x, layout, ranks).clone(), layout, ranks), *args[1:])
+
+
+_READ_ONLY = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 LAYERS: dict[str, type[ShardedLayer]] = {
