@@ -136,7 +136,7 @@ def _averaged_statistics(tensor_parallel: int) -> tuple[dict[str, torch.Tensor],
     from tlgc_mp.parallel import initialize
     from tlgc_mp.training.loop import average_running_statistics
 
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank = int(os.environ["RANK"])
     config = {"train_batch_size": 8, "tensor_parallel": {"autotp_size": tensor_parallel}}
     model = create_model("wrn-10-1", conv="gc-2l", groups=4, num_classes=10)
     engine, _, _, _ = initialize(
@@ -149,7 +149,7 @@ def _averaged_statistics(tensor_parallel: int) -> tuple[dict[str, torch.Tensor],
     for buffer in statistics.values():
         buffer.copy_(torch.rand(buffer.shape, generator=generator))
     before = {name: buffer.clone() for name, buffer in statistics.items()}
-    average_running_statistics(engine.module, world // tensor_parallel)
+    average_running_statistics(engine.module, engine.data_parallel_group)
     return before, {name: buffer.clone() for name, buffer in statistics.items()}
 
 

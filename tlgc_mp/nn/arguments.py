@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.utils import _pair
 
 from tlgc_mp.errors import UsageError, divisors, is_count, one_of
 
@@ -51,6 +50,11 @@ def check_groups(groups: int, **channels: int) -> None:
         if not is_count(groups) or count % groups:
             common = [d for d in divisors(count) if all(other % d == 0 for other in channels.values())]
             raise UsageError(f"groups={groups} does not divide {name}={count}; use {one_of(common)}")
+
+
+def _pair(value: Any) -> tuple[Any, ...]:
+    """One value for both directions, or what is given for each."""
+    return tuple(value) if isinstance(value, Iterable) else (value, value)
 
 
 def positive_pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:

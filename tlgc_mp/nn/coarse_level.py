@@ -106,16 +106,20 @@ class Window(NamedTuple):
         return F.pad(planes, (horizontal, horizontal, vertical, vertical)) if vertical or horizontal else planes
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on where ``tensor`` lies; the meta device has none."""
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
+
+
 def _without_autocast(method: Method) -> Method:
     """A pass of an autograd function in the types that its tensors have: on accelerators autocast would sum in float32
     what is to be multiplied in bfloat16."""
 
     @functools.wraps(method)
     def run(ctx: Any, tensor: Tensor, *others: Any) -> Any:
-        device = tensor.device.type
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        if not autocasts(tensor):
             return method(ctx, tensor, *others)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(tensor.device.type, enabled=False):
             return method(ctx, tensor, *others)
 
     return cast(Method, run)

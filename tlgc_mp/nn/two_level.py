@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
 from tlgc_mp.errors import UsageError, one_of
 from tlgc_mp.nn.arguments import (
@@ -32,7 +31,7 @@ from tlgc_mp.nn.arguments import (
     padding_pair,
     positive_pair,
 )
-from tlgc_mp.nn.coarse_level import Dense, Exchange, Fused, Overlapped, WholeExchange, Window
+from tlgc_mp.nn.coarse_level import Dense, Exchange, Fused, Overlapped, WholeExchange, Window, autocasts
 
 WIDE_GROUP = 128
 """Output channels of a group from which on the restriction is computed on its own; measured in docs/performance.md."""
@@ -123,14 +122,10 @@ class TwoLevelConv2d(nn.Module):
         self.coarse_kernel_size = (
             self.kernel_size if coarse_kernel_size is None else positive_pair("coarse_kernel_size", coarse_kernel_size)
         )
-        coarse_padding = [
-            _coarse_padding(p, d, d0, step)
-            for p, d, d0, step in zip(
-                self.padding, self.kernel_size, self.coarse_kernel_size, self.dilation, strict=True
-            )
-        ]
+        windows = zip(self.padding, self.kernel_size, self.coarse_kernel_size, self.dilation, strict=True)
+        vertical, horizontal = (_coarse_padding(p, d, d0, step) for p, d, d0, step in windows)
         self._fine = Window(self.kernel_size, self.stride, self.padding, self.dilation)
-        self._coarse = Window(self.coarse_kernel_size, self.stride, _pair(tuple(coarse_padding)), self.dilation)
+        self._coarse = Window(self.coarse_kernel_size, self.stride, (vertical, horizontal), self.dilation)
         self._assigned_mode: str | None = None
         self.exchange: Exchange = WholeExchange()
         if coarse_init not in COARSE_INITS:
@@ -233,10 +228,9 @@ class TwoLevelConv2d(nn.Module):
 
 def _computed_in(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors in the type that autocast has a convolution compute in; as they are where it is off."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    if not autocasts(x) or x.dtype == torch.float64:
         return (x, *others)
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
 
 

@@ -191,7 +191,11 @@ copy_to_ranks.register_autograd(
 )
 
 
-@torch.library.custom_op("tlgc_mp::exchange_channels", mutates_args=())
+@torch.library.custom_op(
+    "tlgc_mp::exchange_channels",
+    mutates_args=(),
+    schema="(Tensor channels, int[] sends, int[] receives, str group_name) -> Tensor",  # torch 2.6 reads no list[int]
+)
 def exchange_channels(channels: Tensor, sends: list[int], receives: list[int], group_name: str) -> Tensor:
     """All-to-all along the first dimension: the first ``sends[0]`` channels go to rank 0, the next to rank 1, ...
 

@@ -260,9 +260,15 @@ def _run_eagerly(forward: Any, args: Any, kwargs: Any) -> Any:
     return whole(forward(*args, **kwargs))
 
 
+_HOOKS_OF_ALL_MODULES = (
+    *("_global_forward_hooks", "_global_forward_pre_hooks"),
+    *("_global_backward_hooks", "_global_backward_pre_hooks"),
+)
+
+
 def _is_watched(model: nn.Module) -> bool:
     """Whether any hook of the user's would see a plain share where one device has the whole tensor."""
-    if torch.nn.modules.module._has_any_global_hook():
+    if any(getattr(nn.modules.module, name) for name in _HOOKS_OF_ALL_MODULES):
         return True
     for module in model.modules():
         if module is model:

@@ -240,10 +240,9 @@ def _keep_ties_whole(model: nn.Module, placements: dict[str, Placement]) -> None
     """A parameter that two layers hold is cut where both cut it alike, and whole otherwise."""
     cuts: dict[int, set[Layout]] = {}
     for name, module in model.named_modules():
-        for key, param in module._parameters.items():
-            if param is not None:
-                cut = placements[name].layout(key) if name in placements else WHOLE
-                cuts.setdefault(id(param), set()).add(cut)
+        for key, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            cut = placements[name].layout(key) if name in placements else WHOLE
+            cuts.setdefault(id(param), set()).add(cut)
     for name, placement in list(placements.items()):
         module = model.get_submodule(name)
         tied = [

@@ -89,8 +89,10 @@ def _paired(ours: list[str], theirs: list[str]) -> Iterator[tuple[str, str]]:
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:
     """Where tensors lie that ``group`` sends."""
-    accelerator = torch.accelerator.current_accelerator()
-    return torch.device("cpu") if "cpu:" in dist.get_backend_config(group) or accelerator is None else accelerator
+    cpu = torch.device("cpu")
+    if "cpu:" in dist.get_backend_config(group) or not torch.accelerator.is_available():
+        return cpu
+    return torch.accelerator.current_accelerator() or cpu
 
 
 def watch_replicas(model: nn.Module, ranks: Ranks, timeout: datetime.timedelta | None = None) -> None:

@@ -125,8 +125,8 @@ def static_report(model: nn.Module, placements: dict[str, Placement], tensor_par
     counted: set[int] = set()
     for name, placement in placements.items():
         cost = LayerCost(name, placement.kind, placement.reason)
-        for key, param in model.get_submodule(name)._parameters.items():
-            if param is not None and id(param) not in counted:
+        for key, param in model.get_submodule(name).named_parameters(recurse=False):
+            if id(param) not in counted:
                 counted.add(id(param))
                 cost.parameters += param.numel()
                 cost.parameters_per_rank += param.numel() // (tensor_parallel if key in placement.dims else 1)

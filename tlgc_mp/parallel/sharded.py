@@ -168,11 +168,9 @@ class ShardedLayer:
     def _mark_uc_metadata(self) -> None:
         """Describes each parameter's split for DeepSpeed's universal checkpoints."""
         layer: Any = self
-        for key, param in layer._parameters.items():
-            if param is None:
-                continue
+        for key, param in layer.named_parameters(recurse=False, remove_duplicate=False):
             dim = self.placement.dims.get(key)
-            shape = list(layer._shape_before_zero3_partition(param))
+            shape = list(getattr(param, "ds_shape", param.shape))  # ds_shape: before ZeRO 3 partitions it
             if dim is not None:
                 share = shape[dim]
                 shape[dim] *= self.region.ranks.size

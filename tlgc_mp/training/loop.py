@@ -165,7 +165,7 @@ class _Run:
             began = time.monotonic() - self.progress["seconds"]
             if self.progress["step"] < self.steps:
                 self._train_epoch(epoch, stop, began)
-                average_running_statistics(self.engine.module, self.settings.topology.data_parallel)
+                average_running_statistics(self.engine.module, self.engine.data_parallel_group)
                 self._save(f"epoch-{epoch + 1}", epoch, self.steps, began)
             loss = _reduced(self.loss_sum) / self.settings.topology.world  # the ranks of one replica hold the same
             test_loss, test_error = self._evaluate(stop)
@@ -309,21 +309,20 @@ def _not_finite(what: str, epoch: int, step: int) -> str:
 
 
 @torch.no_grad()
-def average_running_statistics(model: torch.nn.Module, replicas: int) -> None:
-    """Replaces BatchNorm's running statistics by their mean over the data-parallel replicas, in one collective.
+def average_running_statistics(model: torch.nn.Module, group: dist.ProcessGroup) -> None:
+    """Replaces BatchNorm's running statistics by their mean over the data-parallel group, in one collective.
 
     Every replica keeps statistics of its own part of each batch, and the engine does not join them. Being moving
     averages, they may be averaged at any step without changing what the later average will be.
     """
+    replicas = dist.get_world_size(group)
     if replicas == 1:
         return
-    from deepspeed.utils import groups
-
     buffers = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
     if not buffers:
         return
     flat = torch.cat([buffer.flatten() for buffer in buffers])
-    dist.all_reduce(flat, group=groups._get_data_parallel_group())
+    dist.all_reduce(flat, group=group)
     flat /= replicas
     for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
         buffer.copy_(mean.view_as(buffer))
