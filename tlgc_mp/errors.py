@@ -47,3 +47,10 @@ def shown(value: object) -> str:
 def is_count(value: object, least: int = 1) -> bool:
     """Whether a value from a configuration or a caller is an int, and ``least`` or more; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def told(error: BaseException) -> str:
+    """An error that is not the user's to mend, as part of a message: one line, and not a long one."""
+    said = f"it has no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
+    reason = " ".join(str(said).split())[:300]
+    return reason or type(error).__name__

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from tlgc_mp import lazy
 
 if TYPE_CHECKING:
+    from tlgc_mp.checkpoint.loader import load_checkpoint
     from tlgc_mp.checkpoint.offline import export_checkpoint, load_model, reshard_checkpoint
-    from tlgc_mp.checkpoint.saver import CheckpointSaver, SaveError, load_checkpoint, save_checkpoint
+    from tlgc_mp.checkpoint.saver import CheckpointSaver, SaveError, save_checkpoint
 
 _OFFLINE = ("export_checkpoint", "load_model", "reshard_checkpoint")
-_BESIDE_TRAINING = ("CheckpointSaver", "SaveError", "load_checkpoint", "save_checkpoint")
+_SAVED = ("CheckpointSaver", "SaveError", "save_checkpoint")
 __all__ = [
     "CheckpointSaver",
     "SaveError",
@@ -25,7 +26,8 @@ __all__ = [
 __getattr__ = lazy.attributes(
     __name__,
     {
-        **dict.fromkeys(_BESIDE_TRAINING, "tlgc_mp.checkpoint.saver"),
+        "load_checkpoint": "tlgc_mp.checkpoint.loader",
+        **dict.fromkeys(_SAVED, "tlgc_mp.checkpoint.saver"),
         **dict.fromkeys(_OFFLINE, "tlgc_mp.checkpoint.offline"),
     },
 )

@@ -21,6 +21,9 @@ from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.layout import WHOLE
 from tlgc_mp.parallel.sharded import ShardedLayer
 
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+"""What an engine counts, by the names of its attributes."""
+
 
 @dataclass(frozen=True)
 class Slot:

@@ -28,6 +28,7 @@ CHECKPOINTS = "checkpoints"
 DESCRIPTION = "checkpoint.json"
 LATEST = "latest"
 BEST = "best"
+SCHEDULER = "scheduler.pt"
 PARTIAL = ".partial"
 FORMAT = 1
 _BLOCK = 1 << 22

@@ -1,4 +1,4 @@
-"""Writing checkpoints beside the training, and reading them back into an engine.
+"""Writing checkpoints beside the training.
 
 A rank copies its share of the state, which is all that training waits for, and a thread writes it. The threads agree
 over the job's key-value store, so no collective is added: rank 0 makes the folder, every rank writes its file and
@@ -13,7 +13,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,16 +23,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tlgc_mp.checkpoint import folder as folders
-from tlgc_mp.checkpoint.engine_state import EngineState
-from tlgc_mp.checkpoint.reader import INDEX, CheckpointReader, Part, Piece
-from tlgc_mp.errors import UsageError, is_count, shown
+from tlgc_mp.checkpoint.engine_state import COUNTERS, EngineState
+from tlgc_mp.checkpoint.reader import INDEX, Part, Piece
+from tlgc_mp.errors import UsageError, is_count, shown, told
 from tlgc_mp.files import as_path
 from tlgc_mp.provenance import describe_run
 
 SAVE_SECONDS = 1800.0
 """How long ranks wait for each other's files before a save has failed."""
 
-_SCHEDULER = "scheduler.pt"
 _POLL_SECONDS = 0.02
 _saves = 0
 
@@ -164,7 +163,7 @@ class CheckpointSaver:
                 "scalars": state.scalars(),
                 "groups": [_plain(group) for group in state.groups],
             },
-            "engine": {name: int(getattr(engine, name)) for name in _COUNTERS},
+            "engine": {name: int(getattr(engine, name)) for name in COUNTERS},
             "saved_by": self._saved_by,
         }
         scheduler = io.BytesIO()
@@ -194,14 +193,14 @@ class CheckpointSaver:
             self._post(save, f"rank-{self._rank}", mine)
             save.tag = self._agree(save, "end", lambda: self._finish(save, tag, description))
         except Exception as error:
-            save.error = f"checkpoint {os.path.join(self.folder, save.tag)!r} was not written: {_told(error)}"
+            save.error = f"checkpoint {os.path.join(self.folder, save.tag)!r} was not written: {told(error)}"
         finally:
             with self._lock:
                 if save.best and save.error is None and self._rank == 0:
                     try:
                         folders.mark_best(self.folder, save.tag)
                     except OSError as error:
-                        save.error = f"{os.path.join(self.folder, folders.BEST)!r} was not written: {_told(error)}"
+                        save.error = f"{os.path.join(self.folder, folders.BEST)!r} was not written: {told(error)}"
                 save.done.set()
 
     def _begin(self, tag: str) -> str:
@@ -220,10 +219,10 @@ class CheckpointSaver:
         save_file(tensors, path, metadata={INDEX: json.dumps(index)})
         files = {name: folders.sealed(path)}
         if self._rank == 0 and scheduler:
-            path = os.path.join(partial, _SCHEDULER)
+            path = os.path.join(partial, folders.SCHEDULER)
             with open(path, "wb") as file:
                 file.write(scheduler)
-            files[_SCHEDULER] = folders.sealed(path)
+            files[folders.SCHEDULER] = folders.sealed(path)
         return files
 
     def _finish(self, save: _Save, tag: str, description: dict[str, Any]) -> str:
@@ -255,7 +254,7 @@ class CheckpointSaver:
         except SaveError as error:  # of another rank, which has said who it is
             return {"error": str(error)}
         except Exception as error:
-            return {"error": f"rank {self._rank}: {_told(error)}"}
+            return {"error": f"rank {self._rank}: {told(error)}"}
 
     def _post(self, save: _Save, step: str, outcome: Any) -> None:
         self._store.set(f"tlgc_mp/checkpoint/{save.number}/{step}", json.dumps(outcome))
@@ -301,55 +300,6 @@ def save_checkpoint(
     return saver.path
 
 
-def load_checkpoint(engine: Any, path: str, replica_state: dict[str, Tensor] | None = None) -> dict[str, Any]:
-    """Loads a checkpoint into an engine of any split over ranks and any ZeRO stage. Collective.
-
-    Weights, buffers, the optimizer's state, the learning-rate schedule and the engine's counts of steps. Every file is
-    read once and held against its checksum before anything is loaded. No pickled code runs.
-
-    Args:
-        engine: of :func:`tlgc_mp.initialize`, over the same model and the same kind of optimizer.
-        path: a checkpoint, or a folder of them: its newest.
-        replica_state: tensors to fill with what each replica kept for itself; with the mean over the replicas where
-            there were more or fewer of them.
-
-    Returns:
-        The ``client_state`` it was saved with.
-
-    Raises:
-        UsageError: there is no checkpoint, a file is damaged or missing, or the checkpoint is of another model or
-            optimizer. On every rank.
-    """
-    state = EngineState(engine)
-    ((folder, tag, names),) = _all_or_none(lambda: [_found(path)])
-    where = f"the checkpoint {os.path.join(folder, tag)!r}: "
-
-    def check() -> list[CheckpointReader]:
-        problem = folders.damage(folder, tag, names[dist.get_rank() :: dist.get_world_size()])
-        if problem is not None:
-            raise UsageError(f"{where}{problem}; {folders.offer(folder, tag)}")
-        return [CheckpointReader(folder, tag)]
-
-    (reader,) = _all_or_none(check)
-
-    def fill() -> list[None]:
-        try:
-            _fill(state, reader, replica_state or {})
-        except Exception as error:  # whatever a checkpoint's contents may set off, every rank is to hear of it
-            raise UsageError(f"{where}{_told(error)}; {folders.offer(folder, tag)}") from error
-        return []
-
-    _all_or_none(fill)
-    state.publish()
-    return dict(reader.description["client_state"])
-
-
-def _found(path: str) -> tuple[str, str, list[str]]:
-    """(folder, tag, names of the files) of the newest checkpoint in ``path``."""
-    folder, tag = folders.find_checkpoint(path)
-    return folder, tag, sorted(folders.read_description(folder, tag)["files"])
-
-
 def _check_saved(tag: str, client_state: dict[str, Any]) -> None:
     """Raises :class:`UsageError` for what cannot be saved."""
     if not isinstance(tag, str) or os.path.basename(tag) != tag or tag in ("", ".", "..") or "\0" in tag:
@@ -362,66 +312,6 @@ def _check_saved(tag: str, client_state: dict[str, Any]) -> None:
         json.dumps(client_state)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"client_state: JSON cannot hold it: {error}; give numbers, text and lists") from None
-
-
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-
-
-@torch.no_grad()
-def _fill(state: EngineState, reader: CheckpointReader, replica_state: dict[str, Tensor]) -> None:
-    saved = _described(reader.description, len(state.groups))
-    if _family(saved["type"]) != _family(type(state.optimizer).__name__):
-        raise UsageError(f"it was saved with the optimizer {saved['type']}, not {type(state.optimizer).__name__}")
-    parts = state.parts()
-    buffers = state.buffers()
-    for kind, wanted in (("weights", parts.keys() - buffers.keys()), ("buffers", buffers.keys())):
-        if odd := sorted(wanted ^ set(reader.names(kind))):
-            raise UsageError(f"it is of another model: {odd[0]} is in one of them only")
-    keys: dict[str, list[str]] = {}
-    for key, _, name in (entry.partition("/") for entry in reader.names("optimizer")):
-        keys.setdefault(name, []).append(key)
-    state.make_states(keys, saved["scalars"])
-    for slot in state.slots:
-        for tensor, target in (
-            (f"weights/{slot.name}", slot.values),
-            *((f"optimizer/{key}/{slot.name}", state.states(slot)[key]) for key in keys.get(slot.name, ())),
-        ):
-            target.copy_(reader.read(tensor, slot.part, slot.start, slot.numel).view(target.shape))
-    for name, buffer in buffers.items():
-        buffer.copy_(reader.read_replicas(f"buffers/{name}", parts[name], state.replica, state.replicas))
-    for name, target in replica_state.items():
-        part = Part(tuple(target.shape), None, 0, 1)
-        target.copy_(reader.read_replicas(f"replica/{name}", part, state.replica, state.replicas))
-    for group, values in zip(state.groups, saved["groups"], strict=True):
-        group.update({key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
-    engine = state.engine
-    for name in _COUNTERS:
-        setattr(engine, name, reader.description["engine"][name])
-    if engine.lr_scheduler is not None and _SCHEDULER in reader.description["files"]:
-        path = os.path.join(reader.where, _SCHEDULER)
-        engine.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
-
-
-def _described(description: dict[str, Any], groups: int) -> dict[str, Any]:
-    """The description of the optimizer, where that and the engine's counts are as they were written."""
-    optimizer, engine = description.get("optimizer"), description.get("engine")
-    if not isinstance(description.get("client_state"), dict):
-        raise UsageError(f"its {folders.DESCRIPTION} has no client_state")
-    if not isinstance(engine, dict) or not all(is_count(engine.get(name), 0) for name in _COUNTERS):
-        raise UsageError(f"its {folders.DESCRIPTION} does not count the engine's steps")
-    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("type"), str):
-        raise UsageError(f"its {folders.DESCRIPTION} does not describe an optimizer")
-    for key in ("groups", "scalars"):
-        found = optimizer.get(key)
-        if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
-            raise UsageError(f"its {folders.DESCRIPTION} does not describe the optimizer's {key}")
-        if len(found) != groups:
-            raise UsageError(f"its optimizer has {len(found)} parameter groups, not {groups}")
-    for scalars in optimizer["scalars"]:
-        for key, scalar in scalars.items():
-            if not isinstance(scalar, dict) or not isinstance(scalar.get("value"), bool | int | float):
-                raise UsageError(f"its {folders.DESCRIPTION} does not tell the optimizer's {key}")
-    return optimizer
 
 
 def _pieces(state: EngineState, replica_state: dict[str, Tensor]) -> Iterator[tuple[str, Piece, Tensor]]:
@@ -458,34 +348,8 @@ def _is_whole(state: EngineState, slot: Any) -> bool:
     return state.stage == 0 or (slot.holder is None and state.stage < 3)
 
 
-def _all_or_none(act: Callable[[], list[Any]]) -> list[Any]:
-    """What ``act`` returns on this rank; where it raises UsageError on one of them, all raise it. Collective."""
-    problems: list[str | None] = [None] * dist.get_world_size()
-    problem, result = None, []
-    try:
-        result = act()
-    except UsageError as error:
-        problem = str(error)
-    dist.all_gather_object(problems, problem)
-    for problem in filter(None, problems):
-        raise UsageError(problem)
-    return result
-
-
 def _plain(group: dict[str, Any]) -> dict[str, Any]:
     """The settings of a parameter group; not how they are computed, which is the device's affair."""
     kinds = (bool, int, float, str, list, tuple)
     computed = ("params", "foreach", "fused", "capturable", "differentiable", "name")
     return {k: v for k, v in group.items() if k not in computed and (v is None or isinstance(v, kinds))}
-
-
-def _family(optimizer: str) -> str:
-    """DeepSpeed's CPU and fused optimizers keep the state of the torch one that they compute."""
-    name = optimizer.lower().removeprefix("deepspeed").removeprefix("fused").removeprefix("cpu")
-    return "adam" if name in ("adam", "adamw") else name
-
-
-def _told(error: BaseException) -> str:
-    said = f"it has no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
-    reason = " ".join(str(said).split())[:300]
-    return reason or type(error).__name__
