@@ -85,6 +85,7 @@ def initialize(
     from tlgc_mp.parallel.first_batch import check_first_batch
     from tlgc_mp.parallel.layers import collect_checkpoint_info
     from tlgc_mp.parallel.plan import channels_stay_apart
+    from tlgc_mp.parallel.scalars import ScalarsAsBytes, clip_scalars_too
     from tlgc_mp.parallel.sharding import shard
     from tlgc_mp.parallel.waiting import as_timeout
 
@@ -135,17 +136,18 @@ def initialize(
             OwnCode(code, aloud) if callable(code) else code for code in (optimizer, lr_scheduler)
         )
         try:
-            made = deepspeed.initialize(
-                model=model,
-                optimizer=optimizer,
-                model_parameters=model_parameters,
-                training_data=training_data,
-                lr_scheduler=lr_scheduler,
-                mpu=mpu,
-                dist_init_required=dist_init_required,
-                collate_fn=collate_fn,
-                config=settings,
-            )
+            with ScalarsAsBytes():
+                made = deepspeed.initialize(
+                    model=model,
+                    optimizer=optimizer,
+                    model_parameters=model_parameters,
+                    training_data=training_data,
+                    lr_scheduler=lr_scheduler,
+                    mpu=mpu,
+                    dist_init_required=dist_init_required,
+                    collate_fn=collate_fn,
+                    config=settings,
+                )
         except UsageError:
             raise
         except (ZeRORuntimeException, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -154,15 +156,16 @@ def initialize(
             raise _refused(error) from error
     if stage == 0:
         memory_format.restore(filters)
+        clip_scalars_too(made[0])
         if made[0].dp_world_size == 1:
             # Else all gradients are copied into a buffer, and back, around an all-reduce over one rank.
             made[0].enable_backward_allreduce = False
     elif not channels_stay_apart(model):  # the others turn their images to channels_last themselves
         memory_format.follow(made[0].module, filters)
     keep_groups(made[0])
+    made[0].save_16bit_model = functools.partial(_save_16bit_model, made[0])
     if mpu is not None:
         check_first_batch(made[0], mpu.get_tensor_model_parallel_group())
-        made[0].save_16bit_model = functools.partial(_save_16bit_model, made[0])
     return made
 
 
@@ -184,7 +187,8 @@ def _save_16bit_model(
     writes = torch.distributed.get_rank() == 0
     state = gather_state_dict(engine.module, keep=writes)
     if writes:
-        frozen = {name for name, param in engine.module.named_parameters() if not param.requires_grad}
+        parameters = engine.module.named_parameters(remove_duplicate=False)
+        frozen = {name for name, param in parameters if not param.requires_grad}
         kept = {name: value for name, value in state.items() if not (exclude_frozen_parameters and name in frozen)}
         os.makedirs(save_dir, exist_ok=True)
         path = os.path.join(save_dir, save_filename)

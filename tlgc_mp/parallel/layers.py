@@ -283,13 +283,13 @@ def shard_layer(
     placement: Placement,
     region: Region,
     device: torch.device | None,
-    shares: dict[int, nn.Parameter],
+    shares: dict[tuple[int, Layout], Tensor],
 ) -> None:
     """Makes ``layer`` hold its share, in place.
 
     Args:
         device: where the share is to live; ``None`` keeps the layer's own.
-        shares: of parameters cut already, by the id of the whole one; tied ones stay tied.
+        shares: of tensors cut already, by the id of the whole one and where it is cut; tied ones stay tied.
     """
     names = vars(layer).copy()
     layer.__class__ = split_class(type(layer), LAYERS.get(placement.kind, ShardedLayer))
@@ -298,27 +298,31 @@ def shard_layer(
     layer.__dict__.update(names)
     own: Any = layer
     own.placement, own.region = placement, region
-    own.tp_world_size = own.world_size = region.ranks.size
-    own.tp_index = own.rank = region.ranks.rank
+    own.tp_world_size, own.tp_index = region.ranks.size, region.ranks.rank
     own.is_tp_parallel = region.ranks.size > 1
     own.support_training = True
     set_autotp_mode(training=True)
     for key, param in layer._parameters.items():
         if param is None:
             continue
-        if id(param) not in shares:
+        layout = placement.layout(key)
+        if (id(param), layout) not in shares:
             share = nn.Parameter(_share(placement, key, param.data, region, device), requires_grad=param.requires_grad)
-            shares[id(param)] = share
-            if share.requires_grad and key not in placement.dims and not region.channels_apart:
+            shares[id(param), layout] = share
+            if share.requires_grad and layout.dim is None and not region.channels_apart:
                 # A function of autograd's own kind may hand a split gradient to a parameter that it was given plain.
                 share.register_hook(plain_gradient)
-            _keep_hooks(param, share, placement.layout(key), region)
-        layer._parameters[key] = shares[id(param)]
-        if key in placement.dims:
-            own.config_tp_params(shares[id(param)])
+            _keep_hooks(param, share, layout, region)
+        layer._parameters[key] = shares[id(param), layout]  # type: ignore[assignment]
+        if layout.dim is not None:
+            own.config_tp_params(layer._parameters[key])
     for key, buffer in layer._buffers.items():
-        if buffer is not None:
-            layer._buffers[key] = _share(placement, key, buffer, region, device)
+        if buffer is None:
+            continue
+        layout = placement.layout(key)
+        if (id(buffer), layout) not in shares:
+            shares[id(buffer), layout] = _share(placement, key, buffer, region, device)
+        layer._buffers[key] = shares[id(buffer), layout]
     with region.set_plain(True):
         own._adjust()
 

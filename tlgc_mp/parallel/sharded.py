@@ -11,7 +11,7 @@ save and its checkpoint metadata treat it as one of its own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -197,7 +197,12 @@ def split_class(base: Any, kind: Any) -> Any:
     if (base, kind) not in _CLASSES:
         joins = issubclass(kind, ShardedLayer) and not issubclass(base, TensorParallel_Layer)
         bases = (kind, base, TensorParallel_Layer) if joins else (kind, base)
-        names = {"made_from": (base, kind), "__module__": base.__module__, "__doc__": base.__doc__}
+        own = {
+            "__doc__": base.__doc__,
+            "extra_repr": base.extra_repr,
+            "__deepcopy__": getattr(base, "__deepcopy__", None),
+        }
+        names = {"made_from": (base, kind), "__module__": base.__module__, **own}  # and not DeepSpeed's
         _CLASSES[base, kind] = type(base.__name__, bases, names)
     return _CLASSES[base, kind]
 
@@ -208,22 +213,84 @@ _CLASSES: dict[tuple[Any, Any], Any] = {}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+_ENGINES = ("_original_parameters", "_external_params", "all_parameters", "pre_bwd_fn", "post_bwd_fn")
+"""Attributes that ZeRO 3 gives to modules, beside those that begin with ``ds_``."""
+
+
 def reduced(module: Any) -> Any:
-    """What pickle and copy keep of a module: all but the hooks of an engine, which belong to that engine alone."""
-    state = dict(module.__getstate__() if hasattr(module, "__getstate__") else vars(module))
-    for name in HOOKS:
-        kept = {key: hook for key, hook in state[name].items() if not is_engines(hook)}
-        state[name] = type(state[name])(kept)
-    return _empty, type(module).made_from, state
+    """What pickle and copy keep of a module: all but what an engine added, which belongs to that engine alone.
+
+    Parameters that ZeRO 3 has partitioned are kept in full, so this is collective there.
+    """
+    clean = _without_engine(module, {})
+    cls, kinds = type(module), []
+    while "made_from" in vars(cls):
+        cls, kind = vars(cls)["made_from"]
+        kinds.append(kind)
+    return _empty, (cls, *reversed(kinds)), clean.__getstate__()
+
+
+def _without_engine(module: Any, done: dict[int, Any]) -> Any:
+    """``module``, with the same values and without the hooks and attributes of an engine.
+
+    Args:
+        done: by id, what has been made of modules and parameters so far: what is held twice stays one.
+    """
+    if module is None or isinstance(module, torch.jit.ScriptModule):
+        return module
+    if id(module) not in done:
+        cls: Any = type(module)
+        clean = done[id(module)] = cls.__new__(cls)
+        state = {k: v for k, v in vars(module).items() if k not in _ENGINES and not k.startswith("ds_")}
+        for name in HOOKS:
+            kept = {key: hook for key, hook in state[name].items() if not is_engines(hook)}
+            state[name] = type(state[name])(kept)
+        state["_parameters"] = {k: _plain_parameter(p, done) for k, p in module._parameters.items()}
+        state["_modules"] = {k: _without_engine(part, done) for k, part in module._modules.items()}
+        vars(clean).update(state)
+    return done[id(module)]
+
+
+def _plain_parameter(param: Any, done: dict[int, Any]) -> Any:
+    if param is None or not vars(param):
+        return param
+    if id(param) not in done:
+        with zero3_gathered([param]) as partitioned:
+            values = param.data.clone() if partitioned else param.data
+        done[id(param)] = nn.Parameter(values, requires_grad=param.requires_grad)
+    return done[id(param)]
+
+
+EXTRA = "_extra_state"
+"""The last part of the name under which a state dict holds a module's extra state."""
+
+
+def extra_state(module: nn.Module) -> dict[str, Any]:
+    """What a module with a ``get_extra_state`` of its own adds to its state dict; nothing of others."""
+    mine = type(module).get_extra_state is not nn.Module.get_extra_state
+    return {EXTRA: module.get_extra_state()} if mine else {}
+
+
+@contextlib.contextmanager
+def zero3_gathered(parameters: Sequence[Any]) -> Iterator[bool]:
+    """A context in which parameters that ZeRO 3 has partitioned are whole, and whether there are any. Collective."""
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    away = [p for p in parameters if hasattr(p, "ds_id") and p.ds_status is not ZeroParamStatus.AVAILABLE]
+    if not away:
+        yield any(hasattr(p, "ds_id") for p in parameters)
+        return
+    with GatheredParameters(away):
+        yield True
 
 
 def is_engines(hook: Any) -> bool:
     return (getattr(hook, "__module__", "") or "").startswith("deepspeed")
 
 
-def _empty(base: Any, kind: Any) -> Any:
+def _empty(cls: Any, *kinds: Any) -> Any:
     """An object to be filled by what pickle or copy kept of one."""
-    if hasattr(base, "made_from"):
-        base = split_class(*base.made_from)
-    cls = split_class(base, kind)
+    for kind in kinds:
+        cls = split_class(cls, kind)
     return cls.__new__(cls)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 from typing import Any
 
@@ -14,11 +13,11 @@ from tlgc_mp.errors import UsageError
 from tlgc_mp.nn import FullyLearnableGroupConv2d, init_parameters
 from tlgc_mp.nn.arguments import check_device, check_module
 from tlgc_mp.parallel.layers import make_root, shard_layer
-from tlgc_mp.parallel.layout import Ranks
+from tlgc_mp.parallel.layout import Layout, Ranks
 from tlgc_mp.parallel.plan import Placement, goes_plain, plan
 from tlgc_mp.parallel.replicas import check_same_model, watch_replicas
 from tlgc_mp.parallel.report import static_report
-from tlgc_mp.parallel.sharded import Region, ShardedLayer
+from tlgc_mp.parallel.sharded import EXTRA, Region, ShardedLayer, extra_state, zero3_gathered
 from tlgc_mp.parallel.split_tensor import whole
 from tlgc_mp.parallel.waiting import as_timeout
 
@@ -121,7 +120,7 @@ def split_layers(
 ) -> None:
     """Has every layer of ``model`` hold its share, in place. No communication."""
     report = static_report(model, placements, region.ranks.size)
-    shares: dict[int, nn.Parameter] = {}
+    shares: dict[tuple[int, Layout], Tensor] = {}
     for name, placement in placements.items():
         shard_layer(model.get_submodule(name), placement, region, device, shares)
     make_root(model, region)
@@ -130,7 +129,7 @@ def split_layers(
 
 
 @torch.no_grad()
-def gather_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+def gather_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Any]:
     """The state dict of the whole model, whatever its split over tensor-parallel ranks and by ZeRO. Collective.
 
     It loads into the single-device model. One layer is assembled at a time.
@@ -139,15 +138,23 @@ def gather_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tenso
         keep: whether this rank wants it; one that only helps the others gets an empty dict, and holds one tensor.
     """
     check_module("model", model)
-    state: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
+    state: dict[str, Any] = {}
+    first: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
-        with _zero3_gathered(list(module.parameters(recurse=False))):
-            for key, value in _own_state(module).items():
-                held = isinstance(module, ShardedLayer)
-                full = module.gather_whole(key) if held else whole(value.detach()).clone()  # type: ignore[operator]
+        own = _own_state(module)
+        if id(module) in first:
+            state |= {prefix + key: state[first[id(module)] + key] for key in own if keep}
+            continue
+        first[id(module)] = prefix
+        with zero3_gathered(list(module.parameters(recurse=False))):
+            for key, value in own.items():
+                if isinstance(module, ShardedLayer) and key != EXTRA:
+                    value = module.gather_whole(key)
+                elif isinstance(value, Tensor):
+                    value = whole(value.detach()).clone()
                 if keep:
-                    state[prefix + key] = full
+                    state[prefix + key] = value
     return state
 
 
@@ -159,7 +166,7 @@ def effective_parameters(model: nn.Module) -> int:
     total = 0
     for module in model.modules():
         own = list(module.parameters(recurse=False))
-        with _zero3_gathered(own):
+        with zero3_gathered(own):
             if isinstance(module, FullyLearnableGroupConv2d):
                 total += module.effective_parameters
             else:
@@ -167,17 +174,8 @@ def effective_parameters(model: nn.Module) -> int:
     return total
 
 
-def _own_state(module: nn.Module) -> dict[str, Tensor]:
+def _own_state(module: nn.Module) -> dict[str, Any]:
     """What ``module.state_dict()`` holds of the module itself, without its children."""
     transient = module._non_persistent_buffers_set
     entries = {**module._parameters, **{k: v for k, v in module._buffers.items() if k not in transient}}
-    return {key: value for key, value in entries.items() if value is not None}
-
-
-def _zero3_gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
-    """A context in which parameters that ZeRO-3 has partitioned are whole; nothing where it has not."""
-    if not any(hasattr(param, "ds_id") for param in parameters):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters)
+    return {**{key: value for key, value in entries.items() if value is not None}, **extra_state(module)}
