@@ -2,11 +2,16 @@
 
 import itertools
 import multiprocessing
+import os
+import signal
+import time
+from multiprocessing import forkserver
 
 import pytest
 import torch
 
 from tlgc_mp.data import EvaluationBatches, TrainingBatches, load_datasets
+from tlgc_mp.data.loaders import started_workers
 from tlgc_mp.errors import UsageError
 
 
@@ -41,3 +46,26 @@ def test_unreadable_image_reaches_the_caller_as_one_line(workers: int, make_fold
         list(EvaluationBatches(test, batch_size=2, rank=0, replicas=1, num_workers=workers))
     message = str(caught.value)
     assert message.startswith(f"--data-dir: cannot read the image {path}") and "\n" not in message
+
+
+@pytest.mark.timeout(120)
+def test_workers_do_not_stop_with_the_group_and_end_when_told_to() -> None:
+    """Ctrl-C, mpirun and Slurm signal all processes of a group, the fork server that workers come from too."""
+    batches = TrainingBatches(
+        load_datasets("digits", None, seed=0).train, batch_size=64, seed=0, rank=0, replicas=1, num_workers=1
+    )
+    stream = batches.epoch(0)
+    next(stream)
+    worker = started_workers[-1]
+    server = forkserver._forkserver._forkserver_pid
+    for pid in (worker.pid, server):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            os.kill(pid, number)
+    time.sleep(0.2)
+    assert len(list(stream)) == len(batches) - 1
+    assert worker.is_alive() and signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+    assert os.waitpid(server, os.WNOHANG) == (0, 0)
+
+    worker.terminate()
+    worker.join(10)
+    assert not worker.is_alive()

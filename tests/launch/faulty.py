@@ -3,7 +3,9 @@
 ``FAULT`` names a function below, ``FAULT_RANK`` the rank it happens in, ``FAULT_STEP`` the step before which it does,
 counted from 0 over the epochs of this process. With ``FAULT_ONCE``, it happens only where that file is not there yet,
 and makes it; with ``NEVER_SAVES`` too, no checkpoint is finished until then. In the folder ``WEIGHTS`` each rank leaves
-a digest of its state after each epoch.
+a digest of its state after each epoch. ``LINGERS`` is one of ``training``, ``evaluation`` and ``save``: rank 0 makes
+the file ``THERE`` in the second epoch's training, or in the first evaluation or save, which takes its time then. With
+``leaving``, data workers are killed some time before a rank that was stopped leaves.
 """
 
 from __future__ import annotations
@@ -80,7 +82,43 @@ def _never_save() -> None:
     folder.commit = lambda *_: time.sleep(3600)  # type: ignore[assignment]
 
 
+def _linger(moment: str, there: str) -> None:
+    from tlgc_mp.checkpoint import folder
+    from tlgc_mp.data.loaders import started_workers
+    from tlgc_mp.training.interrupt import StopRequest
+    from tlgc_mp.training.watchdog import BEAT_SECONDS
+
+    leave = StopRequest.leave
+
+    def kill_workers_and_leave(self: StopRequest, saved: str) -> NoReturn:
+        for process in started_workers:
+            process.kill()
+        time.sleep(2 * BEAT_SECONDS)
+        leave(self, saved)
+
+    def slowed(function: Callable[..., Any], when: Callable[..., bool] = lambda *_: True) -> Any:
+        def wait_first(*arguments: Any) -> Any:
+            if when(*arguments):
+                if Launch.detect().rank == 0:
+                    open(there, "w").close()
+                time.sleep(1.5)
+            return function(*arguments)
+
+        return wait_first
+
+    if moment == "training":
+        StopRequest.before_step = slowed(StopRequest.before_step, lambda _, step: step > 3)  # type: ignore[method-assign]
+    elif moment == "leaving":
+        StopRequest.leave = kill_workers_and_leave  # type: ignore[method-assign]
+    elif moment == "evaluation":
+        StopRequest.asked = slowed(StopRequest.asked)  # type: ignore[method-assign]
+    else:
+        folder.commit = slowed(folder.commit)
+
+
 def main() -> NoReturn:
+    if "LINGERS" in os.environ:
+        _linger(os.environ["LINGERS"], os.environ["THERE"])
     if "NEVER_SAVES" in os.environ and not os.path.exists(os.environ["FAULT_ONCE"]):
         _never_save()
     if "FAULT" in os.environ and Launch.detect().rank == int(os.environ["FAULT_RANK"]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,10 +25,13 @@ MARK = "TLGC_MP_TEST_JOB"
 """The environment variable by which every process of a job is known: its output folder."""
 
 
-def command(launcher: str, module: str = "tlgc_mp", port: str | None = None) -> list[str]:
-    """What starts two ranks of ``module`` under ``launcher``, or one process where it is ``"plain"``."""
+def command(launcher: str, folder: Path, module: str = "tlgc_mp", port: str | None = None) -> list[str]:
+    """What starts two ranks of ``module`` under ``launcher``, up to the options of training, or one process where it is
+    ``"plain"``. A script of the project is copied into ``folder``."""
+    if launcher.endswith(".sh"):
+        return [script(folder, launcher, module), "2"]
     port = port or free_port()
-    return {
+    started = {
         "plain": [sys.executable, "-m", module],
         "deepspeed": [
             *(str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", port),
@@ -39,7 +43,20 @@ def command(launcher: str, module: str = "tlgc_mp", port: str | None = None) -> 
             *(sys.executable, "-m", module),
         ],
         "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", port, "-m", module],
-    }[launcher]
+    }
+    return [*started[launcher], "train"]
+
+
+def script(folder: Path, name: str, module: str = "tlgc_mp") -> str:
+    """The path of a copy of ``scripts/NAME`` in ``folder`` that installs nothing, and runs ``module``."""
+    copy = folder / "scripts"
+    shutil.copytree(ROOT / "scripts", copy, dirs_exist_ok=True)
+    with open(copy / "environment.sh", "a", encoding="utf-8") as file:
+        file.write("\nprepare_environment() { :; }\n")
+    text = (copy / name).read_text(encoding="utf-8")
+    assert "-m tlgc_mp train" in text
+    (copy / name).write_text(text.replace("-m tlgc_mp", f"-m {module}"), encoding="utf-8")
+    return str(copy / name)
 
 
 def free_port() -> str:
@@ -65,13 +82,12 @@ class Job:
     ) -> None:
         self.output_dir = output_dir
         self._stdout, self._stderr = stdout, stderr
-        self._launcher = launcher
         launched = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "PMI")
         environment = {key: value for key, value in os.environ.items() if not key.startswith(launched)}
         environment.update(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
-        environment.update({MARK: str(output_dir), **variables})
+        environment.update({MARK: str(output_dir), "PYTHONPATH": str(ROOT), **variables})
         self.process = subprocess.Popen(
-            [*before, *command(launcher, module, port), "train", *options, "--output-dir", str(output_dir)],
+            [*before, *command(launcher, output_dir.parent, module, port), *options, "--output-dir", str(output_dir)],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -118,12 +134,8 @@ class Job:
         time.sleep(0.2)
 
     def ctrl_c(self) -> None:
-        """What Ctrl-C sends: SIGINT to the whole foreground group, which scripts/train_mpi.sh turns into a SIGUSR1 to
-        mpirun."""
-        if self._launcher == "mpirun":
-            self.process.send_signal(signal.SIGUSR1)
-        else:
-            os.killpg(self.process.pid, signal.SIGINT)
+        """What Ctrl-C sends: SIGINT to the whole foreground group."""
+        os.killpg(self.process.pid, signal.SIGINT)
 
     def processes(self) -> dict[int, list[str]]:
         """Everything that runs with this job's output folder on its command line: pid -> the command line."""

@@ -180,7 +180,7 @@ def _evaluate() -> tuple[float, float]:
         rank=int(os.environ["RANK"]),
         replicas=int(os.environ["WORLD_SIZE"]),
     )
-    return run._evaluate(StopRequest())
+    return run._evaluate(StopRequest(agreed=lambda: None))
 
 
 def _model() -> torch.nn.Module:

@@ -7,10 +7,13 @@ given the replica's ``rank`` and so draw the same batches.
 
 import os
 import select
+import signal
 import threading
 from collections.abc import Iterator
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.popen_forkserver import Popen
 from multiprocessing.process import BaseProcess
 from typing import TypeAlias
 
@@ -25,6 +28,7 @@ from tlgc_mp.errors import UsageError, is_count
 Request: TypeAlias = tuple[int, list[int]]  # the epoch, and the indices of the samples of one batch
 
 _WORKER_TIMEOUT_SECONDS = 300
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class TrainingBatches:
@@ -195,10 +199,32 @@ DataLoader waits for a batch as long as it may before it looks whether the worke
 """
 
 
+class _WorkerPopen(Popen):
+    def terminate(self) -> None:
+        self.kill()  # type: ignore[no-untyped-call]
+
+
 class _Worker(ForkServerProcess):
+    """A process that no signal stops but SIGKILL.
+
+    Ctrl-C goes to every process of the terminal's group, and mpirun and Slurm signal groups too. A rank that is asked
+    to stop still needs its workers, for the step or the save under way, and it ends them itself.
+    """
+
     def start(self) -> None:
-        super().start()
+        resource_tracker.ensure_running()  # the fork server needs it, and starting it unblocks signals
+        # The first worker starts the fork server. Signals that are blocked here are blocked there, and in the workers;
+        # in this process they wait, or reach another thread.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         started_workers.append(self)
+
+    @staticmethod
+    def _Popen(process: BaseProcess) -> Popen:
+        return _WorkerPopen(process)  # type: ignore[no-untyped-call]
 
 
 class _WorkerContext(ForkServerContext):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -36,9 +37,13 @@ class StopRequest:
     """Listens for SIGINT, SIGTERM and SIGUSR1 (which mpirun passes on to its ranks) while it is entered.
 
     A second Ctrl-C after two seconds ends the process at once, without a checkpoint.
+
+    Args:
+        agreed: called when all ranks have agreed to stop, before they save.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agreed: Callable[[], None]) -> None:
+        self._agreed = agreed
         self.received: int | None = None
         self._at = 0.0
         self._previous: dict[int, Any] = {}
@@ -66,8 +71,12 @@ class StopRequest:
 
     def before_step(self, step: int) -> bool:
         """Whether everyone stops before ``step``, which counts up by one from call to call on every rank alike."""
-        if self._store is None:
-            return self.received is not None
+        stops = self.received is not None if self._store is None else self._stops_before(step)
+        if stops:
+            self._agreed()
+        return stops
+
+    def _stops_before(self, step: int) -> bool:
         if self.received is not None and not self._posted:
             # Compare-and-set keeps the earliest post where several ranks are asked.
             self._store.compare_set(_KEY, "", f"{step + 1} {self.received}")
@@ -86,11 +95,12 @@ class StopRequest:
 
     def asked(self, device: torch.device | str) -> bool:
         """Whether any rank was asked to stop; the same answer on all. Collective, so not for the training step."""
-        if self._store is None:
-            return self.received is not None
-        number = torch.tensor(self.received or 0, device=device)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-        self.received = int(number) or None
+        if self._store is not None:
+            number = torch.tensor(self.received or 0, device=device)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.received = int(number) or None
+        if self.received is not None:
+            self._agreed()
         return self.received is not None
 
     def _say(self, saved: str) -> None:

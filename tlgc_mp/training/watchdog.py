@@ -163,7 +163,7 @@ class Watchdog:
             thread.start()
 
     def workers_may_end(self) -> None:
-        """To be called before data worker processes are let go."""
+        """To be called when no batch is needed any more."""
         self._minds_workers = False
 
     # The beating thread.
