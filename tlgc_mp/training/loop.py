@@ -106,9 +106,9 @@ def train(settings: TrainSettings, launch: Launch, watchdog: Watchdog) -> None:
         os.makedirs(settings.output_dir, exist_ok=True)
     barrier()
     run = _Run(settings, engine, batches, tests, steps, progress, loss_sum, data.num_classes)
-    with StopRequest(agreed=watchdog.workers_may_end) as stop:
+    with StopRequest(agreed=watchdog.workers.may_end) as stop:
         saved = run.train(stop)
-    watchdog.workers_may_end()
+    watchdog.workers.may_end()
     peak = torch.tensor(peak_memory_bytes(), dtype=torch.int64)
     peak = _reduced(peak.to(engine.device), dist.ReduceOp.MAX)
     effective = effective_parameters(engine.module) if settings.conv == "flgc" else None

@@ -1,4 +1,4 @@
-"""What a job leaves for ``tlgc-mp launch``: how it ended. Loads no torch.
+"""What a job leaves when it ends: for ``tlgc-mp launch``, how; for people, the traceback. Loads no torch.
 
 A launcher may end with a status of its own: torchrun ends with 1 whatever its ranks ended with.
 """
@@ -8,10 +8,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from typing import Any
+import tempfile
+import traceback
+from typing import Any, NamedTuple
 
 VERDICT_FILE = "TLGC_MP_VERDICT_FILE"
 """The environment variable with the path of the file."""
+
+
+class Verdict(NamedTuple):
+    """Why a job ends: what ``teller`` found out about ``rank``. ``lost``: that one lives, and cannot be asked to leave.
+    An empty text is not printed."""
+
+    teller: int
+    rank: int
+    text: str
+    status: int
+    lost: bool = False
 
 
 def leave_verdict(status: int, text: str) -> None:
@@ -33,3 +46,18 @@ def read_verdict(path: str) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return verdict if isinstance(verdict, dict) else {}
+
+
+def write_traceback(error: BaseException, rank: int, output_dir: str) -> str | None:
+    """The path of the file that the traceback of ``error`` was written to; ``None`` where none could be."""
+    text = "".join(traceback.format_exception(error))
+    for folder in (output_dir, tempfile.gettempdir()):
+        path = os.path.join(folder, f"rank-{rank}.traceback")
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:
+            continue
+        return path
+    return None

@@ -14,29 +14,26 @@ better cause shows within some seconds.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import os
 import select
 import signal
-import socket
 import sys
-import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 
-from tlgc_mp.data.loaders import started_workers
 from tlgc_mp.parallel.topology import Topology
 from tlgc_mp.training.faults import cause_of
 from tlgc_mp.training.interrupt import Interrupted
-from tlgc_mp.training.verdicts import leave_verdict
+from tlgc_mp.training.members import Member, Members
+from tlgc_mp.training.verdicts import Verdict, leave_verdict, write_traceback
+from tlgc_mp.training.workers import Workers
 
 BEAT_SECONDS = 2.0
 MEETING_SECONDS = 300.0
@@ -74,6 +71,9 @@ class Watchdog:
         topology: of the run.
         output_dir: where the traceback of an unexpected exception goes, as ``rank-K.traceback``.
         rank_timeout: seconds without a sign of life after which a rank is lost.
+
+    Attributes:
+        workers: the data worker processes of this rank, whose end is a fault while they are needed.
     """
 
     def __init__(self, topology: Topology, output_dir: str, rank_timeout: float) -> None:
@@ -94,15 +94,13 @@ class Watchdog:
         # What the beating thread finds for the judging one.
         self._answered_at = self._next_seen_at = self._round_began = 0.0
         self._next_beat = b""
-        self._members: list[_Member] = []
+        self._members = Members(self._rank)
+        self.workers = Workers()
         self._left: set[int] = set()
-        self._verdict: _Verdict | None = None
+        self._verdict: Verdict | None = None
         self._lost_at: float | None = None  # when the store was found gone
         # Of the judging thread.
-        self._descriptors: dict[int, int] = {}  # rank: what the kernel tells the end of its process by
         self._ended: dict[int, float] = {}  # rank: when its process ended
-        self._first_worker = len(started_workers)  # those before are of earlier runs in this process
-        self._minds_workers = True
 
     def __enter__(self) -> Watchdog:
         return self
@@ -119,7 +117,7 @@ class Watchdog:
         elif isinstance(error, (KeyboardInterrupt, SystemExit)):
             self._failing = True
             if self._threads and not self._silent():
-                self._post(_Verdict(self._rank, self._rank, "", 128 + signal.SIGINT))
+                self._post(Verdict(self._rank, self._rank, "", 128 + signal.SIGINT))
             self._stop()
         else:
             raise Failed(self._fail(error)) from error
@@ -162,10 +160,6 @@ class Watchdog:
         for thread in self._threads:
             thread.start()
 
-    def workers_may_end(self) -> None:
-        """To be called when no batch is needed any more."""
-        self._minds_workers = False
-
     # The beating thread.
 
     def _keep_beating(self) -> None:
@@ -183,17 +177,17 @@ class Watchdog:
             self._answered_at, self._round_began = time.monotonic(), began
             if self._verdict is not None or self._ended:
                 self._wake()
-            self._look.wait(self._beat if self._members else _GLANCE_SECONDS)
+            self._look.wait(self._beat if self._members.known else _GLANCE_SECONDS)
 
     def _exchange(self, beat: int) -> None:
         store, following = self._store, self._next
         store.set(f"beat/{self._rank}", str(beat))
         if beat == 0:
-            store.set(f"member/{self._rank}", json.dumps([_machine(), socket.gethostname(), os.getpid()]))
-        if not self._members:
+            store.set(f"member/{self._rank}", json.dumps(Member.own()))
+        if not self._members.known:
             keys = [f"member/{rank}" for rank in range(self._world)]
             if store.check(keys):
-                self._members = [_Member(*json.loads(store.get(key))) for key in keys]
+                self._members.introduce([Member(*json.loads(store.get(key))) for key in keys])
                 self._wake()
         if store.check([f"beat/{following}"]):
             seen = store.get(f"beat/{following}")
@@ -201,7 +195,7 @@ class Watchdog:
                 self._next_beat, self._next_seen_at = seen, time.monotonic()
         self._left.update(rank for rank in {following, *self._ended} if store.check([f"left/{rank}"]))
         if self._verdict is None and store.check(["verdict"]):
-            self._verdict = _Verdict(*json.loads(store.get("verdict")))
+            self._verdict = Verdict(*json.loads(store.get("verdict")))
             store.set(f"left/{self._rank}", "")
 
     def _wake(self) -> None:
@@ -229,27 +223,18 @@ class Watchdog:
                 # This process itself was stopped, and maybe the others with it: their silence counts from now on.
                 self._answered_at = self._next_seen_at = now
             last = now
-            if self._members and not self._descriptors:
-                self._descriptors = self._open_processes()
-                ranks = {descriptor: rank for rank, descriptor in self._descriptors.items()}
+            if self._members.known and not self._members.descriptors:
+                self._members.open()
+                ranks = {descriptor: rank for rank, descriptor in self._members.descriptors.items()}
                 for descriptor in ranks:
                     poll.register(descriptor, select.POLLIN)
             verdict = self._verdict or self._find(now)
             if verdict is not None and not self._closing:
                 self._end(verdict)
 
-    def _open_processes(self) -> dict[int, int]:
-        """Descriptors of the processes of the other ranks on this machine, by rank."""
-        opened = {}
-        for rank, member in enumerate(self._members):
-            if rank != self._rank and member.machine == _machine():
-                with contextlib.suppress(OSError):
-                    opened[rank] = os.pidfd_open(member.pid)
-        return opened
-
-    def _find(self, now: float) -> _Verdict | None:
+    def _find(self, now: float) -> Verdict | None:
         """What has gone wrong, if anything."""
-        if (worker := self._dead_worker()) is not None:
+        if (worker := self.workers.dead()) is not None:
             return self._about(self._rank, worker)
         if self._store is None:
             return None
@@ -257,7 +242,7 @@ class Watchdog:
             # The store knows whether that rank was done, or has told why not, unless it went with that rank.
             asked = self._round_began > when or now - when > _ANSWER_SECONDS
             if rank not in self._left and (asked or rank == self._holder):
-                return self._about(rank, f"{self._process(rank)} has died without a word: killed, or crashed")
+                return self._about(rank, f"{self._members.process(rank)} has died without a word: killed, or crashed")
         if self._lost_at is not None and now - self._lost_at > _ANSWER_SECONDS:
             return self._store_failed("is gone")
         silence = now - self._answered_at
@@ -266,30 +251,21 @@ class Watchdog:
         if now - self._answered_at < 2 * self._beat and self._next not in self._left:
             silence = now - self._next_seen_at
             if silence > self._timeout:
-                who = f"{self._process(self._next)}{self._state(self._next)}"
+                who = self._members.silent_process(self._next)
                 return self._about(self._next, f"{who} has not answered for {silence:.0f} s", lost=True)
         return None
 
-    def _dead_worker(self) -> str | None:
-        """What has become of a data worker process of this rank that is needed and gone."""
-        if self._minds_workers:
-            for process in started_workers[self._first_worker :]:
-                if not process.is_alive():
-                    return f"data worker process {process.pid} {_ending(process.exitcode)}"
-        return None
-
-    def _store_failed(self, how: str) -> _Verdict:
+    def _store_failed(self, how: str) -> Verdict:
         if self._holder is None:
             return self._about(self._rank, f"the launcher's key-value store {how}")
-        who = f"{self._process(self._holder)}{self._state(self._holder)}"
+        who = self._members.silent_process(self._holder)
         return self._about(self._holder, f"{who} {how}", lost=True)
 
-    def _end(self, verdict: _Verdict) -> None:
+    def _end(self, verdict: Verdict) -> None:
         """Ends this process, for the cause that ``verdict`` names or for one that was told before."""
         self._verdict = standing = self._tell(verdict)
-        if standing.lost and standing.rank in self._descriptors:  # a stopped process does not hear SIGTERM
-            with contextlib.suppress(OSError):
-                signal.pidfd_send_signal(self._descriptors[standing.rank], signal.SIGKILL)
+        if standing.lost:
+            self._members.kill(standing.rank)  # a stopped process does not hear SIGTERM
         self._farewell(ECHO_SECONDS)
         deadline = time.monotonic() + ECHO_SECONDS
         while self._failing and not self._closing and time.monotonic() < deadline:
@@ -320,18 +296,18 @@ class Watchdog:
         if standing is None:
             deadline = time.monotonic() + _GLANCE_SECONDS * 10
             while (
-                (worker := self._dead_worker()) is None and isinstance(error, EOFError) and time.monotonic() < deadline
+                (worker := self.workers.dead()) is None and isinstance(error, EOFError) and time.monotonic() < deadline
             ):
                 time.sleep(_GLANCE_SECONDS)  # a worker that was killed as it handed over a batch is gone in a moment
             text = worker or cause.text
-            if worker is None and cause.traced and (path := self._write_traceback(error)):
+            if worker is None and cause.traced and (path := write_traceback(error, self._rank, self._output_dir)):
                 text = f"{text} (traceback: {path})"
             standing = self._tell(self._about(self._rank, text, cause.status))
         self._farewell(ECHO_SECONDS)
         self._stop()
         return standing.status
 
-    def _tell(self, verdict: _Verdict) -> _Verdict:
+    def _tell(self, verdict: Verdict) -> Verdict:
         """Prints ``verdict``, unless another stands; the one that stands."""
         if self._store is None:
             standing = verdict
@@ -348,29 +324,25 @@ class Watchdog:
     def _silent(self) -> bool:
         return self._lost_at is not None or time.monotonic() - self._answered_at > self._timeout
 
-    def _post(self, verdict: _Verdict) -> _Verdict | None:
+    def _post(self, verdict: Verdict) -> Verdict | None:
         """Puts ``verdict`` into the store unless one is there; the one that is there. ``None`` without a store.
 
         Where the store is stopped, this waits until the judging thread ends the process.
         """
         try:
-            return _Verdict(*json.loads(self._store.compare_set("verdict", "", json.dumps(verdict))))
+            return Verdict(*json.loads(self._store.compare_set("verdict", "", json.dumps(verdict))))
         except Exception:
             return None
 
     def _has_the_word(self) -> bool:
         """Where no store can settle it: whether this is the lowest rank that lives. Others give that one time."""
-        lower = [rank for rank in range(self._rank) if rank != self._holder and not self._has_ended(rank)]
+        lower = [rank for rank in range(self._rank) if rank != self._holder and not self._members.has_ended(rank)]
         deadline = time.monotonic() + _TURN_SECONDS * min(len(lower), 4)
         while time.monotonic() < deadline:
-            if any(self._has_ended(rank) for rank in lower):
+            if any(self._members.has_ended(rank) for rank in lower):
                 return False
             time.sleep(_GLANCE_SECONDS)
         return True
-
-    def _has_ended(self, rank: int) -> bool:
-        descriptor = self._descriptors.get(rank)
-        return descriptor is not None and bool(select.select([descriptor], [], [], 0)[0])
 
     def _farewell(self, seconds: float) -> None:
         """Keeps the store up, where this process holds it, until the ranks that live have read what is in it."""
@@ -378,7 +350,7 @@ class Watchdog:
             return
         deadline = time.monotonic() + seconds
         for rank in range(self._world):
-            while rank != self._rank and time.monotonic() < deadline and not self._has_ended(rank):
+            while rank != self._rank and time.monotonic() < deadline and not self._members.has_ended(rank):
                 if self._verdict is not None and self._verdict.lost and self._verdict.rank == rank:
                     break
                 try:
@@ -405,34 +377,14 @@ class Watchdog:
             if thread is not threading.current_thread():
                 thread.join(_ANSWER_SECONDS)
         if not any(thread.is_alive() for thread in self._threads):
-            for descriptor in (self._wake_read, self._wake_write, *self._descriptors.values()):
+            for descriptor in (self._wake_read, self._wake_write):
                 if descriptor >= 0:
                     os.close(descriptor)
             self._wake_read = self._wake_write = -1
-            self._descriptors = {}
+            self._members.close()
 
-    def _about(self, rank: int, text: str, status: int = 1, lost: bool = False) -> _Verdict:
-        return _Verdict(self._rank, rank, text, status, lost)
-
-    def _process(self, rank: int) -> str:
-        if not self._members:
-            return "its process"
-        return f"process {self._members[rank].pid} on {self._members[rank].host}"
-
-    def _state(self, rank: int) -> str:
-        """What the kernel says about a rank of this machine that does not answer."""
-        if rank not in self._descriptors:
-            return ""
-        try:
-            with open(f"/proc/{self._members[rank].pid}/stat", encoding="utf-8") as file:
-                state = file.read().rpartition(")")[2].split()[0]
-        except OSError:
-            return ""
-        return {
-            "T": " is stopped (SIGSTOP) and",
-            "t": " is stopped by a debugger and",
-            "D": " waits for a disk and",
-        }.get(state, "")
+    def _about(self, rank: int, text: str, status: int = 1, lost: bool = False) -> Verdict:
+        return Verdict(self._rank, rank, text, status, lost)
 
     def _print(self, rank: int, text: str, status: int) -> None:
         with self._print_lock:
@@ -443,51 +395,3 @@ class Watchdog:
             leave_verdict(status, line)
             with contextlib.suppress(OSError):
                 print(f"tlgc-mp: {line}", file=sys.stderr, flush=True)
-
-    def _write_traceback(self, error: BaseException) -> str | None:
-        """The path of the file that ``error``'s traceback was written to; ``None`` where none could be."""
-        text = "".join(traceback.format_exception(error))
-        for folder in (self._output_dir, tempfile.gettempdir()):
-            path = os.path.join(folder, f"rank-{self._rank}.traceback")
-            try:
-                os.makedirs(folder, exist_ok=True)
-                with open(path, "w", encoding="utf-8") as file:
-                    file.write(text)
-            except OSError:
-                continue
-            return path
-        return None
-
-
-class _Member(NamedTuple):
-    machine: str
-    host: str
-    pid: int
-
-
-class _Verdict(NamedTuple):
-    """Why the job ends: what ``teller`` found out about ``rank``. ``lost``: that one lives, and cannot be asked to
-    leave. An empty text is not printed."""
-
-    teller: int
-    rank: int
-    text: str
-    status: int
-    lost: bool = False
-
-
-@functools.cache
-def _machine() -> str:
-    """What tells this machine, and this container's process numbers, from others."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        parts.append(os.readlink("/proc/self/ns/pid"))
-        with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
-            parts.append(file.read().strip())
-    return "/".join(parts)
-
-
-def _ending(exit_code: int | None) -> str:
-    if exit_code is None or exit_code >= 0:
-        return f"has ended with status {exit_code}"
-    return f"was killed by {signal.Signals(-exit_code).name}"

@@ -1,0 +1,98 @@
+"""The processes of a job's ranks, as another rank sees them: who they are, and what the kernel tells of those on this
+machine."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import select
+import signal
+import socket
+from typing import NamedTuple
+
+
+class Member(NamedTuple):
+    """The process of a rank: its machine, that machine's name for people, and its number there."""
+
+    machine: str
+    host: str
+    pid: int
+
+    @staticmethod
+    def own() -> Member:
+        return Member(_machine(), socket.gethostname(), os.getpid())
+
+
+class Members:
+    """The processes of all ranks, once they have introduced themselves."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._known: list[Member] = []
+        self.descriptors: dict[int, int] = {}
+        """By rank, what the kernel tells the end of its process by; of the other ranks on this machine."""
+
+    @property
+    def known(self) -> bool:
+        return bool(self._known)
+
+    def introduce(self, members: list[Member]) -> None:
+        self._known = members
+
+    def open(self) -> None:
+        """Fills :attr:`descriptors`."""
+        for rank, member in enumerate(self._known):
+            if rank != self._rank and member.machine == _machine():
+                with contextlib.suppress(OSError):
+                    self.descriptors[rank] = os.pidfd_open(member.pid)
+
+    def close(self) -> None:
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
+        self.descriptors = {}
+
+    def has_ended(self, rank: int) -> bool:
+        descriptor = self.descriptors.get(rank)
+        return descriptor is not None and bool(select.select([descriptor], [], [], 0)[0])
+
+    def kill(self, rank: int) -> None:
+        """Kills a rank of this machine; does nothing about another."""
+        if rank in self.descriptors:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self.descriptors[rank], signal.SIGKILL)
+
+    def process(self, rank: int) -> str:
+        """Which process a rank is, in words."""
+        if not self._known:
+            return "its process"
+        return f"process {self._known[rank].pid} on {self._known[rank].host}"
+
+    def silent_process(self, rank: int) -> str:
+        """The same, and what the kernel says of it where it is on this machine and does not answer."""
+        return self.process(rank) + self._state(rank)
+
+    def _state(self, rank: int) -> str:
+        if rank not in self.descriptors:
+            return ""
+        try:
+            with open(f"/proc/{self._known[rank].pid}/stat", encoding="utf-8") as file:
+                state = file.read().rpartition(")")[2].split()[0]
+        except OSError:
+            return ""
+        return {
+            "T": " is stopped (SIGSTOP) and",
+            "t": " is stopped by a debugger and",
+            "D": " waits for a disk and",
+        }.get(state, "")
+
+
+@functools.cache
+def _machine() -> str:
+    """What tells this machine, and this container's process numbers, from others."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+        with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
+            parts.append(file.read().strip())
+    return "/".join(parts)
