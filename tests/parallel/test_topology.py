@@ -37,6 +37,14 @@ def test_learned_groups_are_not_split_by_default() -> None:
     assert default_tensor_parallel(4, "flgc", 4) == 1
 
 
+# What srun tells a task of a step, without PMI.
+STEP = {
+    **{"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCID": "5"},
+    **{"SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "3", "SLURM_NODEID": "2"},
+    **{"SLURM_STEP_NODELIST": "gpu[07-08,12]", "SLURM_STEP_TASKS_PER_NODE": "2(x2),3"},
+}
+
+
 @pytest.mark.parametrize(
     ("environ", "launch"),
     [
@@ -56,11 +64,38 @@ def test_learned_groups_are_not_split_by_default() -> None:
         ({"PMI_RANK": "2", "PMI_SIZE": "3", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"}, Launch(3, 2, 0, 1)),
         ({"RANK": "0", "WORLD_SIZE": "2", "PMI_RANK": "1", "PMI_SIZE": "3"}, Launch(2, 0, 0, 2)),
         ({"WORLD_SIZE": "4"}, Launch(1, 0, 0, 1)),
+        (STEP, Launch(7, 5, 1, 3, ("gpu07", 20008))),
+        (
+            {**STEP, "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "rack[2-3]gpu[4-5]"},
+            Launch(7, 5, 1, 2, ("rack2gpu4", 20008)),
+        ),
+        (
+            {**STEP, "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "7"},
+            Launch(7, 5, 1, 7, ("127.0.0.1", 20008)),
+        ),
+        ({**STEP, "RANK": "0", "WORLD_SIZE": "2"}, Launch(2, 0, 0, 2)),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, Launch(1, 0, 0, 1)),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Launch(1, 0, 0, 1)),
     ],
-    ids=["plain", "torchrun", "deepspeed", "no local rank", "open mpi", "pmi", "torchrun under mpi", "half a launch"],
+    ids=[
+        *("plain", "torchrun", "deepspeed", "no local rank", "open mpi", "pmi", "torchrun under mpi", "half a launch"),
+        *(
+            "srun",
+            "srun on a rack",
+            "srun on one node",
+            "torchrun under srun",
+            "shell of a batch job",
+            "srun of one task",
+        ),
+    ],
 )
 def test_launcher_is_recognized(environ: dict[str, str], launch: Launch) -> None:
     assert Launch.detect(environ) == launch
+
+
+def test_srun_that_does_not_name_its_nodes_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"^SLURM_STEP_NUM_NODES=3, and SLURM_STEP_NODELIST does not say which nodes"):
+        Launch.detect({key: value for key, value in STEP.items() if key != "SLURM_STEP_NODELIST"})
 
 
 def test_launch_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

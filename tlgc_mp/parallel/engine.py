@@ -201,9 +201,9 @@ def _save_16bit_model(
 def start_distributed(distributed_port: int = 29500) -> None:
     """Brings up torch.distributed through DeepSpeed, under whichever launcher started this process.
 
-    ``deepspeed`` and ``torchrun`` say who is who in the environment; under ``mpirun`` DeepSpeed asks mpi4py; a plain
-    process becomes a world of one. Says so on rank 0 when it takes long. When all is up already, it only takes this
-    rank's accelerator, the one that DeepSpeed's engine is about to take.
+    ``deepspeed``, ``torchrun`` and ``srun`` say who is who in the environment; under ``mpirun`` DeepSpeed asks mpi4py;
+    a plain process becomes a world of one. Says so on rank 0 when it takes long. When all is up already, it only takes
+    this rank's accelerator, the one that DeepSpeed's engine is about to take.
 
     Raises:
         UsageError: this node has fewer accelerators than ranks.
@@ -225,8 +225,13 @@ def start_distributed(distributed_port: int = 29500) -> None:
             keep_freed_memory()
         if launch.world == 1 and "MASTER_ADDR" not in os.environ:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-        if launch.world == 1 or "RANK" in os.environ:
-            for name, value in (("RANK", launch.rank), ("WORLD_SIZE", launch.world), ("LOCAL_RANK", launch.local_rank)):
+        if launch.world == 1 or launch.meeting is not None or "RANK" in os.environ:
+            known = [("RANK", launch.rank), ("WORLD_SIZE", launch.world), ("LOCAL_RANK", launch.local_rank)]
+            if launch.meeting is not None:
+                address, port = launch.meeting
+                known += [("LOCAL_WORLD_SIZE", launch.local_world), ("MASTER_PORT", port)]
+                os.environ.setdefault("MASTER_ADDR", address)
+            for name, value in known:
                 os.environ.setdefault(name, str(value))
         else:
             distributed_port = _port_over_mpi(distributed_port)

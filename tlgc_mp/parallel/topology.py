@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -69,17 +70,18 @@ def usable_cores() -> int:
 @dataclass(frozen=True)
 class Launch:
     """What the launcher told this process: ``world`` ranks, this one's ``rank``, and its ``local_rank`` on its node
-    of ``local_world`` ranks."""
+    of ``local_world`` ranks; and the address and port where they meet, where the launcher leaves that to its ranks."""
 
     world: int = 1
     rank: int = 0
     local_rank: int = 0
     local_world: int = 1
+    meeting: tuple[str, int] | None = None
 
     @staticmethod
     def detect(environ: Mapping[str, str] | None = None) -> Launch:
-        """Reads the variables of ``deepspeed`` and ``torchrun``, else those of Open MPI or of an MPI with PMI; one
-        plain process where there are none."""
+        """Reads the variables of ``deepspeed`` and ``torchrun``, else those of Open MPI or of an MPI with PMI, else
+        those of a step that ``srun`` started; one plain process where there are none."""
         env = os.environ if environ is None else environ
         for world, rank, local_rank, local_world in (
             ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
@@ -101,7 +103,42 @@ class Launch:
                     _from_launcher(env, local_rank, 0, size - 1) if local_rank in env else index,
                     _from_launcher(env, local, 1, size) if local in env else size,
                 )
+        if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
+            return _from_slurm(env)
         return Launch()
+
+
+def _from_slurm(env: Mapping[str, str]) -> Launch:
+    """One task of a step; in the shell of a batch job no step's variables are set."""
+    world = _from_launcher(env, "SLURM_STEP_NUM_TASKS", 1, LARGEST_WORLD)
+    if world == 1:
+        return Launch()
+    rank = _from_launcher(env, "SLURM_PROCID", 0, world - 1)
+    local_rank = _from_launcher(env, "SLURM_LOCALID", 0, world - 1) if "SLURM_LOCALID" in env else rank
+    counted = next((name for name in ("SLURM_STEP_NUM_NODES", "SLURM_NNODES") if name in env), None)
+    nodes = 1 if counted is None else _from_launcher(env, counted, 1, world)
+    # Rank 0 is on the first of the nodes, "gpu[07-09,12],cpu1" say.
+    first = re.match(r"([^\[,]|\[[^\]]*\])+", env.get("SLURM_STEP_NODELIST", ""))
+    if first is None and nodes > 1:
+        raise UsageError(
+            f"{counted}={nodes}, and SLURM_STEP_NODELIST does not say which nodes; start the ranks with srun, or set "
+            "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+        )
+    host = "127.0.0.1" if first is None or nodes == 1 else re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
+    numbers = [int(env[name]) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID") if env.get(name, "").isdigit()]
+    port = 20000 + sum(numbers) % 10000  # below the ports that systems give out by themselves
+    return Launch(world, rank, local_rank, _tasks_of_node(env, world, nodes), (host, port))
+
+
+def _tasks_of_node(env: Mapping[str, str], world: int, nodes: int) -> int:
+    """How many tasks this node has: SLURM_STEP_TASKS_PER_NODE is "4(x2),3", say."""
+    counts: list[int] = []
+    for count, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(count)] * min(int(times or 1), nodes)
+    node = env.get("SLURM_NODEID", "0")
+    if node.isdigit() and int(node) < len(counts) and 1 <= counts[int(node)] <= world:
+        return counts[int(node)]
+    return -(-world // nodes)
 
 
 def _from_launcher(env: Mapping[str, str], name: str, least: int, most: int) -> int:
