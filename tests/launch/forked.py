@@ -83,7 +83,8 @@ class ForkedJob:
 
 @contextlib.contextmanager
 def forked(options: list[str], output_dir: Path, *, port: str, **variables: str) -> Iterator[ForkedJob]:
-    """Trains in two forked ranks, all of which are killed on leaving. They meet at ``port``."""
+    """Trains in two forked ranks, all of which are killed on leaving. They meet at ``port``. ``{rank}`` in
+    ``output_dir`` becomes the rank."""
     said = output_dir.parent / f"{output_dir.name}-said"
     said.mkdir(exist_ok=True)
     for stream in ("stdout", "stderr"):
@@ -103,7 +104,7 @@ def forked(options: list[str], output_dir: Path, *, port: str, **variables: str)
                 "OMP_NUM_THREADS": "1",
                 "DS_ACCELERATOR": "cpu",
             }
-            arguments = ["train", *options, "--output-dir", str(output_dir)]
+            arguments = ["train", *options, "--output-dir", str(output_dir).replace("{rank}", str(rank))]
             process = ranks._context.Process(target=_rank, args=(arguments, environment, str(said)))
             process.start()
             processes.append(process)

@@ -17,16 +17,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tlgc_mp.checkpoint import CheckpointSaver, load_checkpoint
-from tlgc_mp.checkpoint.folder import CHECKPOINTS, saved_run
-from tlgc_mp.data import EvaluationBatches, TrainingBatches, load_datasets
+from tlgc_mp.checkpoint.folder import CHECKPOINTS
+from tlgc_mp.data import Datasets, EvaluationBatches, TrainingBatches, load_datasets
 from tlgc_mp.data.streams import stream_seed
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel import checkpoint_activations, initialize
-from tlgc_mp.parallel.engine import barrier, start_distributed
+from tlgc_mp.parallel.engine import start_distributed
 from tlgc_mp.parallel.plan import parameter_counts
 from tlgc_mp.parallel.sharding import effective_parameters
 from tlgc_mp.parallel.topology import Launch, usable_cores
+from tlgc_mp.training.claim import claimed
 from tlgc_mp.training.faults import NonFiniteError
+from tlgc_mp.training.headline import headline, respread
 from tlgc_mp.training.interrupt import StopRequest
 from tlgc_mp.training.metrics import Metrics, peak_memory_bytes, print_summary
 from tlgc_mp.training.model import check_library, model_of
@@ -83,10 +85,25 @@ def train(settings: TrainSettings, launch: Launch, watchdog: Watchdog) -> None:
     with watchdog.meeting():
         start_distributed()
     watchdog.start()
+    with claimed(settings.output_dir, settings.resume_from):
+        _train(settings, watchdog, data, batches, tests, steps, model)
+
+
+def _train(
+    settings: TrainSettings,
+    watchdog: Watchdog,
+    data: Datasets,
+    batches: TrainingBatches,
+    tests: EvaluationBatches,
+    steps: int,
+    model: torch.nn.Module,
+) -> None:
+    """Trains ``model`` in epochs of ``steps`` steps; torch.distributed is up, and the output folder this run's."""
+    speaks = settings.topology.rank == 0
     if settings.activation_checkpointing:
         checkpoint_activations(model)
     counts = parameter_counts(model, settings.topology.tensor_parallel)
-    _say(speaks, _headline(settings, counts))
+    _say(speaks, headline(settings, counts))
     engine, _, _, _ = initialize(
         model=model,
         optimizer=None if "optimizer" in settings.config else _optimizer(settings),
@@ -100,11 +117,8 @@ def train(settings: TrainSettings, launch: Launch, watchdog: Watchdog) -> None:
         path = os.path.join(*settings.resume_from)
         progress = load_checkpoint(engine, path, {"loss_sum": loss_sum})["progress"]
         _say(speaks, f"Resuming in epoch {progress['epoch'] + 1}, after step {progress['step']}, from {path}")
-        if respread := _respread(settings):
-            _say(speaks, respread)
-    if speaks:
-        os.makedirs(settings.output_dir, exist_ok=True)
-    barrier()
+        if spread := respread(settings):
+            _say(speaks, spread)
     run = _Run(settings, engine, batches, tests, steps, progress, loss_sum, data.num_classes)
     with StopRequest(agreed=watchdog.workers.may_end) as stop:
         saved = run.train(stop)
@@ -356,33 +370,6 @@ def _use_cores(launch: Launch) -> None:
     """Shares a node's cores among its ranks, unless the launcher has set OMP_NUM_THREADS."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, usable_cores() // launch.local_world))
-
-
-def _respread(settings: TrainSettings) -> str:
-    """What a resumed run says where it is spread over ranks otherwise than the run that was saved."""
-    assert settings.resume_from is not None
-    saved, now = saved_run(*settings.resume_from), settings.description()
-    spread = [
-        f"{run['tensor_parallel']} tensor-parallel x {run['data_parallel']} data-parallel at ZeRO {run['zero_stage']}"
-        for run in (saved, now)
-    ]
-    micro = [run["batch_size"] // (run["accumulation"] * run["data_parallel"]) for run in (saved, now)]
-    said = []
-    if spread[0] != spread[1]:
-        said.append(f"It was saved as {spread[0]}, and goes on as {spread[1]}")
-    if micro[0] != micro[1]:
-        said.append(f"BatchNorm now sees {micro[1]} images at once, where it saw {micro[0]}: the losses will differ")
-    return "; ".join(said)
-
-
-def _headline(settings: TrainSettings, counts: dict[str, int]) -> str:
-    topology = settings.topology
-    groups = "" if settings.conv == "sc" else f", {settings.groups} groups"
-    return (
-        f"{settings.model}, {settings.conv}{groups}, {counts['total']:,} parameters on {topology.world} rank(s): "
-        f"{topology.tensor_parallel} tensor-parallel x {topology.data_parallel} data-parallel"
-        f"{', activation checkpointing' if settings.activation_checkpointing else ''}"
-    )
 
 
 def _say(speaks: bool, text: str) -> None:

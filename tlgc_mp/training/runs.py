@@ -4,8 +4,10 @@ OUTPUT/metrics.jsonl                one JSON object an epoch
 OUTPUT/result.json                  the row of a finished run: what it was, what came out, and where
 OUTPUT/tensorboard/, OUTPUT/csv/    the same figures through DeepSpeed's monitors
 OUTPUT/checkpoints/                 see :mod:`tlgc_mp.checkpoint.folder`
+OUTPUT/lock                         locked while a run writes here; it says which process
 OUTPUT/rank-K.traceback             of an exception that ended rank K
 """
 
+LOCK = "lock"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
