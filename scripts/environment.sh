@@ -1,10 +1,12 @@
-# Sourced by the other scripts: makes .venv in the repository's root and installs the package into it.
+# Sourced by the other scripts: makes .venv in the repository's root and installs the package into it. They stay in the
+# caller's folder, which relative paths on their command lines mean.
 #
+#   root                            the repository's root
 #   prepare_environment [EXTRA]     EXTRA is an optional set of dependencies, "test" for example
 #   accelerators                    prints how many there are
 #   free_port                       prints a port that nobody listens on
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 fail() {
     echo "error: $1" >&2
@@ -21,19 +23,21 @@ prepare_environment() {
         fail "Python's venv module is missing; on Debian or Ubuntu: apt-get install python3-venv"
 
     # Installed already for this pyproject.toml, this folder and these extras: nothing to do.
-    stamp="$(cksum <pyproject.toml) $PWD"
-    for installed in ".venv/installed-$extra" $([ -n "$extra" ] || echo .venv/installed-test); do
+    stamp="$(cksum <"$root/pyproject.toml") $root"
+    for installed in "installed-$extra" $([ -n "$extra" ] || echo installed-test); do
+        installed="$root/.venv/$installed"
         if [ -f "$installed" ] && [ "$(cat "$installed")" = "$stamp" ]; then
-            export PATH="$PWD/.venv/bin:$PATH"
+            export PATH="$root/.venv/bin:$PATH"
             return
         fi
     done
     echo "Installing into .venv (torch alone is several gigabytes; this takes minutes, once) ..."
-    [ -x .venv/bin/python ] || "$python" -m venv .venv || fail "no virtual environment could be made in $PWD/.venv"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}" ||
+    [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv" ||
+        fail "no virtual environment could be made in $root/.venv"
+    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root${extra:+[$extra]}" ||
         fail "the installation failed; the lines above say why"
-    echo "$stamp" >".venv/installed-$extra"
-    export PATH="$PWD/.venv/bin:$PATH"
+    echo "$stamp" >"$root/.venv/installed-$extra"
+    export PATH="$root/.venv/bin:$PATH"
 }
 
 accelerators() {

@@ -13,5 +13,5 @@ case $(accelerators) in
 esac
 echo "Starting $ranks rank(s) with the deepspeed launcher ..."
 exec deepspeed --num_accelerators "$ranks" --master_port "$(free_port)" --log_level error --module tlgc_mp \
-    train --model wrn-10-4 --groups 4 --dataset digits --deepspeed_config ds_configs/zero1.json \
+    train --model wrn-10-4 --groups 4 --dataset digits --deepspeed_config "$root/ds_configs/zero1.json" \
     --output-dir "runs/quickstart-$(date +%Y%m%d-%H%M%S)" "$@"

@@ -12,8 +12,8 @@ source "$(dirname "$0")/environment.sh"
 data=$(realpath "${1:?give the folder that holds train/ and test/}")
 output=$(realpath -m "${2:-runs/small}")
 prepare_environment
-source scripts/rows.sh
-export OMP_NUM_THREADS=1 data
+source "$root/scripts/rows.sh"
+export OMP_NUM_THREADS=1 data root
 
 plan() { # one line a run: its folder and its options
     local seed conv groups
@@ -32,7 +32,7 @@ plan() { # one line a run: its folder and its options
 
 small_row() {
     row "$@" --model wrn-10-2 --dataset imagefolder --data-dir "$data" --image-size 16 --epochs 4 --workers 1 \
-        --deepspeed_config ds_configs/zero0.json
+        --deepspeed_config "$root/ds_configs/zero0.json"
 }
 export -f small_row
 

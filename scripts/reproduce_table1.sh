@@ -12,7 +12,7 @@ source "$(dirname "$0")/environment.sh"
 data=$(realpath -m "${1:?give the folder of the data sets}")
 output=$(realpath -m "${2:-runs/tables}")
 prepare_environment
-source scripts/rows.sh
+source "$root/scripts/rows.sh"
 
 for dataset in cifar10 cifar100 imagenet; do
     model=wrn-28-10

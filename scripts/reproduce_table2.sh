@@ -12,7 +12,7 @@ source "$(dirname "$0")/environment.sh"
 data=$(realpath -m "${1:?give the folder of the data sets}")
 output=$(realpath -m "${2:-runs/tables}")
 prepare_environment
-source scripts/rows.sh
+source "$root/scripts/rows.sh"
 
 # The dense networks run on as many ranks as the paper gave them, their channels split; the paper split their layers, one
 # rank busy at a time: tlgc-mp bench scaling measures that.

@@ -12,7 +12,7 @@ source "$(dirname "$0")/environment.sh"
 data=$(realpath -m "${1:?give the folder of the data sets}")
 output=$(realpath -m "${2:-runs/tables}")
 prepare_environment
-source scripts/rows.sh
+source "$root/scripts/rows.sh"
 
 table_row "$output" mobilenet_v2 sc 1 imagenet
 for groups in 2 4 8; do

@@ -3,7 +3,7 @@
 # row FOLDER OPTIONS...: trains one row on RANKS ranks (default 1) and keeps what it says in FOLDER/log.txt.
 # LAUNCHER starts it, with {ranks} in place of their number; where not given, deepspeed does, or plainly one process.
 row() {
-    local folder=$1 resume=() start=${LAUNCHER:-}
+    local folder=$1 start=${LAUNCHER:-}
     shift
     if [ -z "$start" ]; then
         start="python -m tlgc_mp"
@@ -11,10 +11,9 @@ row() {
             start="deepspeed --num_accelerators {ranks} --master_port $(free_port) --log_level error --module tlgc_mp"
     fi
     [ ! -e "$folder/result.json" ] || return 0
-    [ ! -e "$folder/checkpoints/latest" ] || resume=(--resume)
     mkdir -p "$folder"
     echo "$folder"
-    ${start//\{ranks\}/${RANKS:-1}} train --output-dir "$folder" --keep 1 "${resume[@]}" "$@" >>"$folder/log.txt" 2>&1 || {
+    ${start//\{ranks\}/${RANKS:-1}} train --output-dir "$folder" --keep 1 --resume auto "$@" >>"$folder/log.txt" 2>&1 || {
         echo "$folder failed: $(tail -n 1 "$folder/log.txt")" >&2
         return 1
     }

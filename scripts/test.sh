@@ -5,6 +5,7 @@
 #                               They add the table of docs/reliability.md to runs/reliability.md.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
+cd "$root"
 slow=()
 if [ "${1:-}" = --slow ]; then
     shift

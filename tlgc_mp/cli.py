@@ -85,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="DIR",
-        help="go on from the newest checkpoint of the run in DIR (default: in the output folder)",
+        help="go on from the newest checkpoint of the run in DIR (default: in the output folder); with `auto`, in the "
+        "output folder where there is one, and else begin",
     )
     train.add_argument(
         "--keep",

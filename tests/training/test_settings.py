@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.checkpoint.written import PROGRESS
+from tlgc_mp.checkpoint import folder as folders
 from tlgc_mp.cli import _parser
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.topology import Launch
@@ -161,3 +163,31 @@ def test_a_checkpoint_tells_where_the_coarse_level_is(settle: Setup) -> None:
     flags = ("--model", "mobilenet_v2")
     descriptions = [settle(*flags).description(), settle(*flags, "--coarse-everywhere").description()]
     assert [description["coarse_everywhere"] for description in descriptions] == [False, True]
+
+
+def test_resume_auto_goes_on_where_there_is_something_to_go_on_from(settle: Setup) -> None:
+    assert settle("--resume", "auto").resume_from is None
+    checkpoints = settle.folder / "run" / "checkpoints"
+    _save(checkpoints, "epoch-1", settle())
+    _save(checkpoints, "epoch-2", settle())
+    assert settle("--resume", "auto").resume_from == (str(checkpoints), "epoch-2")
+    (checkpoints / "epoch-2" / "shard").write_text("")
+    assert settle("--resume", "auto").resume_from == (str(checkpoints), "epoch-1")
+    (checkpoints / "epoch-1" / "shard").unlink()
+    with pytest.raises(UsageError, match=r"^--resume: .*epoch-2/shard' is damaged.*no whole checkpoint lies before it"):
+        settle("--resume", "auto")
+
+
+def test_resume_auto_does_not_begin_in_the_folder_of_another_run(settle: Setup) -> None:
+    checkpoints = settle.folder / "run" / "checkpoints"
+    _save(checkpoints, "epoch-1", settle("--seed", "1"))
+    with pytest.raises(UsageError, match="seed=1, not 0"):
+        settle("--resume", "auto")
+
+
+def _save(checkpoints: Path, tag: str, settings: TrainSettings) -> None:
+    folders.begin(str(checkpoints), tag)
+    shard = checkpoints / f"{tag}.partial" / "shard"
+    shard.write_text("weights")
+    state = {"run": settings.description(), "num_classes": 10, "progress": PROGRESS}
+    folders.commit(str(checkpoints), tag, {"client_state": state, "files": {"shard": folders.sealed(str(shard))}})

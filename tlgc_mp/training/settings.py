@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from tlgc_mp.checkpoint.folder import CHECKPOINTS, LATEST, find_checkpoint, saved_run, tags
+from tlgc_mp.checkpoint.folder import CHECKPOINTS, LATEST, find_checkpoint, newest_whole, saved_run, tags
 from tlgc_mp.data import check_dataset
 from tlgc_mp.errors import UsageError, is_count, shown
 from tlgc_mp.models.names import check_coarse_level, check_model, check_split, library_model
@@ -22,6 +22,9 @@ from tlgc_mp.training.runs import METRICS
 
 DEFAULT_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 """The DeepSpeed configuration where none is given."""
+
+RESUME_AUTO = "auto"
+"""With --resume: go on where the output folder holds a checkpoint, begin where it holds none."""
 
 LARGEST_COUNT = 1_000_000_000
 LARGEST_WORKERS = 256
@@ -145,13 +148,11 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
     check_numbers(config)
     topology = _topology(options, config, launch)
     output_dir = output_folder(options)
-    resume_from = saved = None
-    if options.resume is not None:
-        try:
-            resume_from = find_checkpoint(options.resume or output_dir)
-            saved = saved_run(*resume_from)
-        except UsageError as error:
-            raise UsageError(f"--resume: {error}") from None
+    try:
+        resume_from = _resume_from(options, output_dir)
+        saved = None if resume_from is None else saved_run(*resume_from)
+    except UsageError as error:
+        raise UsageError(f"--resume: {error}") from None
     micro_batch, accumulation = _batches(options, config, recipe, topology, saved)
     learning_rate = _learning_rate(options, config, recipe)
 
@@ -196,6 +197,24 @@ def output_folder(options: Any) -> str:
     model = options.model.replace(":", "-")
     named = os.path.join("runs", f"{model}-{options.conv}-{options.groups}-{options.dataset}")
     return options.output_dir or named
+
+
+def _resume_from(options: Any, output_dir: str) -> tuple[str, str] | None:
+    """The checkpoint that --resume means; ``None`` to begin."""
+    if options.resume is None:
+        return None
+    if options.resume != RESUME_AUTO:
+        return find_checkpoint(options.resume or output_dir)
+    folder = os.path.join(output_dir, CHECKPOINTS)
+    if not tags(folder):
+        return None
+    try:
+        return find_checkpoint(output_dir)
+    except UsageError:
+        tag = newest_whole(folder)
+        if tag is None:
+            raise
+        return folder, tag
 
 
 def _topology(options: Any, config: dict[str, Any], launch: Launch) -> Topology:
