@@ -96,6 +96,13 @@ def _parser() -> argparse.ArgumentParser:
         help="checkpoints to keep: the newest ones, and the best (default: %(default)s)",
     )
     train.add_argument(
+        "--save-every",
+        type=float,
+        metavar="MINUTES",
+        help="save when so long has passed since the last checkpoint (default: at the end of an epoch only)",
+    )
+    train.add_argument("--save-every-steps", type=int, metavar="K", help="save after each K steps of an epoch, too")
+    train.add_argument(
         "--blocking-save",
         action="store_true",
         help="write a checkpoint before training goes on, which saves the copy that is written beside it otherwise",

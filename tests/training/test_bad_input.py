@@ -52,6 +52,9 @@ MISTAKES: dict[str, tuple[int, list[str], list[str]]] = {
         [*SYNTHETIC, "--conv", "shuffle", "--coarse-init", "he"],
         ["coarse_init='he'", "'shuffle'", "gc-2l, gc-2l-proto"],
     ),
+    "no time between saves": (1, [*SYNTHETIC, "--save-every", "0"], ["--save-every", "minutes", "got 0"]),
+    "no number between saves": (1, [*SYNTHETIC, "--save-every", "nan"], ["--save-every", "got nan"]),
+    "no steps between saves": (1, [*SYNTHETIC, "--save-every-steps", "0"], ["--save-every-steps=0", "1 or more"]),
     "steps": (1, [*SYNTHETIC, "--limit-steps", "0"], ["--limit-steps=0", "1 or more"]),
     "groups of MobileNetV2": (
         1,

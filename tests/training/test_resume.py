@@ -72,6 +72,28 @@ def test_stopped_and_resumed_as_if_never_stopped(
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.parametrize("flags", [("--save-every-steps", "3"), ("--save-every", "0.00001")])
+def test_saved_between_epochs_and_resumed_as_if_never_stopped(
+    tmp_path: Path, whole_run: WholeRun, flags: tuple[str, str]
+) -> None:
+    run = tmp_path / "run"
+    saving = run_ranks(2, train, str(run), "--tp", "2", "--keep", "99", *flags)
+    assert [outcome.status for outcome in saving] == [0, 0], saving[0].stderr
+    assert figures(metrics(run)) == figures(metrics(whole_run(2)))
+    saved = {path.name for path in (run / "checkpoints").iterdir() if path.is_dir()}
+    between = {int(tag.rpartition("-")[2]) for tag in saved if tag.startswith("epoch-2-step-")}
+    assert {"epoch-1", "epoch-2"} <= saved and len(saved) - 2 >= 2 and all(0 < each < STEPS for each in between)
+    if flags[0] == "--save-every-steps":
+        assert saved == {f"epoch-{epoch}{step}" for epoch in (1, 2) for step in ("", "-step-3", "-step-6")}
+    waited = [line for line in saving[0].stdout.splitlines() if line.startswith("saving ")]
+    assert len(waited) == 1 and f"waited for {len(saved)} checkpoint(s)" in waited[0]
+
+    resumed = run_ranks(2, train, str(run), "--tp", "2", "--resume", f"{run}/checkpoints/epoch-2-step-{max(between)}")
+    assert [outcome.status for outcome in resumed] == [0, 0], resumed[0].stderr
+    assert figures(metrics(run)) == figures(metrics(whole_run(2)))
+
+
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("stage", [0, 3])
 def test_four_ranks_with_all_there_is_to_remember(tmp_path: Path, stage: int) -> None:
     """2 x 2 ranks, bf16 autocast, two micro-batches a step, clipping, Adam with DeepSpeed's warm-up of the rate."""

@@ -84,6 +84,11 @@ class CheckpointSaver:
         """Of the newest checkpoint of this saver; written when :meth:`wait` has returned."""
         return "" if self._last is None else os.path.join(self.folder, self._last.tag)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._last is not None and not self._last.done.is_set()
+
     def save(self, tag: str, client_state: dict[str, Any], replica_state: dict[str, Tensor] | None = None) -> None:
         """Begins to save the state of this moment. Waits for the save before it.
 

@@ -32,6 +32,7 @@ from tlgc_mp.training.headline import headline, respread
 from tlgc_mp.training.interrupt import StopRequest
 from tlgc_mp.training.metrics import Metrics, peak_memory_bytes, print_summary
 from tlgc_mp.training.model import check_library, model_of
+from tlgc_mp.training.schedule import SaveSchedule
 from tlgc_mp.training.settings import TrainSettings
 from tlgc_mp.training.watchdog import Watchdog
 
@@ -143,6 +144,7 @@ def _train(
                 ("parameters", f"{counts['total']:,} in all, {counts['per_rank']:,} a rank"),
                 ("peak memory", f"{int(peak) / 2**20:,.0f} MiB, the largest of {settings.topology.world} rank(s)"),
                 ("checkpoint", saved),
+                ("saving", f"{run.save_seconds:.1f} s in which training waited for {run.saves} checkpoint(s)"),
                 ("metrics", f"{run.metrics.path}, and for TensorBoard in {settings.output_dir}"),
             ]
         )
@@ -170,6 +172,8 @@ class _Run:
         folder = os.path.join(settings.output_dir, CHECKPOINTS)
         self.saver = CheckpointSaver(engine, folder, keep=settings.keep, background=settings.background_save)
         self.train_seconds, self.data_seconds = progress["train_seconds"], progress["data_seconds"]
+        self.schedule = SaveSchedule(settings.save_seconds, settings.save_steps)
+        self.saves, self.save_seconds = 0, 0.0
         self.metrics = Metrics(engine, settings, first_epoch=progress["epoch"] + 1)
         self.speaks = settings.topology.rank == 0
 
@@ -228,6 +232,8 @@ class _Run:
                 if stop.before_step(epoch * self.steps + step):
                     self._save(f"epoch-{epoch + 1}-step-{step}", epoch, step, began)
                     self._leave(stop)
+                if step > first and self.schedule.due(step, epoch * self.steps + step, self.saver.busy):
+                    self._save(f"epoch-{epoch + 1}-step-{step}", epoch, step, began)
                 self.saver.check()
                 step_began = time.perf_counter()
                 for number, (images, labels) in enumerate(islice(self._timed(stream), accumulation)):
@@ -287,6 +293,7 @@ class _Run:
         return loss / count, 100.0 * errors / count
 
     def _save(self, tag: str, epoch: int, step: int, began: float) -> None:
+        save_began = time.perf_counter()
         _check_finite(float(self.loss_sum), epoch, step)
         _check_weights(self.engine.module, epoch, step)
         progress = {
@@ -298,6 +305,9 @@ class _Run:
         }
         client_state = {"run": self.settings.description(), "num_classes": self.num_classes, "progress": progress}
         self.saver.save(tag, client_state, {"loss_sum": self.loss_sum})
+        self.schedule.saved()
+        self.saves += 1
+        self.save_seconds += time.perf_counter() - save_began
 
 
 def _check_finite(loss_sum: float, epoch: int, step: int) -> None:

@@ -47,6 +47,7 @@ class TrainSettings:
         micro_batch: samples a replica works on at once.
         accumulation: micro-batches an optimizer step.
         limit_steps: optimizer steps after which an epoch ends, where it is not over before.
+        save_seconds, save_steps: how often to save between the ends of epochs; ``None`` for not at all.
         rank_timeout: seconds without a sign of life after which a rank is lost, and the run ends.
         resume_from: the checkpoint to go on from, as (folder of checkpoints, tag); ``None`` starts afresh.
     """
@@ -73,6 +74,8 @@ class TrainSettings:
     activation_checkpointing: bool
     output_dir: str
     keep: int
+    save_seconds: float | None
+    save_steps: int | None
     rank_timeout: float
     topology: Topology
     config: dict[str, Any]
@@ -129,6 +132,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         ("--limit-steps", options.limit_steps, 1, LARGEST_COUNT),
         ("--workers", options.workers, 0, LARGEST_WORKERS),
         ("--keep", options.keep, 1, LARGEST_COUNT),
+        ("--save-every-steps", options.save_every_steps, 1, LARGEST_COUNT),
         ("--seed", options.seed, 0, LARGEST_SEED),
         ("--image-size", options.image_size, 8, LARGEST_IMAGE),
     ):
@@ -138,6 +142,11 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
             raise UsageError(f"{flag}={value} is too large; use {most} or less")
     if options.learning_rate is not None and not 0 < options.learning_rate < float("inf"):
         raise UsageError(f"--learning-rate={options.learning_rate} is not a positive number; use one, 0.1 say")
+    if options.save_every is not None and not 0 < options.save_every <= LONGEST_WAIT / 60:
+        raise UsageError(
+            f"--save-every must be a positive number of minutes, {LONGEST_WAIT / 60:g} at most, got "
+            f"{options.save_every:g}; use 10, say"
+        )
     if not 1 <= options.rank_timeout <= LONGEST_WAIT:
         raise UsageError(
             f"--rank-timeout={options.rank_timeout:g} is no time to wait; use 1 second or more, {LONGEST_WAIT} at most"
@@ -179,6 +188,8 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         activation_checkpointing=options.activation_checkpointing,
         output_dir=output_dir,
         keep=options.keep,
+        save_seconds=None if options.save_every is None else 60.0 * options.save_every,
+        save_steps=options.save_every_steps,
         rank_timeout=options.rank_timeout,
         topology=topology,
         config=config,
