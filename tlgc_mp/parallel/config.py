@@ -57,12 +57,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def check_numbers(settings: Mapping[str, Any]) -> None:
+def check_values(settings: Mapping[str, Any]) -> None:
     """Refuses what DeepSpeed takes unseen and then fails on, in the first step.
 
     Raises:
-        UsageError: ``gradient_clipping``, ``gradient_predivide_factor`` or ``steps_per_print`` is not such a number.
+        UsageError: ``gradient_clipping``, ``gradient_predivide_factor`` or ``steps_per_print`` is not such a number, or
+            ``scheduler.type`` is one that wants a metric.
     """
+    scheduler = settings.get("scheduler")
+    if isinstance(scheduler, Mapping) and scheduler.get("type") == "ReduceLROnPlateau":
+        raise UsageError(
+            'scheduler.type in the DeepSpeed configuration must be one that needs no metric, got "ReduceLROnPlateau"; '
+            "use WarmupLR or WarmupDecayLR, or leave it out"
+        )
     for key, least, what in _NUMBERS:
         value = settings.get(key)
         fits = isinstance(value, int if key == "steps_per_print" else int | float) and not isinstance(value, bool)

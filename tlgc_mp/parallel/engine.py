@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tlgc_mp.errors import UsageError
-from tlgc_mp.parallel.config import check_numbers, read_config, tensor_parallel_size, zero_stage
+from tlgc_mp.parallel.config import check_values, read_config, tensor_parallel_size, zero_stage
 from tlgc_mp.parallel.topology import Launch, Topology
 
 SLOW_START_SECONDS = 3.0
@@ -60,6 +60,9 @@ def initialize(
         optimizer: a callable from parameters to a torch optimizer, or a torch optimizer over ``model``'s parameters
             that has not stepped yet; it then steps the shares.
         model_parameters: parameters of ``model``, or groups of them, to train; all where not given.
+        lr_scheduler: a scheduler, or a callable from the optimizer to one; the engine steps it after each step of the
+            optimizer. One that wants a metric is for a loop of the user's to step: made over
+            ``engine.basic_optimizer``, and not given here.
         config: a DeepSpeed configuration, as a dict or a path.
         seed: of the initial weights of a model on the meta device; ``torch.initial_seed()`` where not given.
         collective_timeout: how long a rank waits for the others of its replica in a forward or backward pass before it
@@ -86,6 +89,7 @@ def initialize(
     from tlgc_mp.parallel.layers import collect_checkpoint_info
     from tlgc_mp.parallel.plan import channels_stay_apart
     from tlgc_mp.parallel.scalars import ScalarsAsBytes, clip_scalars_too
+    from tlgc_mp.parallel.schedules import check_steps_alone
     from tlgc_mp.parallel.sharding import shard
     from tlgc_mp.parallel.waiting import as_timeout
 
@@ -104,7 +108,7 @@ def initialize(
     settings.setdefault("zero_force_ds_cpu_optimizer", False)  # DeepSpeed offloads no optimizer but its own else
     ranks = tensor_parallel_size(settings) or 1
     stage = zero_stage(settings)
-    check_numbers(settings)
+    check_values(settings)
     start_distributed(distributed_port)
     Topology(torch.distributed.get_world_size(), torch.distributed.get_rank(), ranks)
     device = torch.device(get_accelerator().current_device_name())
@@ -154,6 +158,9 @@ def initialize(
             if any(isinstance(code, OwnCode) and code.error is error for code in (optimizer, lr_scheduler)):
                 raise
             raise _refused(error) from error
+    for kind, stepped in (("optimizer", getattr(made[0], "basic_optimizer", None)), ("lr_scheduler", made[3])):
+        if stepped is not None:
+            check_steps_alone(kind, stepped)
     if stage == 0:
         memory_format.restore(filters)
         clip_scalars_too(made[0])

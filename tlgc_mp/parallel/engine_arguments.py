@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tlgc_mp.errors import UsageError, is_count
+from tlgc_mp.parallel.schedules import check_steps_alone
 
 
 def retarget(parameters: Any, replaced: dict[int, Any]) -> Any:
@@ -41,6 +42,9 @@ def check_kinds(optimizer: Any, model_parameters: Any, lr_scheduler: Any, port: 
         raise UsageError(f"optimizer={optimizer!r} is none; give a torch optimizer, or a callable that makes one")
     if lr_scheduler is not None and not hasattr(lr_scheduler, "step") and not callable(lr_scheduler):
         raise UsageError(f"lr_scheduler={lr_scheduler!r} is none; give a scheduler, or a callable that makes one")
+    for name, given in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
+        if hasattr(given, "step") and not isinstance(given, type):
+            check_steps_alone(name, given)
     if model_parameters is not None:
         if isinstance(model_parameters, str | dict | torch.Tensor) or not isinstance(model_parameters, Iterable):
             raise UsageError("model_parameters: give parameters of the model, or groups of them, in a list")

@@ -15,6 +15,8 @@ import deepspeed.comm.comm as deepspeed_comm
 import torch.distributed as dist
 from deepspeed.utils import groups
 
+from tlgc_mp.parallel.schedules import take_model_step
+
 _STATE = ("mpu", "mesh_device", "_TENSOR_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP")
 """What differs from engine to engine."""
 _ELSE = ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP")
@@ -89,6 +91,7 @@ def keep_groups(engine: Any) -> None:
 @functools.cache
 def _in_own_groups(engine_class: Any) -> Any:
     entries = {name: _entry(getattr(engine_class, name)) for name in _ENTRIES if hasattr(engine_class, name)}
+    entries["_take_model_step"] = take_model_step(engine_class._take_model_step)
     return type(engine_class.__name__, (engine_class,), {**entries, "__module__": engine_class.__module__})
 
 

@@ -15,7 +15,7 @@ from tlgc_mp.checkpoint.folder import CHECKPOINTS, LATEST, find_checkpoint, newe
 from tlgc_mp.data import check_dataset
 from tlgc_mp.errors import UsageError, is_count, shown
 from tlgc_mp.models.names import check_coarse_level, check_model, check_split, library_model
-from tlgc_mp.parallel.config import check_numbers, read_config, tensor_parallel_size, zero_stage
+from tlgc_mp.parallel.config import check_values, read_config, tensor_parallel_size, zero_stage
 from tlgc_mp.parallel.topology import Launch, Topology, default_tensor_parallel, usable_cores
 from tlgc_mp.training.recipes import Recipe, default_recipe, find_recipe
 from tlgc_mp.training.runs import METRICS
@@ -154,7 +154,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
 
     config = dict(DEFAULT_CONFIG) if options.deepspeed_config is None else read_config(options.deepspeed_config)
     zero_stage(config)
-    check_numbers(config)
+    check_values(config)
     topology = _topology(options, config, launch)
     output_dir = output_folder(options)
     try:
