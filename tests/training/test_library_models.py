@@ -17,7 +17,9 @@ from tlgc_mp import load_model
 from tlgc_mp.cli import _parser, main
 from tlgc_mp.data import EvaluationBatches, load_datasets
 from tlgc_mp.data.loaders import started_workers
-from tlgc_mp.training.settings import output_folder
+from tlgc_mp.parallel.topology import Launch
+from tlgc_mp.training.model import model_of
+from tlgc_mp.training.settings import output_folder, resolve
 
 SHORT = ("--batch-size", "16", "--epochs", "1", "--limit-steps", "2", "--learning-rate", "0.01")
 
@@ -70,6 +72,30 @@ def test_what_cannot_be_trained_is_said_in_a_line(
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and err.startswith("tlgc-mp: error: ") and said in err
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "size"), [("imagenet-wrn-34-2", "32"), ("mobilenet_v2", "32"), ("timm:test_efficientnet", "32")]
+)
+def test_one_image_at_a_time_where_batch_norm_has_one_value(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, size: str
+) -> None:
+    output = tmp_path / "run"
+    flags = ("--model", model, "--groups", "1", "--image-size", size, "--batch-size", "1", "--output-dir", str(output))
+    assert main(["train", "--dataset", "synthetic", "--conv", "sc", *flags]) == 2
+    err = capsys.readouterr().err
+    assert (
+        len(err.splitlines()) == 1 and f"got 1 (1 in 1 replicas x 1 accumulation steps): of one image of {size}" in err
+    )
+    assert err.rstrip().endswith("use --batch-size 2 or more") and not output.exists()
+
+
+@pytest.mark.parametrize(("model", "size"), [("wrn-10-1", 8), ("mobilenet_v2", 64), ("timm:test_vit", 160)])
+def test_one_image_at_a_time_elsewhere(tmp_path: Path, model: str, size: int) -> None:
+    flags = ["train", "--dataset", "synthetic", "--model", model, "--conv", "sc", "--image-size", str(size)]
+    options = _parser().parse_args([*flags, "--batch-size", "1", "--output-dir", str(tmp_path / "run")])
+    options.groups = 1
+    assert isinstance(model_of(resolve(options, Launch()), 10, size), torch.nn.Module)
 
 
 def test_workers_of_an_earlier_run_in_the_process_are_not_blamed(

@@ -56,7 +56,7 @@ def check_trainable(name: str) -> None:
     model = _on_meta(name, classes)
     height, width = _made_for(model)
     try:
-        found = _output(model, BATCH, height, width)
+        found = output_on_meta(model, BATCH, height, width)
     except Exception as error:  # the model's own code may raise anything
         raise _no_classifier(name, f"which cannot take {height} x {width} images ({_in_a_line(error)})") from error
     if not isinstance(found, Tensor):
@@ -71,7 +71,7 @@ def check_images(name: str, image_size: int, batch_size: int) -> None:
     check_trainable(name)
     model = _on_meta(name, 10)
     try:
-        _output(model, batch_size, image_size, image_size)
+        output_on_meta(model, batch_size, image_size, image_size)
     except Exception as error:  # the model's own code may raise anything
         height, width = _made_for(model)
         raise UsageError(
@@ -138,7 +138,7 @@ def _made_for(model: nn.Module) -> tuple[int, int]:
     return size, size
 
 
-def _output(model: nn.Module, batch_size: int, height: int, width: int) -> Any:
+def output_on_meta(model: nn.Module, batch_size: int, height: int, width: int) -> Any:
     """What the model, which is on the meta device, gives for such images in training."""
     images = torch.empty(batch_size, 3, height, width, device="meta").to(memory_format=torch.channels_last)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):

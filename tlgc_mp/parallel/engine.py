@@ -83,7 +83,7 @@ def initialize(
     from tlgc_mp.nn import init_parameters
     from tlgc_mp.nn.arguments import check_module
     from tlgc_mp.parallel import memory_format
-    from tlgc_mp.parallel.engine_arguments import OwnCode, check_kinds, retarget, retarget_optimizer
+    from tlgc_mp.parallel.engine_arguments import OwnCode, check_kinds, match_statistics, retarget, retarget_optimizer
     from tlgc_mp.parallel.engine_groups import enter_groups, keep_groups
     from tlgc_mp.parallel.first_batch import check_first_batch
     from tlgc_mp.parallel.layers import collect_checkpoint_info
@@ -161,6 +161,7 @@ def initialize(
     for kind, stepped in (("optimizer", getattr(made[0], "basic_optimizer", None)), ("lr_scheduler", made[3])):
         if stepped is not None:
             check_steps_alone(kind, stepped)
+    match_statistics(made[0].module)
     if stage == 0:
         memory_format.restore(filters)
         clip_scalars_too(made[0])

@@ -58,6 +58,18 @@ def check_kinds(optimizer: Any, model_parameters: Any, lr_scheduler: Any, port: 
         raise UsageError(f"seed={seed!r} is no seed; use an int")
 
 
+def match_statistics(model: torch.nn.Module) -> None:
+    """Gives the running statistics of each BatchNorm the type of its weights: bf16 and fp16 of DeepSpeed cast
+    parameters alone, and BatchNorm does not take the two in different types."""
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, torch.nn.modules.batchnorm._NormBase) and weight is not None:
+            for name in ("running_mean", "running_var"):
+                statistic = module._buffers[name]  # as it is stored: as an attribute a split one is a view
+                if statistic is not None:
+                    statistic.data = statistic.data.to(weight.dtype)
+
+
 class OwnCode:
     """A callable of the user's, run as if DeepSpeed were not around it: what it prints shows.
 

@@ -238,7 +238,7 @@ class _Run:
                 step_began = time.perf_counter()
                 for number, (images, labels) in enumerate(islice(self._timed(stream), accumulation)):
                     self._seed_dropout((epoch * self.steps + step) * accumulation + number)
-                    images, labels = _to_device(images, labels, engine.device)
+                    images, labels = _to_device(images, labels, engine)
                     loss = F.cross_entropy(engine(images).float(), labels)
                     engine.backward(loss)
                     engine.step()
@@ -283,7 +283,7 @@ class _Run:
         for images, labels, weights in self.tests:
             if stop.asked(engine.device):
                 self._leave(stop)
-            images, labels = _to_device(images, labels, engine.device)
+            images, labels = _to_device(images, labels, engine)
             weights = weights.to(engine.device)
             logits = engine(images).float()
             wrong = (logits.argmax(1) != labels).float()
@@ -371,9 +371,11 @@ def _scheduler(settings: TrainSettings, steps: int) -> Any:
     return lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, settings.recipe.decay)
 
 
-def _to_device(images: Tensor, labels: Tensor, device: Any) -> tuple[Tensor, Tensor]:
-    images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-    return images, labels.to(device, non_blocking=True)
+def _to_device(images: Tensor, labels: Tensor, engine: Any) -> tuple[Tensor, Tensor]:
+    """A batch on the engine's device; images in the type of the weights, which DeepSpeed's bf16 and fp16 change."""
+    dtype = next(engine.module.parameters()).dtype
+    images = images.to(engine.device, dtype, memory_format=torch.channels_last, non_blocking=True)
+    return images, labels.to(engine.device, non_blocking=True)
 
 
 def _use_cores(launch: Launch) -> None:

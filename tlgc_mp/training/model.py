@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from tlgc_mp.errors import UsageError
 from tlgc_mp.models import create_model, libraries
+from tlgc_mp.models.factory import create_meta_model
 from tlgc_mp.models.names import library_model
 from tlgc_mp.training.settings import TrainSettings
 
@@ -23,16 +25,31 @@ def model_of(settings: TrainSettings, num_classes: int, image_size: int) -> nn.M
     Raises:
         UsageError: it does not take images of ``image_size`` x ``image_size`` pixels, or cannot be built.
     """
+    arguments = {
+        "conv": settings.conv,
+        "groups": settings.groups,
+        "num_classes": num_classes,
+        "coarse_everywhere": settings.coarse_everywhere,
+        "coarse_kernel_size": settings.coarse_kernel_size,
+        "coarse_init": settings.coarse_init,
+    }
     if library_model(settings.model) is not None:
-        libraries.check_images(settings.model, image_size, settings.micro_batch)
+        libraries.check_images(settings.model, image_size, max(settings.micro_batch, libraries.BATCH))
+    if settings.micro_batch == 1:
+        _check_single_images(create_meta_model(settings.model, **arguments), image_size, settings)
     torch.manual_seed(settings.seed)
-    return create_model(
-        settings.model,
-        conv=settings.conv,
-        groups=settings.groups,
-        num_classes=num_classes,
-        coarse_everywhere=settings.coarse_everywhere,
-        coarse_kernel_size=settings.coarse_kernel_size,
-        coarse_init=settings.coarse_init,
-        device="meta",
-    )
+    return create_model(settings.model, **arguments, device="meta")  # type: ignore[arg-type]
+
+
+def _check_single_images(model: nn.Module, image_size: int, settings: TrainSettings) -> None:
+    """Raises :class:`~tlgc_mp.errors.UsageError` where a batch of one image leaves BatchNorm one value a channel."""
+    try:
+        libraries.output_on_meta(model, 1, image_size, image_size)
+    except ValueError as error:  # batches of two have gone through
+        replicas, accumulation = settings.topology.data_parallel, settings.accumulation
+        raise UsageError(
+            f"the batch of each replica must be 2 images or more, got 1 ({replicas * accumulation} in {replicas} "
+            f"replicas x {accumulation} accumulation steps): of one image of {image_size} x {image_size} pixels, "
+            f"{settings.model} has BatchNorm take the statistics of a single value; use --batch-size "
+            f"{2 * replicas * accumulation} or more"
+        ) from error
