@@ -1,4 +1,4 @@
-"""Runs whose weights DeepSpeed keeps in bf16 or fp16: they train as in fp32 to the precision of the type, and resume."""
+"""Runs whose weights DeepSpeed keeps in bf16 or fp16: they train as in fp32 to the type's precision, and resume."""
 
 from __future__ import annotations
 

@@ -146,3 +146,29 @@ def described_for_checkpoints() -> None:
     collect_autotp_universal_checkpoint_info(nn.Sequential(layer))
     described = layer.weight.ds_autotp_universal_checkpoint_meta
     assert described["logical_shape"] == (8, 3) and described["partition_dim"] == 0
+
+
+@relies_on("._take_model_step")
+def step_of_the_model() -> None:
+    """Steps the optimizer, then the scheduler that the engine has; ``was_step_applied`` says whether it did."""
+    import inspect
+
+    from deepspeed import DeepSpeedEngine
+
+    step = DeepSpeedEngine._take_model_step
+    assert list(inspect.signature(step).parameters)[:2] == ["self", "lr_kwargs"]
+    assert "self.lr_scheduler is not None" in inspect.getsource(step)
+    assert callable(DeepSpeedEngine.was_step_applied)
+
+
+@relies_on("._external_params", "._original_parameters")
+def attributes_of_zero_3() -> None:
+    """What ZeRO 3 keeps on modules, and a copy must not."""
+    import inspect
+
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters
+
+    module = nn.Module()
+    partition_parameters._init_external_params(module)
+    assert "_external_params" in vars(module)
+    assert "module._original_parameters = module._parameters" in inspect.getsource(parameter_offload)

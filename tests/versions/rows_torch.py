@@ -162,6 +162,7 @@ _OPERATORS = {
     "_prelu_kernel": "self weight",
     "_prelu_kernel_backward": "grad_output self weight",
     "_reshape_alias": "self size stride",
+    "_safe_softmax": "self dim dtype",
     "_softmax": "self dim half_to_float",
     "_softmax_backward_data": "grad_output output dim input_dtype",
     "_to_copy": "self dtype layout device pin_memory non_blocking memory_format",
@@ -345,3 +346,14 @@ def collectives() -> None:
     """Methods of a process group that gather into one tensor and scatter a sum; newer releases call them otherwise."""
     for old, new in (("_allgather_base", "all_gather_single"), ("_reduce_scatter_base", "reduce_scatter_single")):
         assert hasattr(dist.ProcessGroup, old) or hasattr(dist.ProcessGroup, new), f"neither {old} nor {new}"
+
+
+class _Counting(nn.Module):
+    def get_extra_state(self) -> int:
+        return 7
+
+
+@relies_on("._extra_state")
+def extra_state() -> None:
+    """The name under which a state dict holds what ``get_extra_state`` gives."""
+    assert nn.Sequential(_Counting()).state_dict() == {"0._extra_state": 7}

@@ -115,7 +115,7 @@ class ParallelSyncNorm(LocalLayer):
         if self.region.plain or not self.training:  # type: ignore[attr-defined]
             return super(LocalLayer, self).forward(x)  # type: ignore[misc]
         if x.device.type == "meta":  # to be measured
-            return nn.modules.batchnorm._BatchNorm.forward(self, x)  # type: ignore[arg-type]
+            return nn.BatchNorm2d.forward(self, x)  # type: ignore[arg-type]
         return self._on_shares(x)
 
 

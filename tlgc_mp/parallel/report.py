@@ -23,7 +23,7 @@ from tlgc_mp.parallel import collectives, split_tensor
 from tlgc_mp.parallel.layout import Ranks
 from tlgc_mp.parallel.plan import Placement, plan
 from tlgc_mp.parallel.replicas import ReplicaWatch
-from tlgc_mp.parallel.sharded import Region
+from tlgc_mp.parallel.sharded import Region, without_engine
 
 ELSEWHERE = "(between layers)"
 
@@ -194,6 +194,7 @@ def _on_meta(model: nn.Module, ranks: int) -> nn.Module:
     if isinstance(region, Region):
         alone = Ranks(size=ranks)
         memo[id(region)] = Region(alone, alone, False)
+        model = without_engine(model, memo.copy())
     return copy.deepcopy(model, memo)
 
 

@@ -222,7 +222,7 @@ def reduced(module: Any) -> Any:
 
     Parameters that ZeRO 3 has partitioned are kept in full, so this is collective there.
     """
-    clean = _without_engine(module, {})
+    clean = without_engine(module, {})
     cls, kinds = type(module), []
     while "made_from" in vars(cls):
         cls, kind = vars(cls)["made_from"]
@@ -230,7 +230,7 @@ def reduced(module: Any) -> Any:
     return _empty, (cls, *reversed(kinds)), clean.__getstate__()
 
 
-def _without_engine(module: Any, done: dict[int, Any]) -> Any:
+def without_engine(module: Any, done: dict[int, Any]) -> Any:
     """``module``, with the same values and without the hooks and attributes of an engine.
 
     Args:
@@ -246,13 +246,13 @@ def _without_engine(module: Any, done: dict[int, Any]) -> Any:
             kept = {key: hook for key, hook in state[name].items() if not is_engines(hook)}
             state[name] = type(state[name])(kept)
         state["_parameters"] = {k: _plain_parameter(p, done) for k, p in module._parameters.items()}
-        state["_modules"] = {k: _without_engine(part, done) for k, part in module._modules.items()}
+        state["_modules"] = {k: without_engine(part, done) for k, part in module._modules.items()}
         vars(clean).update(state)
     return done[id(module)]
 
 
 def _plain_parameter(param: Any, done: dict[int, Any]) -> Any:
-    if param is None or not vars(param):
+    if param is None or (id(param) not in done and not vars(param)):
         return param
     if id(param) not in done:
         with zero3_gathered([param]) as partitioned:
