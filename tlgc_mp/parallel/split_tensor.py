@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tlgc_mp.parallel.containers import map_leaves
 from tlgc_mp.parallel.layout import WHOLE, Layout, Ranks, gather_shares, take_share, whole_geometry
 
 Rule = Callable[..., Any]
@@ -392,11 +393,7 @@ def split(tensor: Tensor, dim: int, ranks: Ranks) -> SplitTensor:
 
 def whole(tree: Any) -> Any:
     """``tree`` with every :class:`SplitTensor` in it as a plain whole tensor. Collective, and differentiable."""
-    if type(tree) is SplitTensor:
-        return _Leave.apply(tree)
-    if isinstance(tree, Tensor):
-        return tree
-    return tree_map_only(SplitTensor, _Leave.apply, tree)
+    return map_leaves(lambda leaf: _Leave.apply(leaf) if type(leaf) is SplitTensor else leaf, tree)
 
 
 from tlgc_mp.parallel import split_functions, whole_tensors  # noqa: E402, F401  (they need what stands above)
