@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.parallel.common import run_ranks_once
 from tests.parallel.properties import Given, properties_of, run_properties
-from tlgc_mp.parallel.split_tensor import whole
+from tlgc_mp.parallel.split_tensor import SplitTensor, whole
 
 
 def given_leaves_of_both_kinds(given: Given) -> Any:
@@ -71,6 +71,22 @@ def given_second_derivatives_of_layers(given: Given) -> Any:
         second_derivatives(torch.bmm(x.flatten(2), x.flatten(2).mT), [x], given),
         second_derivatives(F.avg_pool2d(x, 2), [x], given),
     ]
+    return found
+
+
+def given_convolutions_of_whole_weights(given: Given) -> Any:
+    """As code computes them: every rank has its share of the outputs."""
+    x, whole_x = given(2, 12, 5, 5, grad=True), given.cut(given.plain(7, 2, 12, 5, 5, grad=True), 0).sum(0)
+    weights = given.plain(24, 12, 3, 3, grad=True), given.plain(12, 12, 3, 3, grad=True)
+    grouped, bias = given.plain(12, 2, 3, 3, grad=True), given.plain(24, grad=True)
+    found = []
+    for inputs in (x, whole_x):
+        found += [
+            F.conv2d(inputs, weights[0], bias),
+            F.conv_transpose2d(inputs, weights[1], stride=2),
+            F.conv2d(inputs, grouped, bias[:12], padding=1, groups=6),
+        ]
+    assert all(isinstance(y, SplitTensor) and y.cut.dim == 1 for y in found) or given.ranks is None
     return found
 
 

@@ -1,9 +1,10 @@
 """Rules of convolutions.
 
 A dense convolution is column-parallel (the whole input, a share of the output) or row-parallel (a share of the input, a
-sum over the ranks), by how its weight is cut. Autograd keeps its input as it came, a share where it was one, and
-backward gathers again. What is whole for a moment, the input or the sum, is made in blocks of channels where it is
-large. A group convolution is local where the ranks divide its groups; where they do not, it is row-parallel in each.
+sum over the ranks), by how its weight is cut, or by its widths where code has computed a whole weight. Autograd keeps
+its input as it came, a share where it was one, and backward gathers again. What is whole for a moment, the input or the
+sum, is made in blocks of channels where it is large. A group convolution is local where the ranks divide its groups;
+where they do not, it is row-parallel in each group.
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ def _convolution_kind(x: Tensor, weight: Tensor, transposed: bool, groups: int) 
         return "whole", WHOLE, WHOLE
     out_channels = weight.shape[1] * groups if transposed else weight.shape[0]
     channels = x.shape[1]
+    # The stride of a share one channel wide says nothing of the whole.
+    divides = out_channels % ranks.size == 0 and out_channels > ranks.size
     if groups > 1:
         segments = x.cut.segments if type(x) is SplitTensor else None
         if cut_dim(weight) == 1 and not transposed:
             summed = CHANNELS if out_channels % ranks.size == 0 else WHOLE
             return "grouped row", Layout(1, (channels // groups,) * groups), summed
-        if cut_dim(weight) not in (None, 0) or groups % ranks.size or (cut_dim(x) is None and cut_dim(weight) is None):
+        is_whole = cut_dim(x) is None and cut_dim(weight) is None
+        if cut_dim(weight) not in (None, 0) or groups % ranks.size or (is_whole and not divides):
             return "whole", WHOLE, WHOLE
         if segments is None or groups != channels:
             return "grouped", CHANNELS, CHANNELS
@@ -53,6 +57,8 @@ def _convolution_kind(x: Tensor, weight: Tensor, transposed: bool, groups: int) 
         return "row", x.cut if type(x) is SplitTensor and cut_dim(x) == 1 else Layout(1, weight.cut.segments), summed
     if cut_dim(weight) is None and type(x) is SplitTensor and cut_dim(x) == 1 and 2 * out_channels <= channels:
         return "row", x.cut, summed
+    if cut_dim(weight) is None and divides:
+        return "column", WHOLE, CHANNELS
     return "whole", WHOLE, WHOLE
 
 
