@@ -210,7 +210,7 @@ def _detected() -> tuple[Any, ...]:
                 "boxes": boxes,
                 "labels": torch.ones(3, dtype=torch.long),
                 "masks": masks,
-                "keypoints": torch.cat([points, seen], 2),
+                "keypoints": torch.cat([points, seen], 2).float(),  # torchvision takes no others
             }
         )
     return images, targets
