@@ -151,12 +151,16 @@ def _counts(results: list[Result]) -> str:
         rounding = sum(result.rounding > 0 for result in right)
         convolutional = [result for result in right if result.convolutional]
         others = [result for result in right if not result.convolutional]
+        kinds = [f"{sum(r.is_mostly_split for r in convolutional)} of {len(convolutional)} convolutional networks"]
+        if others:
+            kinds.append(
+                f"in {sum(r.is_mostly_split for r in others)} of {len(others)} others, which have attention or hardly a"
+                " convolution"
+            )
         sentences.append(
             f"Over {ranks} ranks, {len(right)} of {len(own)} networks compute what one device computes"
             f" ({len(right) - rounding} exactly, {rounding} up to rounding). At least {MOSTLY:.0%} of the parameters"
-            f" and of the activation bytes are split in {sum(r.is_mostly_split for r in convolutional)} of"
-            f" {len(convolutional)} convolutional networks, and in {sum(r.is_mostly_split for r in others)} of"
-            f" {len(others)} others, which have attention or hardly a convolution."
+            f" and of the activation bytes are split in {', and '.join(kinds)}."
         )
     return " ".join(sentences)
 
