@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     _model_arguments(train)
     train.add_argument("--dataset", default="cifar10", help=f"{', '.join(DATASETS)} (default: %(default)s)")
     train.add_argument("--data-dir", metavar="DIR", help="where the images are; CIFAR is downloaded there if missing")
+    train.add_argument("--val-split", metavar="NAME", help="folder in DIR to test on (default: test, else val)")
     train.add_argument("--image-size", type=int, metavar="PIXELS", help="for imagefolder and synthetic")
     train.add_argument("--recipe", help=f"{', '.join(RECIPES)} (default: by data set): epochs, batch, rate and decay")
     train.add_argument("--epochs", type=int, help="default: the recipe's; its milestones move along")

@@ -207,7 +207,7 @@ def test_imagenet_is_always_cropped_to_224(make_folders, monkeypatch: pytest.Mon
     assert not torch.equal(datasets.train[0][0], datasets.train[0][0])
 
 
-@pytest.mark.parametrize("damage", [b"", b"not an image", None])
+@pytest.mark.parametrize("damage", [b"not an image", None])
 def test_damaged_image_is_named(damage: bytes | None, make_folders) -> None:
     root = make_folders(CLASSES)
     path = root / "train" / "cat" / "1.png"

@@ -1,8 +1,11 @@
 """Which data sets there are, and what can be known of one before any of it is loaded."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+from tlgc_mp.data.folders import IMAGE_SUFFIXES, class_folders, may_hold_images
 from tlgc_mp.errors import UsageError, one_of, shown
 
 DATASETS: tuple[str, ...] = ("digits", "cifar10", "cifar100", "imagenet", "imagefolder", "synthetic")
@@ -10,9 +13,6 @@ DATASETS: tuple[str, ...] = ("digits", "cifar10", "cifar100", "imagenet", "image
 _CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
 _IMAGENET_CLASSES = 1000
-
-# What torchvision's ImageFolder takes for an image; it passes over every other file.
-_IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 _NEEDED_FOLDER = {
     "cifar10": "a folder that holds cifar-10-batches-py/, or to download it into",
@@ -22,29 +22,46 @@ _NEEDED_FOLDER = {
 }
 
 
-def check_dataset(name: str, data_dir: str | None) -> None:
+def check_dataset(name: str, data_dir: str | None, val_split: str | None = None) -> None:
     """Refuse, without loading anything, a data set that cannot be loaded.
 
     ``digits`` and ``synthetic`` need no ``data_dir``. ``cifar10`` and ``cifar100`` need one, which may be
     missing or empty: they are then downloaded into it. ``imagenet`` and ``imagefolder`` need one that holds
-    a folder for each split, and in each split a folder of images for each class.
+    a folder for each split, and in each split a folder of images for each class. ``val_split`` is as
+    :func:`split_folders` wants it.
 
     Raises:
-        UsageError: ``name`` is unknown, or ``data_dir`` is missing or does not hold what ``name`` needs.
+        UsageError: ``name`` is unknown, or ``data_dir`` is missing or does not hold what ``name`` needs, or
+            ``val_split`` is given where the set has no folders.
     """
     if name not in DATASETS:
         raise UsageError(f"--dataset {name} is unknown; use {one_of(DATASETS)}")
+    if val_split is not None and name not in ("imagenet", "imagefolder"):
+        raise UsageError(
+            f"--val-split must be left out with --dataset {name}, which has one test set, got {val_split!r}"
+        )
+    if val_split is not None and not isinstance(val_split, str):
+        raise UsageError(f"--val-split must be the name of a folder in --data-dir, got {shown(val_split)}")
     if name not in _NEEDED_FOLDER:
         return
     if data_dir is None:
         raise UsageError(f"--data-dir is missing; --dataset {name} needs {_NEEDED_FOLDER[name]}")
     if not isinstance(data_dir, str | os.PathLike):
         raise UsageError(f"--data-dir {shown(data_dir)} is no path; use {_NEEDED_FOLDER[name]}")
-    try:
+    with refusing_unreadable(name, data_dir):
         if name in _CIFAR_FOLDERS:
             _check_download_folder(name, Path(data_dir))
         else:
-            _check_image_folders(name, Path(data_dir))
+            _check_image_folders(name, Path(data_dir), val_split)
+
+
+@contextlib.contextmanager
+def refusing_unreadable(name: str, data_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Raises :class:`UsageError` for what the system refuses below ``data_dir``."""
+    try:
+        yield
+    except UsageError:
+        raise
     except PermissionError as error:
         raise UsageError(f"--data-dir {data_dir}: no permission to read {error.filename}; make it readable") from error
     except (OSError, ValueError) as error:  # a name too long, a disk that fails, no path at all
@@ -54,23 +71,33 @@ def check_dataset(name: str, data_dir: str | None) -> None:
         ) from error
 
 
-def split_folders(name: str, data_dir: Path) -> tuple[Path, Path]:
-    """The training and the test folder of ``imagenet`` or ``imagefolder``; ``test/`` is preferred to ``val/``.
+def split_folders(name: str, data_dir: Path, val_split: str | None = None) -> tuple[Path, Path]:
+    """The training and the test folder of ``imagenet`` or ``imagefolder``.
+
+    The latter is ``val_split`` where it is given; else ``val/`` of ``imagenet``, and of ``imagefolder`` ``test/``, or
+    ``val/`` where ``test/`` is not there or has no class of the training folder's, as unlabelled images have none.
 
     Raises:
         UsageError: one of the two is not there.
     """
     test_names = ("val",) if name == "imagenet" else ("test", "val")
+    if val_split is not None:
+        test_names = (val_split,)
     splits = []
     for candidates in (("train",), test_names):
-        found = [data_dir / candidate for candidate in candidates if (data_dir / candidate).is_dir()]
+        found = [data_dir / candidate for candidate in candidates if candidate and (data_dir / candidate).is_dir()]
         if not found:
+            hint = "" if candidates == ("train",) else "; --val-split NAME names another folder to test on"
             raise UsageError(
                 f"--data-dir {data_dir} holds no {' or '.join(f'{candidate}/' for candidate in candidates)}; "
-                f"--dataset {name} needs {_NEEDED_FOLDER[name]}"
+                f"--dataset {name} needs {_NEEDED_FOLDER[name]}{hint}"
             )
-        splits.append(found[0])
-    return splits[0], splits[1]
+        splits.append(found)
+    train, tests = splits[0][0], splits[1]
+    if len(tests) > 1:
+        classes = set(class_folders(train))
+        tests = [test for test in tests if classes & set(class_folders(test))] or tests
+    return train, tests[0]
 
 
 def _check_download_folder(name: str, data_dir: Path) -> None:
@@ -87,11 +114,11 @@ def _check_download_folder(name: str, data_dir: Path) -> None:
         )
 
 
-def _check_image_folders(name: str, data_dir: Path) -> None:
+def _check_image_folders(name: str, data_dir: Path, val_split: str | None) -> None:
     if not data_dir.is_dir():
         problem = "is not a folder" if data_dir.exists() else "does not exist"
         raise UsageError(f"--data-dir {data_dir} {problem}; --dataset {name} needs {_NEEDED_FOLDER[name]}")
-    train, test = split_folders(name, data_dir)
+    train, test = split_folders(name, data_dir, val_split)
     train_classes, test_classes = _classes(train), _classes(test)
     for only, here, there in (
         (train_classes - test_classes, train, test),
@@ -100,7 +127,7 @@ def _check_image_folders(name: str, data_dir: Path) -> None:
         if only:
             raise UsageError(
                 f"--data-dir {data_dir}: class {min(only)} is in {here.name}/ but not in {there.name}/; "
-                "give both the same class folders"
+                "give both the same class folders, or test on another folder with --val-split NAME"
             )
     if name == "imagenet" and len(train_classes) != _IMAGENET_CLASSES:
         raise UsageError(
@@ -111,20 +138,13 @@ def _check_image_folders(name: str, data_dir: Path) -> None:
 
 def _classes(split: Path) -> set[str]:
     """The names of the class folders of one split, each of which holds an image."""
-    with os.scandir(split) as entries:
-        classes = {entry.name for entry in entries if entry.is_dir()}
+    classes = class_folders(split)
     if not classes:
         raise UsageError(f"--data-dir {split.parent}: {split} holds no class folders; put images in {split}/<class>/")
-    for name in sorted(classes):
-        if not _holds_image(split / name):
+    for name in classes:
+        if not may_hold_images(split / name):
             raise UsageError(
                 f"--data-dir {split.parent}: class folder {split / name} holds no image "
-                f"({', '.join(_IMAGE_EXTENSIONS)}); add images or remove the folder"
+                f"({', '.join(IMAGE_SUFFIXES)}); add images or remove the folder"
             )
-    return classes
-
-
-def _holds_image(folder: Path) -> bool:
-    return any(
-        file.lower().endswith(_IMAGE_EXTENSIONS) for _, _, files in os.walk(folder, followlinks=True) for file in files
-    )
+    return set(classes)

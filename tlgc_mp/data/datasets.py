@@ -8,7 +8,6 @@ items are never random.
 import fcntl
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -21,7 +20,9 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from torchvision import transforms
 
-from tlgc_mp.data.catalog import check_dataset, split_folders
+from tlgc_mp.data.catalog import check_dataset, refusing_unreadable, split_folders
+from tlgc_mp.data.folders import Images, class_folders, find_images
+from tlgc_mp.data.pictures import read_image
 from tlgc_mp.data.streams import stream
 from tlgc_mp.errors import UsageError, is_count
 
@@ -54,13 +55,15 @@ class Datasets:
     """A training and a test set of square images.
 
     An item is ``(image, label)``: float32 3 x ``image_size`` x ``image_size``, normalized by channel, and an
-    int in ``0..num_classes - 1``.
+    int in ``0..num_classes - 1``. ``notes`` are lines for the user: which folder is tested on where there are two, and
+    which files are left out.
     """
 
     train: ImageDataset
     test: ImageDataset
     num_classes: int
     image_size: int
+    notes: tuple[str, ...] = ()
 
 
 def load_datasets(
@@ -71,6 +74,7 @@ def load_datasets(
     image_size: int | None = None,
     num_classes: int | None = None,
     synthetic_length: int = 1024,
+    val_split: str | None = None,
 ) -> Datasets:
     """Load the data set ``name``, one of :data:`~tlgc_mp.data.catalog.DATASETS`.
 
@@ -78,18 +82,21 @@ def load_datasets(
         name: ``digits``: scikit-learn's 8 x 8 digits, 1437 to train on and 360 to test on, shifted by up to a pixel.
             ``cifar10``, ``cifar100``: pad 4, random crop, flip; downloaded if ``data_dir`` does not hold them.
             ``imagenet``: random resized crop to 224, flip. ``imagefolder``: as CIFAR if the images are small (at
-            most 64 pixels), else as ImageNet. ``synthetic``: noise around a pattern for each class.
+            most 64 pixels), else as ImageNet. ``synthetic``: noise around a pattern for each class. Images in folders
+            are turned as their EXIF orientation says, and those of 16 bits or in floating point (0..1) keep their
+            range; hidden files and folders are not data.
         data_dir: as :func:`~tlgc_mp.data.catalog.check_dataset` wants it.
         seed: of the ``synthetic`` images; the other sets do not depend on it.
         image_size: side in pixels. Default: the set's own; for ``imagefolder`` the shorter side of the first
             training image if that is at most 64, else 224; for ``synthetic`` 32.
         num_classes: of ``synthetic``, default 10; for the other sets it must be their own.
         synthetic_length: training samples of ``synthetic``; a quarter as many test samples.
+        val_split: the folder to test on, as :func:`~tlgc_mp.data.catalog.split_folders` takes it.
 
     Raises:
         UsageError: the set cannot be found, read or downloaded, or has another image size or class count.
     """
-    check_dataset(name, data_dir)
+    check_dataset(name, data_dir, val_split)
     for argument, value in (
         ("image_size", image_size),
         ("num_classes", num_classes),
@@ -111,7 +118,7 @@ def load_datasets(
         elif name == "cifar100":
             datasets = _cifar(name, torchvision.datasets.CIFAR100, Path(data_dir), 100, _CIFAR100_STATISTICS)
         else:
-            datasets = _image_folders(name, Path(data_dir), image_size)
+            datasets = _image_folders(name, Path(data_dir), image_size, val_split)
 
     for argument, asked, actual in (
         ("image_size", image_size, datasets.image_size),
@@ -216,28 +223,44 @@ def _cifar(name: str, dataset: Any, data_dir: Path, num_classes: int, statistics
         ) from error
 
 
-def _image_folders(name: str, data_dir: Path, image_size: int | None) -> Datasets:
-    train_folder, test_folder = split_folders(name, data_dir)
-    folder = partial(torchvision.datasets.ImageFolder, loader=_read_image)
-    train, test = folder(train_folder), folder(test_folder)
+class _Folders(Dataset[Sample]):
+    """Image files, read by ``loader`` when they are asked for."""
+
+    def __init__(self, images: Images, loader: Callable[[str], Image.Image], transform: Transform) -> None:
+        self.classes, self.samples = images.classes, images.samples
+        self.loader, self.transform = loader, transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        path, label = self.samples[index]
+        return self.transform(self.loader(path)), label
+
+
+def _image_folders(name: str, data_dir: Path, image_size: int | None, val_split: str | None) -> Datasets:
+    with refusing_unreadable(name, data_dir):
+        folders = split_folders(name, data_dir, val_split)
+        classes = class_folders(folders[0])  # the test folder has the same
+        train, test = (find_images(folder, classes) for folder in folders)
     if image_size is None:
-        shorter_side = min(_read_image(train.samples[0][0]).size)
+        shorter_side = min(read_image(train.samples[0][0]).size)
         image_size = shorter_side if name == "imagefolder" and shorter_side <= _LARGEST_SMALL_IMAGE else 224
     small = name == "imagefolder" and image_size <= _LARGEST_SMALL_IMAGE
-    if small:
-        train.loader, test.loader = _KeptImages(image_size), _KeptImages(image_size)
     make_transforms = _small_image_transforms if small else _large_image_transforms
-    train.transform, test.transform = make_transforms(image_size, _IMAGENET_STATISTICS)
-    return Datasets(train, test, num_classes=len(train.classes), image_size=image_size)
+    train_set, test_set = (
+        _Folders(images, _KeptImages(image_size) if small else read_image, transform)
+        for images, transform in zip((train, test), make_transforms(image_size, _IMAGENET_STATISTICS), strict=True)
+    )
+    notes = [_passed_over(folder, images) for folder, images in zip(folders, (train, test), strict=True)]
+    if name == "imagefolder" and val_split is None and all((data_dir / other).is_dir() for other in ("test", "val")):
+        notes.append(f"Testing on {folders[1]}; --val-split NAME takes another folder")
+    return Datasets(train_set, test_set, len(classes), image_size, tuple(filter(None, notes)))
 
 
-def _read_image(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        reason = " ".join(str(error).split())
-        raise UsageError(f"--data-dir: cannot read the image {path} ({reason}); replace or remove it") from error
+def _passed_over(folder: Path, images: Images) -> str:
+    counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(images.passed_over.items()))
+    return f"Files in {folder} that are left out: {counts}" if counts else ""
 
 
 class _KeptImages:
@@ -254,7 +277,7 @@ class _KeptImages:
     def __call__(self, path: str) -> Image.Image:
         image = self.kept.get(path)
         if image is None:
-            image = self.resize(_read_image(path))
+            image = self.resize(read_image(path))
             held = 4 * image.width * image.height + _IMAGE_OBJECT_BYTES  # Pillow stores RGB in four bytes
             if held <= self.bytes_left:
                 self.bytes_left -= held

@@ -65,7 +65,10 @@ def train(settings: TrainSettings, launch: Launch, watchdog: Watchdog) -> None:
         seed=settings.seed,
         image_size=settings.image_size,
         num_classes=settings.num_classes,
+        val_split=settings.val_split,
     )
+    for note in data.notes:
+        _say(speaks, note)
     share = {
         "rank": settings.topology.dp_rank,
         "replicas": settings.topology.data_parallel,

@@ -61,6 +61,7 @@ class TrainSettings:
     coarse_everywhere: bool
     dataset: str
     data_dir: str | None
+    val_split: str | None
     image_size: int | None
     recipe_name: str
     recipe: Recipe
@@ -92,6 +93,7 @@ class TrainSettings:
             "coarse_kernel_size": self.coarse_kernel_size,
             "coarse_init": self.coarse_init,
             "dataset": self.dataset,
+            "val_split": self.val_split,
             "image_size": self.image_size,
             "tensor_parallel": self.topology.tensor_parallel,
             "data_parallel": self.topology.data_parallel,
@@ -115,7 +117,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
     """
     check_model(options.model, options.conv, options.groups, options.num_classes, options.coarse_everywhere)
     check_coarse_level(options.conv, options.coarse_kernel_size, options.coarse_init)
-    check_dataset(options.dataset, options.data_dir)
+    check_dataset(options.dataset, options.data_dir, options.val_split)
     if options.num_classes is not None and options.dataset != "synthetic":
         raise UsageError(f"--num-classes={options.num_classes}: {options.dataset} says itself how many; leave it out")
     if options.activation_checkpointing and library_model(options.model) is not None:
@@ -175,6 +177,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         coarse_everywhere=options.coarse_everywhere,
         dataset=options.dataset,
         data_dir=options.data_dir,
+        val_split=options.val_split,
         image_size=options.image_size,
         recipe_name=recipe_name,
         recipe=recipe,
