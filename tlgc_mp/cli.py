@@ -439,7 +439,8 @@ def _train(options: Any, launch: Launch) -> int:
     settings = resolve(options, launch)
     # DeepSpeed calls collectives by names that newer releases of torch call deprecated, on every rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    from tlgc_mp.parallel.engine import quiet_start, use_huge_pages
+    from tlgc_mp.parallel.engine import use_huge_pages
+    from tlgc_mp.parallel.quiet import quiet_start
 
     use_huge_pages()
     # A rank whose peer is gone says so itself, in one line.

@@ -72,7 +72,8 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         ``coarse_seconds``, ``peak_memory_bytes``, ``parameter_bytes``, ``gradient_bytes``, ``optimizer_bytes`` and
         ``activation_bytes``.
     """
-    from tlgc_mp.parallel.engine import quiet_start, start_distributed
+    from tlgc_mp.parallel.engine import start_distributed
+    from tlgc_mp.parallel.quiet import quiet_start
 
     with quiet_start():
         import torch

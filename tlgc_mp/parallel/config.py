@@ -62,8 +62,16 @@ def check_values(settings: Mapping[str, Any]) -> None:
 
     Raises:
         UsageError: ``gradient_clipping``, ``gradient_predivide_factor`` or ``steps_per_print`` is not such a number, or
-            ``scheduler.type`` is one that wants a metric.
+            ``scheduler.type`` is one that wants a metric, or ``optimizer.type`` one that takes norms of whole
+            parameters where P > 1.
     """
+    optimizer = settings.get("optimizer")
+    kind = optimizer.get("type") if isinstance(optimizer, Mapping) else None
+    if isinstance(kind, str) and kind.lower() in _OF_WHOLE_PARAMETERS and (tensor_parallel_size(settings) or 1) > 1:
+        raise UsageError(
+            f"optimizer.type in the DeepSpeed configuration must be one that updates each element by itself where "
+            f"tensor-parallel ranks hold a share of each parameter, got {shown(kind)}; use SGD, Adam or AdamW"
+        )
     scheduler = settings.get("scheduler")
     if isinstance(scheduler, Mapping) and scheduler.get("type") == "ReduceLROnPlateau":
         raise UsageError(
@@ -76,6 +84,8 @@ def check_values(settings: Mapping[str, Any]) -> None:
         if value is not None and not (fits and least <= value < float("inf")):
             raise UsageError(f"{key}={shown(value)} in the DeepSpeed configuration is not {what}; leave it out")
 
+
+_OF_WHOLE_PARAMETERS = ("lamb", "onebitlamb", "muon", "adafactor")
 
 _NUMBERS = (
     ("gradient_clipping", 0.0, "a number of 0 or more"),

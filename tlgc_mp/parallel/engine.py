@@ -11,17 +11,16 @@ import contextlib
 import ctypes
 import datetime
 import functools
-import io
-import logging
 import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.config import check_values, read_config, tensor_parallel_size, zero_stage
+from tlgc_mp.parallel.quiet import quiet_start
 from tlgc_mp.parallel.topology import Launch, Topology
 
 SLOW_START_SECONDS = 3.0
@@ -83,7 +82,15 @@ def initialize(
     from tlgc_mp.nn import init_parameters
     from tlgc_mp.nn.arguments import check_module
     from tlgc_mp.parallel import memory_format
-    from tlgc_mp.parallel.engine_arguments import OwnCode, check_kinds, match_statistics, retarget, retarget_optimizer
+    from tlgc_mp.parallel.elementwise import check_elementwise
+    from tlgc_mp.parallel.engine_arguments import (
+        OwnCode,
+        check_kinds,
+        is_own_error,
+        match_statistics,
+        retarget,
+        retarget_optimizer,
+    )
     from tlgc_mp.parallel.engine_groups import enter_groups, keep_groups
     from tlgc_mp.parallel.first_batch import check_first_batch
     from tlgc_mp.parallel.layers import collect_checkpoint_info
@@ -115,6 +122,8 @@ def initialize(
     if stage == 3 and device.type == "cpu":
         return_freed_memory()
 
+    if ranks > 1 and isinstance(optimizer, torch.optim.Optimizer):
+        check_elementwise(optimizer, ranks)
     before = dict(model.named_parameters())
     mpu = enter_groups(ranks)
     if ranks > 1:
@@ -133,12 +142,10 @@ def initialize(
     filters = memory_format.channels_last_filters(model)
     for param in model.parameters():
         param.data = param.data.flatten().view(param.shape)
-    with quiet_start() as aloud:
+    with quiet_start():
         optimizer = retarget_optimizer(optimizer, replaced)
         model_parameters = retarget(model_parameters, replaced)
-        optimizer, lr_scheduler = (
-            OwnCode(code, aloud) if callable(code) else code for code in (optimizer, lr_scheduler)
-        )
+        optimizer, lr_scheduler = (OwnCode(code) if callable(code) else code for code in (optimizer, lr_scheduler))
         try:
             with ScalarsAsBytes():
                 made = deepspeed.initialize(
@@ -155,12 +162,14 @@ def initialize(
         except UsageError:
             raise
         except (ZeRORuntimeException, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-            if any(isinstance(code, OwnCode) and code.error is error for code in (optimizer, lr_scheduler)):
+            if is_own_error(error, optimizer, lr_scheduler):
                 raise
             raise _refused(error) from error
     for kind, stepped in (("optimizer", getattr(made[0], "basic_optimizer", None)), ("lr_scheduler", made[3])):
         if stepped is not None:
             check_steps_alone(kind, stepped)
+            if ranks > 1 and kind == "optimizer":
+                check_elementwise(stepped, ranks)
     match_statistics(made[0].module)
     if stage == 0:
         memory_format.restore(filters)
@@ -332,36 +341,6 @@ def _check_settings(settings: dict[str, Any], mpu: Any) -> None:
 def _refused(error: Exception) -> UsageError:
     reason = " ".join(str(error).split())
     return UsageError(f"deepspeed_config is refused by DeepSpeed: {reason[:600]}")
-
-
-Aloud = Callable[[], contextlib.AbstractContextManager[None]]
-
-
-@contextlib.contextmanager
-def quiet_start() -> Iterator[Aloud]:
-    """Keeps DeepSpeed's start-up lines, which every rank would repeat, off the terminal. Errors still show.
-
-    What it yields gives a context in which everything shows.
-    """
-    previous, stdout = logging.root.manager.disable, sys.stdout
-
-    @contextlib.contextmanager
-    def aloud() -> Iterator[None]:
-        with contextlib.redirect_stdout(stdout), _logging_disabled(previous):
-            yield
-
-    with contextlib.redirect_stdout(io.StringIO()), _logging_disabled(max(previous, logging.WARNING)):
-        yield aloud
-
-
-@contextlib.contextmanager
-def _logging_disabled(level: int) -> Iterator[None]:
-    previous = logging.root.manager.disable
-    logging.disable(level)
-    try:
-        yield
-    finally:
-        logging.disable(previous)
 
 
 @contextlib.contextmanager

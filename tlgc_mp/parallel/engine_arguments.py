@@ -1,9 +1,10 @@
-"""What a user hands to :func:`tlgc_mp.initialize`: checked, pointed at the shares, and run aloud."""
+"""What a user hands to :func:`tlgc_mp.initialize`: checked, pointed at the shares, and told from DeepSpeed's."""
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -71,20 +72,34 @@ def match_statistics(model: torch.nn.Module) -> None:
 
 
 class OwnCode:
-    """A callable of the user's, run as if DeepSpeed were not around it: what it prints shows.
+    """A callable of the user's.
 
     Attributes:
         error: what it raised.
     """
 
-    def __init__(self, function: Callable[..., Any], aloud: Callable[[], AbstractContextManager[None]]) -> None:
-        self.function, self.aloud = function, aloud
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
         self.error: BaseException | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            with self.aloud():
-                return self.function(*args, **kwargs)
+            return self.function(*args, **kwargs)
         except Exception as error:
             self.error = error
             raise
+
+
+_NOT_THE_USERS = {
+    *("tlgc_mp", "deepspeed", "torch", "pydantic", "pydantic_core", "hjson", "numpy", "packaging", "einops", "tqdm"),
+    *("typing_extensions", *sys.stdlib_module_names),
+}
+
+
+def is_own_error(error: BaseException, *given: Any) -> bool:
+    """Whether ``error`` came out of the user's own code, of which ``given`` are what DeepSpeed was to call: the length
+    of a data set or a layer's ``to`` is called, too."""
+    if any(isinstance(code, OwnCode) and code.error is error for code in given):
+        return True
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(module.partition(".")[0] not in _NOT_THE_USERS for module in modules)
