@@ -4,8 +4,8 @@
 #   scripts/train_mpi.sh RANKS [OPTION ...]     options of tlgc-mp train
 #   HOSTS=node1:4,node2:4 scripts/train_mpi.sh 8 --model wrn-28-40 --groups 4 --dataset cifar10 --data-dir data
 #
-# Every host needs this folder and the same Python at the same path, and ssh without a password. MPIRUN_FLAGS adds flags of
-# mpirun. Ctrl-C and SIGTERM save a checkpoint and end every rank; a second one ends them at once.
+# Every host needs this folder, and ssh without a password. MPIRUN_FLAGS adds flags of mpirun. Ctrl-C and SIGTERM save a
+# checkpoint and end every rank; a second one ends them at once.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 [ $# -ge 1 ] || fail "usage: scripts/train_mpi.sh RANKS [OPTION ...]"
@@ -17,31 +17,17 @@ command -v mpirun >/dev/null ||
 
 flags=(-n "$ranks" ${HOSTS:+--host "$HOSTS"})
 if mpirun --version 2>/dev/null | grep -q "Open MPI"; then
-    flags+=(--oversubscribe --bind-to none)
+    flags+=(--oversubscribe --bind-to none -x TLGC_MP_VERDICT_FILE)
     [ "$(id -u)" != 0 ] || flags+=(--allow-run-as-root)
-    for name in $(compgen -e); do # it forwards none by itself
+    for name in $(compgen -e); do # it forwards none to other hosts by itself
         case $name in
             PATH | LD_LIBRARY_PATH | PYTHONPATH | OMP_NUM_THREADS | MASTER_PORT) flags+=(-x "$name") ;;
-            TLGC_MP_* | DS_* | DEEPSPEED_* | NCCL_* | GLOO_* | TORCH_*) flags+=(-x "$name") ;;
+            DS_* | DEEPSPEED_* | NCCL_* | GLOO_* | TORCH_*) flags+=(-x "$name") ;;
         esac
     done
 fi
-# On Ctrl-C mpirun would kill its ranks within half a second. In a session of its own it does not see it; what it is sent
-# instead it passes on to the ranks, and they stop together after saving.
+python=$(command -v python)
+# It passes signals on so that mpirun does not kill its ranks, and ends an mpirun that stays when they have ended.
 # shellcheck disable=SC2086
-setsid mpirun "${flags[@]}" ${MPIRUN_FLAGS:-} "$(command -v python)" -m tlgc_mp train "$@" &
-job=$!
-asked=
-stop() {
-    asked=$1
-    kill -USR1 $job
-    trap "kill -TERM $job" INT TERM
-}
-trap 'stop 130' INT
-trap 'stop 143' TERM
-status=0
-while kill -0 $job 2>/dev/null; do
-    wait $job && status=0 || status=$?
-done
-[ "$status" != 138 ] || status=${asked:-138} # of the signal that this script got, not of the one it sent
-exit $status
+exec "$python" -m tlgc_mp launch --max-restarts 0 -- \
+    mpirun "${flags[@]}" ${MPIRUN_FLAGS:-} "$python" -m tlgc_mp train "$@"

@@ -55,7 +55,7 @@ def script(folder: Path, name: str, module: str = "tlgc_mp") -> str:
         file.write("\nprepare_environment() { :; }\n")
     text = (copy / name).read_text(encoding="utf-8")
     assert "-m tlgc_mp train" in text
-    (copy / name).write_text(text.replace("-m tlgc_mp", f"-m {module}"), encoding="utf-8")
+    (copy / name).write_text(text.replace("-m tlgc_mp train", f"-m {module} train"), encoding="utf-8")
     return str(copy / name)
 
 

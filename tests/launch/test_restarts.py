@@ -29,12 +29,21 @@ if action == "wait":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
     open(os.path.join(folder, "waiting"), "w").close()
     time.sleep(60)
+verdict_file = os.environ["TLGC_MP_VERDICT_FILE"]
+if action == "hang":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with open(verdict_file, "w") as file:
+        json.dump({"status": 1, "text": "rank 1: process 7 on node2 has not answered for 60 s"}, file)
+    time.sleep(60)
+if action == "met":
+    open(verdict_file + ".met", "w").close()
+    action = 1
 if action == "leave a process":
     subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
                       "time.sleep(60)"], start_new_session=True)
     action = 1
 if isinstance(action, list):
-    with open(os.environ["TLGC_MP_VERDICT_FILE"], "w") as file:
+    with open(verdict_file, "w") as file:
         json.dump({"status": action[1], "text": "rank 1: out of memory"}, file)
     action = action[0]
 if isinstance(action, str):
@@ -59,8 +68,13 @@ class Launch:
         (folder / "script.py").write_text(SCRIPT)
         (folder / "plan.json").write_text(json.dumps(plan))
         command = [sys.executable, str(folder / "script.py"), "tlgc_mp", "train", "--output-dir", str(folder / "run")]
+        main = (
+            "import sys; from tlgc_mp.cli import main; from tlgc_mp.training import restarts; "
+            "restarts.LAUNCHER_SECONDS, restarts._TERMINATE_SECONDS, restarts._MEETING_PAUSE_SECONDS = 2.0, 1.0, 0.1; "
+            "sys.exit(main())"
+        )
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tlgc_mp", "launch", *options, "--", *command],
+            [sys.executable, "-c", main, "launch", *options, "--", *command],
             env={**os.environ, "TLGC_MP_TEST_JOB": str(folder)},
             stderr=subprocess.PIPE,
             text=True,
@@ -115,6 +129,33 @@ def test_nothing_is_left_of_an_attempt(tmp_path: Path) -> None:
     began = time.monotonic()
     assert Launch(tmp_path, ["leave a process", 0], "--max-restarts", "1").end()[0] == 0
     assert time.monotonic() - began < 30.0
+
+
+@pytest.mark.timeout(60)
+def test_launcher_that_stays_when_its_run_has_ended_is_ended(tmp_path: Path) -> None:
+    """As mpirun and torchrun do while the network is gone; this one does not hear SIGTERM."""
+    began = time.monotonic()
+    ended, said, tried = Launch(tmp_path, ["hang", 0], "--max-restarts", "1").end()
+    assert (ended, len(tried)) == (0, 2) and time.monotonic() - began < 30.0
+    assert said == [
+        "tlgc-mp: launch: the run has ended, and its launcher has not for 2 s; it is ended",
+        "tlgc-mp: launch: ended with status 137, rank 1: process 7 on node2 has not answered for 60 s; starting again "
+        "from the beginning, as there is no whole checkpoint yet (restart 1 of 1)",
+    ]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("plan", "status", "attempts"),
+    [
+        (["met", 1, 1, 0], 0, 4),  # ranks of other hosts had still to end
+        (["met", 1, "met", 0], 1, 3),  # a second fault
+        ([1, 1, 0], 1, 2),  # it never ran
+    ],
+)
+def test_one_fault_is_one_restart(tmp_path: Path, plan: list[object], status: int, attempts: int) -> None:
+    ended, said, tried = Launch(tmp_path, plan, "--max-restarts", "1").end()
+    assert (ended, len(tried)) == (status, attempts), said
 
 
 @pytest.mark.timeout(60)

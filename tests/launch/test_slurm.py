@@ -57,6 +57,7 @@ def test_job_that_is_stopped_ends_well_and_one_that_depends_on_it_goes_on(
     assert figures(metrics(tmp_path / "run")) == undisturbed
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_requeued_job_goes_on(slurm: Slurm, tmp_path: Path, undisturbed: list[dict[str, Any]]) -> None:
     job = _submit(slurm, tmp_path)

@@ -2,13 +2,17 @@
 
 The launch gets a session of its own. This process makes itself the parent of whatever loses its parent below it
 (a *subreaper*), so that it finds every process of the launch, those in sessions and groups of their own too: when the
-launcher has ended, what is left of them is killed before anything is started again.
+launcher has ended, what is left of them is killed before anything is started again. Where the run has told how it ended
+and its launcher stays, as over a network that is gone, the launcher is ended.
+
+Over several hosts it is started on each where the launcher is (torchrun), and on one where that reaches the others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import shlex
 import signal
@@ -23,12 +27,20 @@ from typing import Any
 from tlgc_mp.checkpoint.folder import CHECKPOINTS, newest_whole
 from tlgc_mp.errors import UsageError
 from tlgc_mp.training.settings import output_folder
-from tlgc_mp.training.verdicts import VERDICT_FILE, read_verdict
+from tlgc_mp.training.verdicts import VERDICT_FILE, met, read_verdict
 
 CLEAR_SECONDS = 30.0
 """In which killed processes must be gone; one that waits for a disk that is not there cannot be killed."""
+LAUNCHER_SECONDS = 60.0
+"""In which a launcher must have ended once its run has told how it ended."""
+MEETING_SECONDS = 300.0
+"""For how long after a fault a start in which ranks do not meet counts as the same restart: those on another host may
+still have to end."""
+_TERMINATE_SECONDS = 10.0
 _PAUSE_SECONDS = 1.0
+_MEETING_PAUSE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
+_LOOK_SECONDS = 0.5
 
 _PR_SET_CHILD_SUBREAPER = 36
 _ASKED_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -55,24 +67,30 @@ def run(command: Sequence[str], max_restarts: int, parse: Callable[[list[str]], 
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     attempt = _Attempt(mpi=os.path.basename(command[0]) in _MPI_LAUNCHERS)
     restarts, resume = 0, list[str]()
+    had_met, failed_at = False, 0.0
     with attempt.passing_signals_on(), tempfile.TemporaryDirectory(prefix="tlgc-mp-launch-") as folder:
+        attempts = itertools.count(1)
         while True:
-            verdict_file = os.path.join(folder, f"verdict-{restarts}")
-            status = attempt.run([*command, *resume], {**os.environ, VERDICT_FILE: verdict_file})
+            verdict_file = os.path.join(folder, f"verdict-{next(attempts)}")
+            status = attempt.run([*command, *resume], verdict_file)
             verdict = read_verdict(verdict_file)
             _clear()
             ended = int(verdict.get("status", status)) if status else 0
             why = f"status {status}" + (f", {verdict['text']}" if verdict.get("text") else "")
             if status == 0 or attempt.signalled or ended == 2 or ended in {128 + number for number in _ASKED_TO_STOP}:
                 return status
-            if restarts == max_restarts:
+            again = had_met and not met(verdict_file) and time.monotonic() - failed_at < MEETING_SECONDS
+            if restarts == max_restarts and not again:
                 if max_restarts:
                     _say(f"ended with {why}; it has been started again {max_restarts} times, which is all of them")
                 return status
-            restarts += 1
             resume, place = _newest(output_dir)
-            _say(f"ended with {why}; starting again {place} (restart {restarts} of {max_restarts})")
-            attempt.pause(_PAUSE_SECONDS)
+            if again:
+                _say(f"ended with {why} before its ranks had met; starting again {place} (still restart {restarts})")
+            else:
+                restarts, had_met, failed_at = restarts + 1, met(verdict_file), time.monotonic()
+                _say(f"ended with {why}; starting again {place} (restart {restarts} of {max_restarts})")
+            attempt.pause(_MEETING_PAUSE_SECONDS if again else _PAUSE_SECONDS)
             if attempt.signalled:
                 return 128 + attempt.signalled
 
@@ -117,17 +135,35 @@ class _Attempt:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def run(self, command: list[str], environment: dict[str, str]) -> int:
-        """The launch's exit status, 128 + n where signal n ended it."""
+    def run(self, command: list[str], verdict_file: str) -> int:
+        """The launch's exit status, 128 + n where signal n ended it. Its ranks leave their verdict in the file."""
+        environment = {**os.environ, VERDICT_FILE: verdict_file}
         try:
             self._process = subprocess.Popen(command, env=environment, start_new_session=True)
         except OSError as error:
             raise UsageError(f"launch: {command[0]!r} cannot be started: {error.strerror}") from None
         if self.signalled:
             self._send(self.signalled)
-        status = self._process.wait()
+        status = self._wait(self._process, verdict_file)
         self._process = None
-        return 128 - status if status < 0 else status
+        status = 128 - status if status < 0 else status
+        # What mpirun was sent in place of the signal that is passed on.
+        return 128 + self.signalled if self.signalled and status == 128 + signal.SIGUSR1 else status
+
+    def _wait(self, process: subprocess.Popen[bytes], verdict_file: str) -> int:
+        deadline = float("inf")
+        while time.monotonic() < deadline:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(_LOOK_SECONDS)
+            if deadline == float("inf") and os.path.exists(verdict_file):
+                deadline = time.monotonic() + LAUNCHER_SECONDS
+        _say(f"the run has ended, and its launcher has not for {LAUNCHER_SECONDS:.0f} s; it is ended")
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            return process.wait(_TERMINATE_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return -signal.SIGKILL  # and is waited for with what it has left
 
     def pause(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 VERDICT_FILE = "TLGC_MP_VERDICT_FILE"
 """The environment variable with the path of the file."""
+_MET = ".met"
 
 
 class Verdict(NamedTuple):
@@ -26,6 +27,10 @@ class Verdict(NamedTuple):
     status: int
     lost: bool = False
 
+    def line(self) -> str:
+        """As it is told."""
+        return f"error: {self.text}" if self.status == 2 else f"rank {self.rank}: {self.text}"
+
 
 def leave_verdict(status: int, text: str) -> None:
     """Leaves the exit status that a job deserves, and the line it printed, where ``tlgc-mp launch`` started it.
@@ -36,6 +41,19 @@ def leave_verdict(status: int, text: str) -> None:
     if path is not None:
         with contextlib.suppress(OSError), open(path, "x", encoding="utf-8") as file:
             json.dump({"status": status, "text": text}, file)
+
+
+def note_meeting() -> None:
+    """Leaves word for ``tlgc-mp launch`` that all ranks have met."""
+    path = os.environ.get(VERDICT_FILE)
+    if path is not None:
+        with contextlib.suppress(OSError), open(path + _MET, "w", encoding="utf-8"):
+            pass
+
+
+def met(path: str) -> bool:
+    """Whether the ranks of the job whose verdict is to be left at ``path`` had met."""
+    return os.path.exists(path + _MET)
 
 
 def read_verdict(path: str) -> dict[str, Any]:

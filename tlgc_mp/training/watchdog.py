@@ -32,7 +32,7 @@ from tlgc_mp.parallel.topology import Topology
 from tlgc_mp.training.faults import cause_of
 from tlgc_mp.training.interrupt import Interrupted
 from tlgc_mp.training.members import Member, Members
-from tlgc_mp.training.verdicts import Verdict, leave_verdict, write_traceback
+from tlgc_mp.training.verdicts import Verdict, leave_verdict, note_meeting, write_traceback
 from tlgc_mp.training.workers import Workers
 
 BEAT_SECONDS = 2.0
@@ -111,8 +111,7 @@ class Watchdog:
         if error is None:
             self._close()
         elif isinstance(error, Interrupted):
-            if self._rank == 0:
-                leave_verdict(128 + error.signal, f"stopped by {signal.Signals(error.signal).name}")
+            leave_verdict(128 + error.signal, f"stopped by {signal.Signals(error.signal).name}")
             self._close()
         elif isinstance(error, (KeyboardInterrupt, SystemExit)):
             self._failing = True
@@ -130,12 +129,8 @@ class Watchdog:
             if self._rank:
                 time.sleep(_UNJOINED_SECONDS)
             place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-            self._print(
-                self._rank,
-                f"not all of the {self._world} ranks came to {place} within {MEETING_SECONDS:.0f} s; one of them "
-                "hangs, or was not started",
-                1,
-            )
+            text = f"not all of the {self._world} ranks came to {place} within {MEETING_SECONDS:.0f} s; one of them "
+            self._print(self._about(self._rank, f"{text}hangs, or was not started"))
             os._exit(1)
 
         timer = threading.Timer(MEETING_SECONDS, give_up)
@@ -148,6 +143,7 @@ class Watchdog:
 
     def start(self) -> None:
         """Begins to watch; every rank calls it as soon as torch.distributed is up."""
+        note_meeting()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         if self._world > 1:
             store = dist.distributed_c10d._get_default_store()
@@ -314,11 +310,14 @@ class Watchdog:
         elif self._silent() or (posted := self._post(verdict)) is None:
             standing = self._verdict or verdict
             if self._verdict is None and not self._has_the_word():
+                leave_verdict(verdict.status, verdict.line())
                 return verdict
         else:
             standing = posted
-        if standing.teller == self._rank and standing.text:
-            self._print(standing.rank, standing.text, standing.status)
+        if standing.text and standing.teller == self._rank:
+            self._print(standing)
+        elif standing.text:
+            leave_verdict(standing.status, standing.line())  # for the launch on this host
         return standing
 
     def _silent(self) -> bool:
@@ -386,12 +385,11 @@ class Watchdog:
     def _about(self, rank: int, text: str, status: int = 1, lost: bool = False) -> Verdict:
         return Verdict(self._rank, rank, text, status, lost)
 
-    def _print(self, rank: int, text: str, status: int) -> None:
+    def _print(self, verdict: Verdict) -> None:
         with self._print_lock:
             if self._printed:
                 return
             self._printed = True
-            line = f"error: {text}" if status == 2 else f"rank {rank}: {text}"
-            leave_verdict(status, line)
+            leave_verdict(verdict.status, verdict.line())
             with contextlib.suppress(OSError):
-                print(f"tlgc-mp: {line}", file=sys.stderr, flush=True)
+                print(f"tlgc-mp: {verdict.line()}", file=sys.stderr, flush=True)
