@@ -32,7 +32,7 @@ from tlgc_mp.models.names import (
 )
 from tlgc_mp.parallel.topology import Launch
 from tlgc_mp.training.recipes import RECIPES
-from tlgc_mp.training.verdicts import leave_verdict
+from tlgc_mp.training.verdicts import Failed, leave_verdict
 
 
 class _Parser(argparse.ArgumentParser):
@@ -450,7 +450,7 @@ def _train(options: Any, launch: Launch) -> int:
     with quiet_start():
         from tlgc_mp.training.interrupt import Interrupted
         from tlgc_mp.training.loop import train
-        from tlgc_mp.training.watchdog import Failed, Watchdog
+        from tlgc_mp.training.watchdog import Watchdog
     try:
         with Watchdog(settings.topology, settings.output_dir, settings.rank_timeout) as watchdog:
             train(settings, launch, watchdog)

@@ -5,7 +5,8 @@ counted from 0 over the epochs of this process. With ``FAULT_ONCE``, it happens 
 and makes it; with ``NEVER_SAVES`` too, no checkpoint is finished until then. In the folder ``WEIGHTS`` each rank leaves
 a digest of its state after each epoch. ``LINGERS`` is one of ``training``, ``evaluation`` and ``save``: rank 0 makes
 the file ``THERE`` in the second epoch's training, or in the first evaluation or save, which takes its time then. With
-``leaving``, data workers are killed some time before a rank that was stopped leaves.
+``leaving``, data workers are killed some time before a rank that was stopped leaves. The rank ``UNMET`` fails while
+ranks meet. With ``OWN_MACHINES``, each rank takes the others to be on another machine.
 """
 
 from __future__ import annotations
@@ -116,7 +117,28 @@ def _linger(moment: str, there: str) -> None:
         folder.commit = slowed(folder.commit)
 
 
+def _fail_while_ranks_meet(rank: int) -> None:
+    from tlgc_mp.training import loop
+
+    def fail(*_: Any) -> NoReturn:
+        raise KeyError("no such interface")
+
+    if Launch.detect().rank == rank:
+        loop.start_distributed = fail
+
+
+def _be_on_a_machine_of_its_own() -> None:
+    """Other ranks know nothing of this one's process from the kernel."""
+    from tlgc_mp.training import members
+
+    members._machine = lambda: f"machine-{Launch.detect().rank}"  # type: ignore[assignment]
+
+
 def main() -> NoReturn:
+    if "OWN_MACHINES" in os.environ:
+        _be_on_a_machine_of_its_own()
+    if "UNMET" in os.environ:
+        _fail_while_ranks_meet(int(os.environ["UNMET"]))
     if "LINGERS" in os.environ:
         _linger(os.environ["LINGERS"], os.environ["THERE"])
     if "NEVER_SAVES" in os.environ and not os.path.exists(os.environ["FAULT_ONCE"]):

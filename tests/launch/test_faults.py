@@ -94,6 +94,23 @@ def test_fault_ends_every_rank_and_the_run_can_be_resumed(
 
 
 @pytest.mark.timeout(120)
+def test_killed_rank_that_was_alone_on_its_machine_is_named(tmp_path: Path) -> None:
+    variables = {"FAULT": "kill", "FAULT_RANK": "1", "FAULT_STEP": "4", "OWN_MACHINES": "1"}
+    with forked(SHORT, tmp_path / "run", port=free_port(), **variables) as job:
+        killed = job.ranks()[1]
+        assert job.wait(SECONDS + 60.0) == [1, -signal.SIGKILL], job.said()
+        line = told_once(job.stderr())
+    assert line.startswith(f"tlgc-mp: rank 1: process {killed} on {socket.gethostname()} has not answered for "), line
+
+
+@pytest.mark.timeout(120)
+def test_rank_that_fails_while_ranks_meet_ends_those_that_wait(tmp_path: Path) -> None:
+    with forked(SHORT, tmp_path / "run", port=free_port(), UNMET="1") as job:
+        assert job.wait(60.0) == [1, 1], job.said()
+        assert told_once(job.stderr()).startswith("tlgc-mp: rank 1: KeyError: 'no such interface' (traceback: ")
+
+
+@pytest.mark.timeout(120)
 def test_port_that_is_taken(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("", 0))

@@ -10,7 +10,7 @@ import pytest
 
 from tlgc_mp import UsageError
 from tlgc_mp.parallel.config import read_config, tensor_parallel_size, zero_stage
-from tlgc_mp.parallel.topology import Launch, Topology, default_tensor_parallel
+from tlgc_mp.parallel.topology import Launch, Topology, across_hosts, default_tensor_parallel
 
 
 def test_consecutive_ranks_share_a_replica() -> None:
@@ -30,11 +30,39 @@ def test_world_that_is_not_p_times_d_is_refused(ranks: int) -> None:
     ("world", "groups", "ranks"), [(1, 4, 1), (2, 4, 2), (4, 4, 4), (8, 4, 4), (6, 4, 2), (3, 4, 1), (4, 1, 1)]
 )
 def test_default_split_is_the_largest_that_shares_groups_and_ranks_evenly(world: int, groups: int, ranks: int) -> None:
-    assert default_tensor_parallel(world, "gc-2l", groups) == ranks
+    assert default_tensor_parallel(world, world, "gc-2l", groups) == ranks
 
 
 def test_learned_groups_are_not_split_by_default() -> None:
-    assert default_tensor_parallel(4, "flgc", 4) == 1
+    assert default_tensor_parallel(4, 4, "flgc", 4) == 1
+
+
+@pytest.mark.parametrize(("world", "local", "ranks"), [(4, 2, 2), (2, 1, 1), (8, 4, 4), (7, 4, 1), (6, 4, 2)])
+def test_default_split_fits_in_a_host(world: int, local: int, ranks: int) -> None:
+    assert default_tensor_parallel(world, local, "gc-2l", 4) == ranks
+
+
+@pytest.mark.parametrize(
+    ("hosts", "ranks", "said"),
+    [
+        ("aaaa", 2, ""),
+        ("aabb", 2, ", on 2 hosts, each replica on one of them"),
+        ("abab", 1, ", on 2 hosts, replicas only"),
+        (
+            "abab",
+            2,
+            "2 replica(s) lie on several, and every layer's exchange crosses the network: start ",
+        ),
+        (
+            "aabb",
+            4,
+            "1 replica(s) lie on several, and every layer's exchange crosses the network: --tp 2",
+        ),
+    ],
+)
+def test_where_replicas_lie_is_said(hosts: str, ranks: int, said: str) -> None:
+    told = across_hosts(Topology(4, 0, ranks), list(hosts))
+    assert said in told and bool(said) == bool(told)
 
 
 # What srun tells a task of a step, without PMI.

@@ -20,6 +20,7 @@ from typing import Any
 
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.config import check_values, read_config, tensor_parallel_size, zero_stage
+from tlgc_mp.parallel.interface import GLOO_INTERFACE, gloo_interface
 from tlgc_mp.parallel.quiet import quiet_start
 from tlgc_mp.parallel.topology import Launch, Topology
 
@@ -223,7 +224,7 @@ def start_distributed(distributed_port: int = 29500) -> None:
     this rank's accelerator, the one that DeepSpeed's engine is about to take.
 
     Raises:
-        UsageError: this node has fewer accelerators than ranks.
+        UsageError: this node has fewer accelerators than ranks, or it is not clear by which network it reaches others.
     """
     with quiet_start():
         import deepspeed
@@ -252,6 +253,8 @@ def start_distributed(distributed_port: int = 29500) -> None:
                 os.environ.setdefault(name, str(value))
         else:
             distributed_port = _port_over_mpi(distributed_port)
+        if get_accelerator().device_name() == "cpu":
+            _choose_interface(launch)
         with _announce_when_slow(launch.rank):
             deepspeed.init_distributed(
                 dist_backend=get_accelerator().communication_backend_name(), distributed_port=distributed_port
@@ -266,6 +269,14 @@ def barrier() -> None:
     # NCCL would guess the device otherwise, and say so.
     own = [get_accelerator().current_device()] if torch.distributed.get_backend() == "nccl" else None
     torch.distributed.barrier(device_ids=own)
+
+
+def _choose_interface(launch: Launch) -> None:
+    """Has Gloo listen where other hosts reach it."""
+    if launch.world > launch.local_world and GLOO_INTERFACE not in os.environ:
+        interface = gloo_interface(os.environ.get("MASTER_ADDR"))
+        if interface is not None:
+            os.environ[GLOO_INTERFACE] = interface
 
 
 def _take_device(local_rank: int) -> None:

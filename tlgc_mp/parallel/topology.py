@@ -54,12 +54,30 @@ class Topology:
         return self.rank // self.tensor_parallel
 
 
-def default_tensor_parallel(world: int, conv: str, groups: int) -> int:
-    """P where nothing says: as many ranks as evenly share the groups, the rest being replicas.
+def default_tensor_parallel(world: int, local_world: int, conv: str, groups: int) -> int:
+    """P where nothing says: as many ranks of a host as evenly share the groups, the rest being replicas.
 
     The groups of ``flgc`` cannot be shared, so all its ranks are replicas.
     """
-    return 1 if conv == "flgc" else math.gcd(world, groups)
+    return 1 if conv == "flgc" else math.gcd(world, local_world, groups)
+
+
+def across_hosts(topology: Topology, hosts: list[str]) -> str:
+    """Where the replicas lie, in words, for ranks on ``hosts``; nothing where there is one host."""
+    ranks = topology.tensor_parallel
+    places = [set(hosts[first : first + ranks]) for first in range(0, topology.world, ranks)]
+    crossing = sum(len(place) > 1 for place in places)
+    count = len(set(hosts))
+    if count == 1:
+        return ""
+    if crossing == 0:
+        return f", on {count} hosts, {'each replica on one of them' if ranks > 1 else 'replicas only'}"
+    fits = min(hosts.count(host) for host in set(hosts))
+    mend = "start the ranks host by host (mpirun --map-by slot)" if ranks <= fits else f"--tp {fits} keeps them on one"
+    return (
+        f", on {count} hosts; the tensor-parallel ranks of {crossing} replica(s) lie on several, and every layer's "
+        f"exchange crosses the network: {mend}"
+    )
 
 
 def usable_cores() -> int:

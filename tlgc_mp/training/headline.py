@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+
+import torch.distributed as dist
+
 from tlgc_mp.checkpoint.folder import saved_run
+from tlgc_mp.parallel.topology import across_hosts
 from tlgc_mp.training.settings import TrainSettings
 
 
@@ -24,10 +29,13 @@ def respread(settings: TrainSettings) -> str:
 
 
 def headline(settings: TrainSettings, counts: dict[str, int]) -> str:
+    """What the run is, and where its ranks lie. Collective."""
+    hosts = [""] * settings.topology.world
+    dist.all_gather_object(hosts, socket.gethostname())
     topology = settings.topology
     groups = "" if settings.conv == "sc" else f", {settings.groups} groups"
     return (
         f"{settings.model}, {settings.conv}{groups}, {counts['total']:,} parameters on {topology.world} rank(s): "
         f"{topology.tensor_parallel} tensor-parallel x {topology.data_parallel} data-parallel"
-        f"{', activation checkpointing' if settings.activation_checkpointing else ''}"
+        f"{', activation checkpointing' if settings.activation_checkpointing else ''}{across_hosts(topology, hosts)}"
     )

@@ -9,7 +9,7 @@ import os
 import select
 import signal
 import socket
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Member(NamedTuple):
@@ -85,6 +85,29 @@ class Members:
             "t": " is stopped by a debugger and",
             "D": " waits for a disk and",
         }.get(state, "")
+
+
+class Beats:
+    """Which ranks have given no sign of life since this was made."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._first: dict[int, bytes] = {}
+        self._still: set[int] = set()
+
+    def look(self, store: Any, world: int) -> None:
+        """Reads everybody's ``beat/RANK``, and ``left/RANK`` of those that left in peace."""
+        for rank in range(world):
+            if rank != self._rank and store.check([f"beat/{rank}"]) and not store.check([f"left/{rank}"]):
+                beat = store.get(f"beat/{rank}")
+                if self._first.setdefault(rank, beat) == beat:
+                    self._still.add(rank)
+                else:
+                    self._still.discard(rank)
+
+    def silent(self) -> int | None:
+        """The lowest rank whose beat has stayed what it was."""
+        return min(self._still, default=None)
 
 
 @functools.cache

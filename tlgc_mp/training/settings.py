@@ -241,7 +241,7 @@ def _topology(options: Any, config: dict[str, Any], launch: Launch) -> Topology:
         )
     ranks = options.tp if options.tp is not None else configured
     if ranks is None:
-        ranks = default_tensor_parallel(launch.world, options.conv, options.groups)
+        ranks = default_tensor_parallel(launch.world, launch.local_world, options.conv, options.groups)
     check_split(options.model, options.conv, options.groups, ranks)
     topology = Topology(launch.world, launch.rank, ranks)
     if ranks > 1:

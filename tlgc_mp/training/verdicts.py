@@ -17,6 +17,14 @@ VERDICT_FILE = "TLGC_MP_VERDICT_FILE"
 _MET = ".met"
 
 
+class Failed(Exception):
+    """The run has failed, and that has been told. ``status`` is the exit status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
 class Verdict(NamedTuple):
     """Why a job ends: what ``teller`` found out about ``rank``. ``lost``: that one lives, and cannot be asked to leave.
     An empty text is not printed."""

@@ -22,22 +22,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 
 from tlgc_mp.parallel.topology import Topology
-from tlgc_mp.training.faults import cause_of
+from tlgc_mp.training.faults import Cause, cause_of
 from tlgc_mp.training.interrupt import Interrupted
-from tlgc_mp.training.members import Member, Members
-from tlgc_mp.training.verdicts import Verdict, leave_verdict, note_meeting, write_traceback
+from tlgc_mp.training.meeting import LOOK_SECONDS, leave_word, meeting, not_met
+from tlgc_mp.training.members import Beats, Member, Members
+from tlgc_mp.training.verdicts import Failed, Verdict, leave_verdict, note_meeting, write_traceback
 from tlgc_mp.training.workers import Workers
 
 BEAT_SECONDS = 2.0
-MEETING_SECONDS = 300.0
-"""In which all ranks must have met, from the moment when one begins to wait for the others."""
 ECHO_SECONDS = 6.0
 """What a broken connection waits for its cause, and what the rank with the store waits for others to read theirs."""
 FAREWELL_SECONDS = 10.0
@@ -49,14 +47,6 @@ _ANSWER_SECONDS = 1.0
 _GLANCE_SECONDS = 0.1
 
 _runs = itertools.count()
-
-
-class Failed(Exception):
-    """The run has failed, and that has been told. ``status`` is the exit status."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
 
 
 class Watchdog:
@@ -100,6 +90,7 @@ class Watchdog:
         self._verdict: Verdict | None = None
         self._lost_at: float | None = None  # when the store was found gone
         # Of the judging thread.
+        self._beats: Beats | None = None  # while a cause is sought that may be another rank's
         self._ended: dict[int, float] = {}  # rank: when its process ended
 
     def __enter__(self) -> Watchdog:
@@ -121,25 +112,21 @@ class Watchdog:
         else:
             raise Failed(self._fail(error)) from error
 
-    @contextlib.contextmanager
-    def meeting(self) -> Iterator[None]:
-        """Bounds what is done in it, which waits for every rank to come up, to 300 s."""
+    def meeting(self) -> contextlib.AbstractContextManager[None]:
+        """Bounds what is done in it, which waits for every rank to come up, to 300 s; a rank that fails meanwhile ends
+        the others."""
 
-        def give_up() -> None:
-            if self._rank:
-                time.sleep(_UNJOINED_SECONDS)
-            place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-            text = f"not all of the {self._world} ranks came to {place} within {MEETING_SECONDS:.0f} s; one of them "
-            self._print(self._about(self._rank, f"{text}hangs, or was not started"))
-            os._exit(1)
+        def end(verdict: Verdict | None) -> None:
+            if verdict is None:
+                if self._rank:
+                    time.sleep(_UNJOINED_SECONDS)
+                verdict = self._about(self._rank, not_met(self._world))
+                self._print(verdict)
+            else:
+                leave_verdict(verdict.status, verdict.line())
+            os._exit(verdict.status)
 
-        timer = threading.Timer(MEETING_SECONDS, give_up)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
+        return meeting(end) if self._world > 1 else contextlib.nullcontext()
 
     def start(self) -> None:
         """Begins to watch; every rank calls it as soon as torch.distributed is up."""
@@ -189,6 +176,8 @@ class Watchdog:
             seen = store.get(f"beat/{following}")
             if seen != self._next_beat:
                 self._next_beat, self._next_seen_at = seen, time.monotonic()
+        if self._beats is not None:
+            self._beats.look(store, self._world)
         self._left.update(rank for rank in {following, *self._ended} if store.check([f"left/{rank}"]))
         if self._verdict is None and store.check(["verdict"]):
             self._verdict = Verdict(*json.loads(store.get("verdict")))
@@ -283,30 +272,40 @@ class Watchdog:
         if not started and self._rank:
             time.sleep(_UNJOINED_SECONDS)  # what every rank finds alike ends the job before that
         elif cause.echo and self._world > 1:
+            self._beats = Beats(self._rank)
+            self._look.set()
             deadline = time.monotonic() + ECHO_SECONDS
             while self._verdict is None and time.monotonic() < deadline:
                 time.sleep(_GLANCE_SECONDS)
         elif cause.shared and self._rank:
             time.sleep(_FIRST_WORD_SECONDS)
-        standing = self._verdict
-        if standing is None:
-            deadline = time.monotonic() + _GLANCE_SECONDS * 10
-            while (
-                (worker := self.workers.dead()) is None and isinstance(error, EOFError) and time.monotonic() < deadline
-            ):
-                time.sleep(_GLANCE_SECONDS)  # a worker that was killed as it handed over a batch is gone in a moment
-            text = worker or cause.text
-            if worker is None and cause.traced and (path := write_traceback(error, self._rank, self._output_dir)):
-                text = f"{text} (traceback: {path})"
-            standing = self._tell(self._about(self._rank, text, cause.status))
+        standing = self._verdict or self._tell(self._read(error, cause))
         self._farewell(ECHO_SECONDS)
+        if not started and self._holder == self._rank and self._world > 1:
+            time.sleep(2 * LOOK_SECONDS)  # this process may hold the store at which others read this
         self._stop()
         return standing.status
+
+    def _read(self, error: BaseException, cause: Cause) -> Verdict:
+        """What this rank makes of ``error`` by itself."""
+        deadline = time.monotonic() + _GLANCE_SECONDS * 10
+        while (worker := self.workers.dead()) is None and isinstance(error, EOFError) and time.monotonic() < deadline:
+            time.sleep(_GLANCE_SECONDS)  # a worker that was killed as it handed over a batch is gone in a moment
+        if worker is not None:
+            return self._about(self._rank, worker)
+        if self._beats is not None and (silent := self._beats.silent()) is not None:
+            # On another machine, of which the kernel here knows nothing.
+            how = f"has not answered for {ECHO_SECONDS:.0f} s and its connections are closed: killed, or crashed"
+            return self._about(silent, f"{self._members.process(silent)} {how}")
+        text = cause.text
+        if cause.traced and (path := write_traceback(error, self._rank, self._output_dir)):
+            text = f"{text} (traceback: {path})"
+        return self._about(self._rank, text, cause.status)
 
     def _tell(self, verdict: Verdict) -> Verdict:
         """Prints ``verdict``, unless another stands; the one that stands."""
         if self._store is None:
-            standing = verdict
+            standing = verdict if self._threads or self._world == 1 else leave_word(verdict)
         elif self._silent() or (posted := self._post(verdict)) is None:
             standing = self._verdict or verdict
             if self._verdict is None and not self._has_the_word():
