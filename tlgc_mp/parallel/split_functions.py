@@ -205,11 +205,23 @@ def _tensor_split(function: Any) -> Any:
     return replace
 
 
+def _element_by_element(function: Any) -> Any:
+    """A function in place that calls one of Python's for each element, which it finds in memory."""
+
+    def replace(tensor: Tensor, *args: Any) -> Any:
+        changed = whole(tensor.detach()).clone().requires_grad_(tensor.requires_grad)  # which torch then refuses
+        return tensor.copy_(function(changed, *whole(args)))
+
+    return replace
+
+
 _TENSOR: Any = Tensor
 """Of which an attribute is a descriptor."""
 
 FUNCTIONS.update(
     {
+        Tensor.apply_: _element_by_element(Tensor.apply_),
+        Tensor.map_: _element_by_element(Tensor.map_),
         torch.autograd.grad: _grad,
         torch.autograd.backward: _backward,
         Tensor.backward: _tensor_backward,

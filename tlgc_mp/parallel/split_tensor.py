@@ -32,7 +32,6 @@ observers: list[Callable[[Any, str], None]] = []
 _make = torch.Tensor._make_wrapper_subclass
 """Of a tensor that every rank holds whole."""
 
-
 _NO_MEMORY = "a split tensor has no memory of its own; use tlgc_mp.parallel.split_tensor.whole(tensor) first"
 
 
@@ -195,11 +194,10 @@ class SplitTensor(Tensor):
     def __dlpack__(self, **options: Any) -> Any:  # type: ignore[override]
         return whole(self.detach()).__dlpack__(**options)
 
-    def data_ptr(self) -> int:
+    def data_ptr(self) -> Any:
         raise RuntimeError(_NO_MEMORY)
 
-    def untyped_storage(self) -> Any:
-        raise RuntimeError(_NO_MEMORY)
+    const_data_ptr = mutable_data_ptr = untyped_storage = data_ptr
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         plain = whole(self.detach()).clone()
