@@ -86,7 +86,8 @@ def create_model(
             (B, 3, H, W) in training, a detector, say.
     """
     check_device(device)
-    target = torch.get_default_device() if device is None else torch.device(device)
+    # torch.get_default_device of torch 2.6 does not know of "with torch.device(...)".
+    target = torch.empty(0).device if device is None else torch.device(device)
     if library_model(name) is not None:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(torch.initial_seed())
