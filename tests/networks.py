@@ -75,8 +75,8 @@ class Odd(nn.Module):
             self.decay.mul_(0.9)
             self.steps += 1
         x = F.silu(self.norm(self.stem(x)) * self.fixed * self.frozen)
-        x = F.silu(self.second(F.silu(self.first(x)))) * self.gain + self.shift
-        x = self.counting(self.same_norm(self.adapter(x)))
+        x = F.silu(self.second(F.silu(self.first(x)))) * self.gain
+        x = self.counting(self.same_norm(self.adapter(x))) + self.shift
         return self.fc(x.mean((2, 3))) * self.decay[0]
 
 
@@ -93,13 +93,29 @@ class Normed(nn.Module):
         return self.fc(self.body(F.silu(self.stem(x))).mean((2, 3)))
 
 
+class Seldom(nn.Module):
+    """Has a layer that takes part in every other step, so that an optimizer counts fewer steps of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.other = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+        self.fc = nn.Linear(16, 10)
+        self.register_buffer("steps", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += self.training
+        x = F.silu(self.stem(x))
+        return self.fc((self.other(x) if self.steps % 2 else x).mean((2, 3)))
+
+
+OWN = {"odd": Odd, "normed": Normed, "seldom": Seldom}
+
+
 def network(name: str) -> nn.Module:
-    """``odd``, ``normed``, ``converted``, or a model of timm, with initial weights of :data:`SEED`."""
+    """One of :data:`OWN`, ``converted``, or a model of timm, with initial weights of :data:`SEED`."""
     torch.manual_seed(SEED)
-    if name == "odd":
-        return Odd()
-    if name == "normed":
-        return Normed()
+    if name in OWN:
+        return OWN[name]()
     if name == "converted":
         return convert(timm.create_model("test_resnet", num_classes=10), groups=4, init="from_dense")
     return timm.create_model(name, num_classes=10)

@@ -8,6 +8,7 @@ state is a number of *holders*, the tensors that the optimizer steps on, in whic
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from tlgc_mp.checkpoint.reader import Part
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.layout import WHOLE
-from tlgc_mp.parallel.sharded import ShardedLayer
+from tlgc_mp.parallel.sharded import ShardedLayer, extra_state
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 """What an engine counts, by the names of its attributes."""
@@ -84,13 +85,15 @@ class EngineState:
         return list(self.optimizer.param_groups)
 
     def parts(self) -> dict[str, Part]:
-        """Name -> part, of every parameter and every persistent buffer of the module."""
+        """Name -> part, of every parameter and every persistent buffer of the module, each under its first name."""
         found = {}
+        seen: set[int] = set()
         for prefix, module in self.module.named_modules():
             tensors = {**module._parameters, **module._buffers}
             for key, tensor in tensors.items():
-                if tensor is None or key in module._non_persistent_buffers_set:
+                if tensor is None or key in module._non_persistent_buffers_set or id(tensor) in seen:
                     continue
+                seen.add(id(tensor))
                 dim, segments = module.placement.layout(key) if isinstance(module, ShardedLayer) else WHOLE
                 index, count = (0, 1) if dim is None else (module.tp_index, module.tp_world_size)
                 shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
@@ -102,6 +105,10 @@ class EngineState:
         names = self.parts().keys()
         return {name: buffer for name, buffer in self.module.named_buffers() if name in names}
 
+    def extra_states(self) -> dict[str, Any]:
+        """Name of a module -> its extra state, of those that have one."""
+        return {name: extra for name, part in self.module.named_modules() for extra in extra_state(part).values()}
+
     def states(self, slot: Slot) -> dict[str, Tensor]:
         """Key -> the part of the optimizer's state that belongs to a slot, as views of the same shape as its values."""
         if slot.holder is None:
@@ -109,22 +116,49 @@ class EngineState:
         return {
             key: value if slot.offset is None else value.flatten().narrow(0, slot.offset, slot.numel)
             for key, value in self.optimizer.state[slot.holder].items()
-            if torch.is_tensor(value) and value.shape == slot.holder.shape and value.dim() > 0
+            if torch.is_tensor(value) and value.shape == slot.holder.shape and (value.dim() or key in self._keys())
         }
 
-    def scalars(self) -> list[dict[str, Any]]:
-        """For each parameter group, what the optimizer keeps beside tensors of their shape: counts of steps."""
-        found: list[dict[str, Any]] = [{} for _ in self.groups]
-        for slot in self.slots:
-            if slot.holder is None or slot.group is None:
-                continue
-            for key, value in self.optimizer.state[slot.holder].items():
-                scalar = value.item() if torch.is_tensor(value) and value.dim() == 0 else value
-                if isinstance(scalar, (bool, int, float)):
-                    found[slot.group][key] = {"value": scalar, "tensor": torch.is_tensor(value)}
-        return found
+    def _keys(self) -> set[str]:
+        """Of the optimizer's state, what has a value for each element of a parameter.
 
-    def make_states(self, keys: dict[str, list[str]], scalars: list[dict[str, Any]]) -> None:
+        A parameter of shape () does not tell that from a count of steps.
+        """
+        return {
+            key
+            for holder, state in self.optimizer.state.items()
+            for key, value in state.items()
+            if torch.is_tensor(value) and value.shape == holder.shape and value.dim() > 0
+        }
+
+    def scalars(self) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+        """What the optimizer keeps beside tensors of the parameters' shape: counts of steps.
+
+        Returns:
+            (for each parameter group, what most of its parameters have; by name, what others have)
+        """
+        keys = self._keys()
+        found: list[dict[str, dict[str, Any]]] = [{} for _ in self.groups]
+        for slot in self.slots:
+            state = {} if slot.holder is None or slot.group is None else self.optimizer.state[slot.holder]
+            own = {}
+            for key, value in state.items():
+                scalar = value.item() if torch.is_tensor(value) and value.dim() == 0 else value
+                if key not in keys and isinstance(scalar, (bool, int, float)):
+                    own[key] = {"value": scalar, "tensor": torch.is_tensor(value)}
+            if own and slot.group is not None:
+                found[slot.group][slot.name] = own
+        usual = [Counter(map(repr, group.values())).most_common(1) for group in found]
+        apart: dict[str, dict[str, Any]] = {}
+        scalars: list[dict[str, Any]] = []
+        for group, most in zip(found, usual, strict=True):
+            scalars.append(next((own for own in group.values() if repr(own) == most[0][0]), {}))
+            apart |= {name: own for name, own in group.items() if own != scalars[-1]}
+        return scalars, apart
+
+    def make_states(
+        self, keys: dict[str, list[str]], scalars: list[dict[str, Any]], apart: dict[str, dict[str, Any]]
+    ) -> None:
         """Gives the holders state of the keys that each parameter has, zero where there is none, and those scalars."""
         for slot in self.slots:
             if slot.holder is None or slot.group is None or not keys.get(slot.name):
@@ -133,7 +167,8 @@ class EngineState:
             for key in keys[slot.name]:
                 if not torch.is_tensor(state.get(key)):
                     state[key] = torch.zeros_like(slot.holder)
-            for key, saved in scalars[slot.group].items():
+            own = apart.get(slot.name) if slot.offset is None else None
+            for key, saved in (own or scalars[slot.group]).items():
                 kept = state.get(key)
                 if torch.is_tensor(kept):
                     kept.fill_(saved["value"])
@@ -143,7 +178,7 @@ class EngineState:
     def publish(self) -> None:
         """Brings the weights that the module computes with in line with the master weights.
 
-        Collective from ZeRO 1 on.
+        Collective at ZeRO 1 and 2.
         """
         optimizer = self.engine.optimizer
         if self.stage in (1, 2):
@@ -161,8 +196,7 @@ class EngineState:
                     parameter.data = values.data
             persistent = optimizer.persistent_parameters
             if len(persistent) > 0:
-                persistent[0].partition(persistent)
-                persistent[0].all_gather(persistent)
+                persistent[0].partition(persistent)  # the next forward pass gathers them, as the first one does
 
     def _slots(self) -> Iterator[Slot]:
         parts = self.parts()

@@ -3,6 +3,7 @@
 FOLDER/TAG/checkpoint.json       what it is a checkpoint of, the size and SHA-256 of every other file, and its own sum
 FOLDER/TAG/shard-P-D.safetensors what tensor-parallel rank P of replica D wrote
 FOLDER/TAG/scheduler.pt          the state of the learning-rate schedule
+FOLDER/TAG/extra_state.pt        the extra state of modules, by name, where there is any
 FOLDER/latest                    the tag of the newest checkpoint
 FOLDER/best                      the tag of the one with the smallest test error, where somebody says which it is
 FOLDER/TAG.partial/              one that is being written, or was when its run was killed
@@ -29,6 +30,7 @@ DESCRIPTION = "checkpoint.json"
 LATEST = "latest"
 BEST = "best"
 SCHEDULER = "scheduler.pt"
+EXTRA_STATE = "extra_state.pt"
 PARTIAL = ".partial"
 FORMAT = 1
 _BLOCK = 1 << 22

@@ -19,8 +19,9 @@ from tlgc_mp.errors import UsageError, is_count, told
 def load_checkpoint(engine: Any, path: str, replica_state: dict[str, Tensor] | None = None) -> dict[str, Any]:
     """Loads a checkpoint into an engine of any split over ranks and any ZeRO stage. Collective.
 
-    Weights, buffers, the optimizer's state, the learning-rate schedule and the engine's counts of steps. Every file is
-    read once and held against its checksum before anything is loaded. No pickled code runs.
+    Weights, buffers, the extra state of modules, the optimizer's state, the learning-rate schedule and the engine's
+    counts of steps. Every file is read once and held against its checksum before anything is loaded. No pickled code
+    runs.
 
     Args:
         engine: of :func:`tlgc_mp.initialize`, over the same model and the same kind of optimizer.
@@ -78,7 +79,7 @@ def _fill(state: EngineState, reader: CheckpointReader, replica_state: dict[str,
     keys: dict[str, list[str]] = {}
     for key, _, name in (entry.partition("/") for entry in reader.names("optimizer")):
         keys.setdefault(name, []).append(key)
-    state.make_states(keys, saved["scalars"])
+    state.make_states(keys, saved["scalars"], saved["apart"])
     for slot in state.slots:
         for tensor, target in (
             (f"weights/{slot.name}", slot.values),
@@ -98,6 +99,10 @@ def _fill(state: EngineState, reader: CheckpointReader, replica_state: dict[str,
     if engine.lr_scheduler is not None and folders.SCHEDULER in reader.description["files"]:
         path = os.path.join(reader.where, folders.SCHEDULER)
         engine.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
+    if folders.EXTRA_STATE in reader.description["files"]:
+        path = os.path.join(reader.where, folders.EXTRA_STATE)
+        for name, extra in torch.load(path, weights_only=True).items():
+            state.module.get_submodule(name).set_extra_state(extra)
 
 
 def _described(description: dict[str, Any], groups: int) -> dict[str, Any]:
@@ -115,7 +120,10 @@ def _described(description: dict[str, Any], groups: int) -> dict[str, Any]:
             raise UsageError(f"its {folders.DESCRIPTION} does not describe the optimizer's {key}")
         if len(found) != groups:
             raise UsageError(f"its optimizer has {len(found)} parameter groups, not {groups}")
-    for scalars in optimizer["scalars"]:
+    apart = optimizer.setdefault("apart", {})
+    if not isinstance(apart, dict) or not all(isinstance(each, dict) for each in apart.values()):
+        raise UsageError(f"its {folders.DESCRIPTION} does not describe the optimizer's scalars")
+    for scalars in (*optimizer["scalars"], *apart.values()):
         for key, scalar in scalars.items():
             if not isinstance(scalar, dict) or not isinstance(scalar.get("value"), bool | int | float):
                 raise UsageError(f"its {folders.DESCRIPTION} does not tell the optimizer's {key}")

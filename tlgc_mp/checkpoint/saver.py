@@ -100,7 +100,7 @@ class CheckpointSaver:
         Raises:
             SaveError: the save before could not be written.
             UsageError: ``tag`` is no name of a folder, JSON cannot hold ``client_state``, or the state of the
-                learning-rate schedule is none that can be loaded safely.
+                learning-rate schedule, or the extra state of a module, is none that can be loaded safely.
         """
         global _saves
         _check_saved(tag, client_state)
@@ -108,9 +108,9 @@ class CheckpointSaver:
         _saves += 1
         save = self._last = _Save(_saves, tag)
         tensors, index = self._snapshot(replica_state or {})
-        description, scheduler = self._describe(client_state)
+        description, others = self._describe(client_state)
         thread = threading.Thread(
-            target=self._write, args=(save, tensors, index, description, scheduler), name="checkpoint", daemon=True
+            target=self._write, args=(save, tensors, index, description, others), name="checkpoint", daemon=True
         )
         thread.start()
         if not self.background:
@@ -156,8 +156,10 @@ class CheckpointSaver:
             tensors[name] = copy.copy_(tensor)
         return tensors, index
 
-    def _describe(self, client_state: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    def _describe(self, client_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """(what ``checkpoint.json`` says, the contents of the files that rank 0 writes beside its share)"""
         state, engine = self._state, self._state.engine
+        scalars, apart = state.scalars()
         description = {
             "client_state": client_state,
             "tensor_parallel": state.tensor_parallel,
@@ -165,23 +167,20 @@ class CheckpointSaver:
             "zero_stage": state.stage,
             "optimizer": {
                 "type": type(state.optimizer).__name__,
-                "scalars": state.scalars(),
+                "scalars": scalars,
+                "apart": apart,
                 "groups": [_plain(group) for group in state.groups],
             },
             "engine": {name: int(getattr(engine, name)) for name in COUNTERS},
             "saved_by": self._saved_by,
         }
-        scheduler = io.BytesIO()
+        others = {}
         if engine.lr_scheduler is not None:
-            torch.save(engine.lr_scheduler.state_dict(), scheduler)
-            try:
-                torch.load(io.BytesIO(scheduler.getvalue()), weights_only=True)
-            except pickle.UnpicklingError:
-                raise UsageError(
-                    f"checkpoint: the state of {type(engine.lr_scheduler).__name__} holds Python objects, which would "
-                    "run code when they are loaded; give it a state_dict of numbers, tensors and containers"
-                ) from None
-        return description, scheduler.getvalue()
+            schedule = engine.lr_scheduler.state_dict()
+            others[folders.SCHEDULER] = _saved_safely(type(engine.lr_scheduler).__name__, schedule)
+        if extra := state.extra_states():
+            others[folders.EXTRA_STATE] = _saved_safely(", ".join(extra), extra)
+        return description, others
 
     def _write(
         self,
@@ -189,12 +188,12 @@ class CheckpointSaver:
         tensors: dict[str, Tensor],
         index: dict[str, Any],
         description: dict[str, Any],
-        scheduler: bytes,
+        others: dict[str, bytes],
     ) -> None:
         """The thread of one save. Whatever goes wrong becomes ``save.error``, on every rank."""
         try:
             tag = self._agree(save, "folder", lambda: self._begin(save.tag))
-            mine = self._attempt(lambda: self._write_files(tag, tensors, index, scheduler))
+            mine = self._attempt(lambda: self._write_files(tag, tensors, index, others))
             self._post(save, f"rank-{self._rank}", mine)
             save.tag = self._agree(save, "end", lambda: self._finish(save, tag, description))
         except Exception as error:
@@ -214,7 +213,7 @@ class CheckpointSaver:
         return tag
 
     def _write_files(
-        self, tag: str, tensors: dict[str, Tensor], index: dict[str, Any], scheduler: bytes
+        self, tag: str, tensors: dict[str, Tensor], index: dict[str, Any], others: dict[str, bytes]
     ) -> dict[str, Any]:
         state, partial = self._state, os.path.join(self.folder, tag + folders.PARTIAL)
         name = f"shard-{state.tensor_rank:02d}-{state.replica:02d}.safetensors"
@@ -223,11 +222,11 @@ class CheckpointSaver:
             raise FileNotFoundError(f"{partial!r} is not there, which rank 0 has made; all ranks must see one folder")
         save_file(tensors, path, metadata={INDEX: json.dumps(index)})
         files = {name: folders.sealed(path)}
-        if self._rank == 0 and scheduler:
-            path = os.path.join(partial, folders.SCHEDULER)
+        for name, content in others.items() if self._rank == 0 else ():
+            path = os.path.join(partial, name)
             with open(path, "wb") as file:
-                file.write(scheduler)
-            files[folders.SCHEDULER] = folders.sealed(path)
+                file.write(content)
+            files[name] = folders.sealed(path)
         return files
 
     def _finish(self, save: _Save, tag: str, description: dict[str, Any]) -> str:
@@ -317,6 +316,20 @@ def _check_saved(tag: str, client_state: dict[str, Any]) -> None:
         json.dumps(client_state)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"client_state: JSON cannot hold it: {error}; give numbers, text and lists") from None
+
+
+def _saved_safely(owner: str, state: Any) -> bytes:
+    """``state`` as torch saves it, where torch loads it again without running code of its."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    try:
+        torch.load(io.BytesIO(content.getvalue()), weights_only=True)
+    except pickle.UnpicklingError:
+        raise UsageError(
+            f"checkpoint: the state of {owner} holds Python objects, which would run code when they are loaded; give "
+            "it a state of numbers, tensors and containers"
+        ) from None
+    return content.getvalue()
 
 
 def _pieces(state: EngineState, replica_state: dict[str, Tensor]) -> Iterator[tuple[str, Piece, Tensor]]:
