@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tlgc_mp.errors import UsageError
 from tlgc_mp.nn import TwoLevelConv2d, init_parameters
+from tlgc_mp.nn.init import materialize
 
 SEED = 4
 GROUPS = 4
@@ -145,6 +147,64 @@ def test_a_shard_draws_its_rows_of_the_whole(ranks: int) -> None:
         assert_same(dict(part.state_dict()), shares)
 
 
-def test_a_layer_without_a_rule_is_refused_by_name() -> None:
-    with pytest.raises(TypeError, match=r"^1 is a PReLU, which has no initial values$"):
-        init_parameters(nn.Sequential(nn.Linear(4, 4), nn.PReLU()), SEED)
+class _Scale(nn.Module):
+    """Of a user's own; the second is not persistent, and computed when it is built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4))
+        self.register_buffer("table", torch.arange(4.0), persistent=False)
+
+
+class _DrawnScale(_Scale):
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.gain)
+
+
+def test_a_module_without_a_rule_is_refused_by_name() -> None:
+    with pytest.raises(
+        UsageError, match=r"^model: 1, a _Scale, must have a reset_parameters\(\) that gives gain initial"
+    ):
+        init_parameters(nn.Sequential(nn.Linear(4, 4), _Scale()), SEED)
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (_Scale, "must have a reset_parameters() that gives gain, table"),
+        (_DrawnScale, "must give table initial values"),
+    ],
+)
+def test_what_nothing_draws_does_not_come_from_the_meta_device(module: type[nn.Module], said: str) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), module())
+    with pytest.raises(UsageError) as refused:
+        materialize(model, torch.device("cpu"), SEED)
+    assert str(refused.value).startswith(f"model: 1, a {module.__name__}, {said}")
+
+
+def test_layers_of_torch_come_from_the_meta_device_as_they_reset_themselves() -> None:
+    def layers() -> nn.Sequential:
+        norms = nn.GroupNorm(2, 4), nn.LayerNorm([4]), nn.BatchNorm1d(4), nn.InstanceNorm2d(4, affine=True), nn.PReLU(4)
+        drawn = nn.ConvTranspose2d(4, 6, 3), nn.Conv1d(4, 6, 3), nn.Embedding(7, 4), nn.Bilinear(2, 3, 4), nn.LSTM(3, 5)
+        same = nn.Linear(4, 4)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), *norms, *drawn, same, nn.Linear(4, 4), same)
+
+    with torch.device("meta"):
+        model = layers()
+        model[12].weight = model[11].weight
+        model[1].register_buffer("kept", torch.arange(3.0, device="cpu"))
+    state = torch.get_rng_state()
+    materialize(model, torch.device("cpu"), SEED)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model[12].weight is model[11].weight
+    assert model[1].kept.tolist() == [0, 1, 2]
+    again = layers()
+    init_parameters(again, SEED)
+    again[12].load_state_dict(again[11].state_dict() | {"weight": model[12].weight})
+    again[11].load_state_dict({"weight": model[12].weight}, strict=False)
+    again[1].register_buffer("kept", model[1].kept)
+    assert_same(dict(model.state_dict()), dict(again.state_dict()))
+    for part, std in ((model[6], 6 * 9), (model[7], 4 * 3)):  # torch's own: uniform, with variance 1 / (3 fan-in)
+        assert part.weight.std().item() == pytest.approx((3 * std) ** -0.5, rel=0.15)
+    assert torch.equal(model[5].weight, torch.full((4,), 0.25)) and model[8].weight.std().item() > 0.5

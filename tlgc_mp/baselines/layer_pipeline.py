@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tlgc_mp.errors import UsageError, divisors, one_of
 from tlgc_mp.models.wide_resnet import WideResNet
-from tlgc_mp.nn import init_parameters
+from tlgc_mp.nn.init import materialize
 
 
 class Part(NamedTuple):
@@ -261,8 +261,7 @@ class LayerPipeline:
         # Filters that are not channels_last, as the activations are, would be reordered in every pass, and so would
         # their gradients: a seventh of the time of a wide convolution on a CPU.
         self.stage.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.stage.to_empty(device=self._device)
-        init_parameters(self.stage, seed)
+        materialize(self.stage, self._device, seed)
         if update_in_backward:
             self.optimizers = [_step_on_arrival(param, optimizer([param])) for param in self.stage.parameters()]
         else:

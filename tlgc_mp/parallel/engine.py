@@ -73,15 +73,16 @@ def initialize(
 
     Raises:
         UsageError: an argument is of another kind, the configuration cannot be read or holds values that DeepSpeed
-            refuses, P does not divide the world size, or a layer cannot be split over P ranks.
+            refuses, P does not divide the world size, a layer cannot be split over P ranks, or a module on the meta
+            device has parameters or buffers that nothing gives values.
     """
     import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
-    from tlgc_mp.nn import init_parameters
     from tlgc_mp.nn.arguments import check_module
+    from tlgc_mp.nn.init import materialize
     from tlgc_mp.parallel import memory_format
     from tlgc_mp.parallel.elementwise import check_elementwise
     from tlgc_mp.parallel.engine_arguments import (
@@ -132,9 +133,8 @@ def initialize(
         group = mpu.get_tensor_model_parallel_group()
         model = shard(model, group, device=device, seed=seed, data_parallel_group=replicas, **bounded)
         collect_checkpoint_info(model)
-    elif any(param.is_meta for param in before.values()):
-        model.to_empty(device=device)
-        init_parameters(model, torch.initial_seed() if seed is None else seed)
+    elif any(tensor.is_meta for tensor in (*before.values(), *model.buffers())):
+        materialize(model, device, torch.initial_seed() if seed is None else seed)
     after = dict(model.named_parameters())
     replaced = {id(param): after[name] for name, param in before.items()}
     _check_settings(settings, mpu)

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tlgc_mp.errors import UsageError
-from tlgc_mp.nn import FullyLearnableGroupConv2d, init_parameters
+from tlgc_mp.nn import FullyLearnableGroupConv2d
 from tlgc_mp.nn.arguments import check_device, check_module
+from tlgc_mp.nn.init import check_drawable, draw_by_blocks, draw_whole, drawn_by_blocks
 from tlgc_mp.parallel.layers import make_root, shard_layer
 from tlgc_mp.parallel.layout import Layout, Ranks
 from tlgc_mp.parallel.plan import Placement, goes_plain, plan
@@ -60,9 +61,9 @@ def shard(
 
     Raises:
         UsageError: torch.distributed is not initialized, an argument is of another kind, ``data_parallel_group`` is
-            needed and not given, or the ranks do not pass the same model. Later, in training, a forward pass raises
-            one where the ranks have come to differ in their inputs, their random state or what each holds whole
-            (``replicas.py``).
+            needed and not given, the ranks do not pass the same model, or a module on the meta device has parameters or
+            buffers that nothing gives values. Later, in training, a forward pass raises one where the ranks have come
+            to differ in their inputs, their random state or what each holds whole (``replicas.py``).
     """
     check_module("model", model)
     check_device(device)
@@ -81,12 +82,10 @@ def shard(
     placements = plan(model, ranks.size)
     replicas = _replicas(model, members, data_parallel_group)
     region = Region(ranks, Ranks(group), goes_plain(model, placements), replicas)
-    meta = any(param.is_meta for param in model.parameters())
+    check_drawable(model)
+    drawn_from = torch.initial_seed() if seed is None else seed
     target = None if device is None else torch.device(device)
-    split_layers(model, placements, region, target)
-    if meta:
-        with region.set_plain(True):
-            init_parameters(model, torch.initial_seed() if seed is None else seed, shard_index=ranks.rank)
+    split_layers(model, placements, region, target, drawn_from)
     watch_replicas(model, ranks, bound)
     return model
 
@@ -116,13 +115,30 @@ def _replicas(model: nn.Module, members: list[int], group: dist.ProcessGroup | N
 
 
 def split_layers(
-    model: nn.Module, placements: dict[str, Placement], region: Region, device: torch.device | None
+    model: nn.Module,
+    placements: dict[str, Placement],
+    region: Region,
+    device: torch.device | None,
+    seed: int | None = None,
 ) -> None:
-    """Has every layer of ``model`` hold its share, in place. No communication."""
+    """Has every layer of ``model`` hold its share, in place. No communication.
+
+    Args:
+        seed: of the values that tensors on the meta device get; without one, they get none.
+    """
     report = static_report(model, placements, region.ranks.size)
     shares: dict[tuple[int, Layout], Tensor] = {}
+    made: dict[int, Tensor] = {}
     for name, placement in placements.items():
-        shard_layer(model.get_submodule(name), placement, region, device, shares)
+        layer = model.get_submodule(name)
+        meta = any(tensor.is_meta for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)))
+        by_blocks = drawn_by_blocks(layer)
+        if meta and seed is not None and not by_blocks:
+            draw_whole(name, layer, seed, made)
+        shard_layer(layer, placement, region, device, shares)
+        if meta and seed is not None and by_blocks:
+            with region.set_plain(True):
+                draw_by_blocks(name, layer, seed, region.ranks.rank)
     make_root(model, region)
     if not hasattr(model, "layout"):
         model.layout = report  # type: ignore[assignment]
