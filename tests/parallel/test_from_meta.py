@@ -36,7 +36,7 @@ def _network(*first: nn.Module) -> nn.Module:
             nn.InstanceNorm2d(8, affine=True),
         ),
         *(nn.PReLU(8), nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(8), nn.LayerNorm(8)),
-        *(nn.Bilinear(2, 2, 8), nn.Linear(8, 10)),
+        *(nn.Bilinear(2, 2, 8), nn.ModuleDict({"qkv": nn.Linear(8, 24)}), nn.Linear(8, 10)),
     )
 
 

@@ -163,7 +163,7 @@ def draw_by_blocks(name: str, module: Any, seed: int, shard_index: int = 0) -> N
 
 
 def draw_whole(name: str, module: nn.Module, seed: int, made: dict[int, Tensor]) -> None:
-    """Gives what the module itself holds on the meta device values on the CPU, as its ``reset_parameters`` draws them.
+    """Gives what the module itself holds on the meta device values on the CPU, as :func:`init_parameters` draws them.
 
     Args:
         made: by the id of the tensor on the meta device, what has taken its place so far.
@@ -173,7 +173,9 @@ def draw_whole(name: str, module: nn.Module, seed: int, made: dict[int, Tensor])
     """
     keys = [key for key in _on_meta(module) if id({**module._parameters, **module._buffers}[key]) not in made]
     _allocate(module, torch.device("cpu"), made)
-    if keys:
+    if keys and drawn_by_blocks(module):
+        draw_by_blocks(name, module, seed)
+    elif keys:
         _reset(name, module, seed, keys)
 
 

@@ -132,7 +132,7 @@ def split_layers(
     for name, placement in placements.items():
         layer = model.get_submodule(name)
         meta = any(tensor.is_meta for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)))
-        by_blocks = drawn_by_blocks(layer)
+        by_blocks = drawn_by_blocks(layer) and placement.segments is None
         if meta and seed is not None and not by_blocks:
             draw_whole(name, layer, seed, made)
         shard_layer(layer, placement, region, device, shares)
