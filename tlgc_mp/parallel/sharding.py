@@ -129,6 +129,8 @@ def split_layers(
     report = static_report(model, placements, region.ranks.size)
     shares: dict[tuple[int, Layout], Tensor] = {}
     made: dict[int, Tensor] = {}
+    # Both are by the ids of tensors, which must not be given to others as long as they are looked up.
+    alive = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_meta]
     for name, placement in placements.items():
         layer = model.get_submodule(name)
         meta = any(tensor.is_meta for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)))
@@ -139,6 +141,7 @@ def split_layers(
         if meta and seed is not None and by_blocks:
             with region.set_plain(True):
                 draw_by_blocks(name, layer, seed, region.ranks.rank)
+    del alive
     make_root(model, region)
     if not hasattr(model, "layout"):
         model.layout = report  # type: ignore[assignment]
