@@ -117,7 +117,8 @@ def _parts_and_parameters() -> dict[str, Any]:
         "stored": tuple(model.stem._parameters["weight"].shape),
         "named": [tuple(param.shape) for name, param in model.named_parameters() if name == "head.weight"],
         "unit": tuple(unit(x).share.shape),
-        "misfits": [_refusal(unit.conv1, misfit) for misfit in (x[:, :8], x.repeat(1, 2, 1, 1)[:, :17], x[0])],
+        "misfits": [_refusal(unit.conv1, misfit) for misfit in (x[:, :8], x.repeat(1, 2, 1, 1)[:, :17], x[0, 0])],
+        "unbatched": torch.allclose(whole(unit.conv1(x[0])), whole(unit.conv1(x))[0], atol=1e-5),
         "class": type(model.stem).__name__,
     }
 
@@ -133,7 +134,8 @@ def test_a_layer_shows_the_whole_and_stores_its_share() -> None:
             "unit": (2, 16, 8, 8),
             "misfits": [
                 f"input of shape {shape} does not fit; give (B, 16, H, W)"
-                for shape in ((2, 8, 8, 8), (2, 17, 8, 8), (16, 8, 8))
+                for shape in ((2, 8, 8, 8), (2, 17, 8, 8), (8, 8))
             ],
+            "unbatched": True,
             "class": "Conv2d",
         }

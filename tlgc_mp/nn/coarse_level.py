@@ -144,8 +144,8 @@ def _restrict(x: Tensor, restriction: Tensor, window: Window, height: int, width
     """
     groups, (batch, _, rows, columns) = restriction.shape[0], x.shape
     planes = _taps(restriction) @ _grouped(x, groups).transpose(1, 2)  # G, d0 * d0, B * H * W
-    planes = window.pad(planes.view(groups, -1, batch, rows, columns), 1)
-    return window.views(planes, height, width).sum((1, 2)).view(groups, -1)
+    planes = window.pad(planes.unflatten(2, (batch, rows, columns)), 1)
+    return window.views(planes, height, width).sum((1, 2)).flatten(1)
 
 
 def _restrict_transposed(grad: Tensor, x: Tensor, groups: int, window: Window, height: int, width: int) -> Tensor:
@@ -154,7 +154,7 @@ def _restrict_transposed(grad: Tensor, x: Tensor, groups: int, window: Window, h
     (vertical, horizontal), (kernel_h, kernel_w) = window.padding, window.kernel
     planes = grad.new_zeros(groups, kernel_h * kernel_w, batch, rows + 2 * vertical, columns + 2 * horizontal)
     window.views(planes, height, width).copy_(grad.view(groups, 1, 1, batch, height, width))
-    return window.pad(planes, -1).reshape(groups, kernel_h * kernel_w, -1)
+    return window.pad(planes, -1).flatten(2)
 
 
 def _sum_over_positions(taps: Tensor, x: Tensor) -> Tensor:

@@ -200,12 +200,11 @@ class PermutedGroupConv2d(nn.Module):
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
 
     def forward(self, x: Tensor) -> Tensor:
-        memory_format = (
-            torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        )
-        picked = x.index_select(1, self.input_order).contiguous(memory_format=memory_format)
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        picked = x.index_select(-3, self.input_order).contiguous(memory_format=memory_format)
         y = F.conv2d(picked, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
-        y = y.index_select(1, self.output_order).contiguous(memory_format=memory_format)
+        y = y.index_select(-3, self.output_order).contiguous(memory_format=memory_format)
         return y if self.bias is None else y + self.bias[:, None, None]
 
 

@@ -50,6 +50,8 @@ class ShuffleConv2d(nn.Conv2d):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:  # as Conv2d takes it
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         return self._shuffled(super().forward(x))
 
     def _shuffled(self, y: Tensor) -> Tensor:

@@ -200,7 +200,9 @@ class TwoLevelConv2d(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, n, H, W) -> (B, m, h, w), in the memory format of ``x``."""
+        """(B, n, H, W) -> (B, m, h, w), in the memory format of ``x``; (n, H, W) -> (m, h, w)."""
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         groups = self.local_groups
         channels = self.in_channels * groups // self.groups
         if x.dim() != 4 or x.shape[1] != channels or min(self._fine.output_size(x.shape[2], x.shape[3])) < 1:

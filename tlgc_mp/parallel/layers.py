@@ -45,6 +45,8 @@ class LocalLayer(ShardedLayer):
     def forward(self, x: Tensor) -> Any:
         if self.region.plain:
             return super().forward(x)  # type: ignore[misc]
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         channels = self.in_channels  # type: ignore[attr-defined]
         if x.dim() != 4 or x.shape[1] != channels:
             raise UsageError(f"input of shape {tuple(x.shape)} does not fit; give (B, {channels}, H, W)")

@@ -27,8 +27,10 @@ Blocks: TypeAlias = type[nn.Module] | tuple[type[nn.Module], ...]
 def checkpoint_activations(model: nn.Module, blocks: Blocks | None = None) -> nn.Module:
     """Has every block of ``model`` keep only its input for backward, in place, before or after ``model`` is split.
 
-    Losses, gradients and BatchNorm's statistics stay bit for bit what they are; a step costs one more forward pass of
-    the blocks, their collectives included. Names of parameters and modules stay as they are.
+    Losses and BatchNorm's statistics stay bit for bit what they are, and gradients up to rounding: the gradient of a
+    block's input is stored in the strides of that input, and kernels may sum in another order where they were others.
+    A step costs one more forward pass of the blocks, their collectives included. Names of parameters and modules stay
+    as they are.
 
     Args:
         blocks: the class or classes of the blocks, of which the outermost count: torchvision's ``BasicBlock``, say;
