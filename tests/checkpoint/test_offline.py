@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.checkpoint import written
 from tests.ranks import run_ranks
 from tests.training.runs import metrics, train, train_until
 from tlgc_mp.checkpoint import export_checkpoint, load_model, reshard_checkpoint
@@ -142,3 +143,14 @@ def test_a_damaged_file_is_not_exported(run: Path, tmp_path: Path, weights: Path
     with pytest.raises(UsageError, match="cannot be read"):
         load_model(str(tmp_path / "nothing"))
     assert json.loads((run / "checkpoints" / "epoch-2" / "checkpoint.json").read_text())["format"] == 1
+
+
+def test_layers_that_have_two_names_are_exported_under_both(tmp_path: Path) -> None:
+    """CoaT's attention holds layers of the block that it is in."""
+    state = written.write(tmp_path, name="timm:coat_lite_tiny", conv="sc", groups=1, coarse_init="zero")
+    output = str(tmp_path / "model.safetensors")
+    export_checkpoint(str(tmp_path), output)
+    model = load_model(output)
+    assert len(state) > len([*model.parameters(), *model.buffers()])
+    assert [name for name, value in model.state_dict().items() if not torch.equal(value, state[name])] == []
+    assert reshard_checkpoint(str(tmp_path), str(tmp_path / "again"), 1)

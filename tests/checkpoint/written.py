@@ -32,12 +32,19 @@ TAG = "epoch-1"
 RANKS = 2
 
 
-def write(run: Path) -> dict[str, Tensor]:
-    """Writes RUN/checkpoints/epoch-1; returns the whole model's state."""
+def write(run: Path, **other: Any) -> dict[str, Tensor]:
+    """Writes RUN/checkpoints/epoch-1; returns the whole model's state.
+
+    Args:
+        other: what to change of :data:`MODEL`.
+    """
     torch.manual_seed(0)
-    model = create_model(**MODEL)
+    arguments = {**MODEL, **other}
+    model = create_model(**arguments)
+    settings = {**RUN, "model": arguments["name"], **{key: arguments[key] for key in other if key != "name"}}
     dims = {f"{name}.{key}": dim for name, place in plan(model, RANKS).items() for key, dim in place.dims.items()}
     weights = dict(model.named_parameters())
+    saved = weights.keys() | dict(model.named_buffers()).keys()  # each under one name
     folder = str(run / "checkpoints")
     folders.begin(folder, TAG)
     files = {}
@@ -45,7 +52,7 @@ def write(run: Path) -> dict[str, Tensor]:
         tensors, index = {}, {}
         for name, value in model.state_dict().items():
             dim = dims.get(name)
-            if dim is None and rank > 0:
+            if name not in saved or (dim is None and rank > 0):
                 continue
             mine = value if dim is None else value.chunk(RANKS, dim)[rank]
             part = Part(tuple(mine.shape), dim, 0 if dim is None else rank, 1 if dim is None else RANKS)
@@ -55,7 +62,7 @@ def write(run: Path) -> dict[str, Tensor]:
         save_file(tensors, path, metadata={INDEX: json.dumps(index)})
         files[path.name] = folders.sealed(str(path))
     description = {
-        "client_state": {"run": RUN, "num_classes": 10, "progress": PROGRESS},
+        "client_state": {"run": settings, "num_classes": 10, "progress": PROGRESS},
         "tensor_parallel": RANKS,
         "data_parallel": 1,
         "zero_stage": 0,

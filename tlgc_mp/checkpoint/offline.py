@@ -47,12 +47,13 @@ def export_checkpoint(path: str, output: str) -> dict[str, Any]:
     output = as_path("output", output)
     reader, run = _open(path)
     arguments = _arguments(run, reader)
-    _check_model(arguments, reader)
+    model = _check_model(arguments, reader)
     state: dict[str, Tensor] = {}
     for kind in ("weights", "buffers"):
         for name in reader.names(kind):
             whole = Part(reader.whole_shape(f"{kind}/{name}"), None, 0, 1)
             state[name] = reader.read_mean(f"{kind}/{name}", whole).contiguous()
+    state |= {name: state[first].clone() for name, first in _further_names(model).items()}
     metadata = {"format": "pt", _METADATA: json.dumps({**arguments, "checkpoint": os.path.basename(reader.where)})}
     partial = f"{output}{folders.PARTIAL}"
     try:
@@ -177,9 +178,18 @@ def _check_model(arguments: dict[str, Any], reader: CheckpointReader) -> nn.Modu
     held = {
         name: reader.whole_shape(f"{kind}/{name}") for kind in ("weights", "buffers") for name in reader.names(kind)
     }
+    held |= {name: held[first] for name, first in _further_names(model).items() if first in held}
     if odd := _difference(model, held):
         raise UsageError(f"the checkpoint {reader.where!r} is not of its model {arguments['name']}: {odd}")
     return model
+
+
+def _further_names(model: nn.Module) -> dict[str, str]:
+    """Each further name in the state dict of a tensor that has several -> its first, under which it was saved."""
+    firsts: dict[int, str] = {}
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    names = {name: firsts.setdefault(id(tensor), name) for name, tensor in tensors}
+    return {name: names[name] for name in model.state_dict() if names.get(name, name) != name}
 
 
 def _difference(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str:
