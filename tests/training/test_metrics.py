@@ -33,12 +33,13 @@ SEED = 7
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run of two ranks, each with an output folder of its own, 0 and 1, and the checkpoints in one."""
+    """Of a run of two ranks, each with an output folder of its own, 0 and 1; checkpoints and the lock are in one."""
     folder = tmp_path_factory.mktemp("metrics")
     (folder / "checkpoints").mkdir()
     for rank in ("0", "1"):
         (folder / rank).mkdir()
-        (folder / rank / "checkpoints").symlink_to(folder / "checkpoints")
+        for shared in ("checkpoints", "lock"):
+            (folder / rank / shared).symlink_to(folder / shared)
     outcomes = run_ranks(2, train, f"{folder}/{{rank}}")
     assert [outcome.status for outcome in outcomes] == [0, 0]
     assert outcomes[1].stdout == outcomes[1].stderr == ""
