@@ -70,7 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--batch-size", type=int, help="samples a step over all replicas (default: the recipe's)")
     train.add_argument("--learning-rate", type=float, metavar="RATE", help="the initial one (default: the recipe's)")
     train.add_argument(
-        "--tp", type=int, metavar="P", help="tensor-parallel ranks a replica (default: as many as share the groups)"
+        "--tp",
+        type=int,
+        metavar="P",
+        help="tensor-parallel ranks a replica (default: as many of a host as share the groups)",
     )
     train.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
     train.add_argument("--workers", type=int, metavar="W", help="data worker processes a rank (default: by data set)")
