@@ -11,7 +11,6 @@ import os
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -333,8 +332,6 @@ def _train(options: Any, launch: Launch) -> int:
     from tlgc_mp.training.settings import resolve
 
     settings = resolve(options, launch)
-    # DeepSpeed calls collectives by names that newer releases of torch call deprecated, on every rank.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     from tlgc_mp.parallel.engine import use_huge_pages
     from tlgc_mp.parallel.quiet import quiet_start
 

@@ -89,6 +89,7 @@ def initialize(
         OwnCode,
         check_kinds,
         is_own_error,
+        keep_optimizer,
         match_statistics,
         retarget,
         retarget_optimizer,
@@ -171,6 +172,7 @@ def initialize(
             check_steps_alone(kind, stepped)
             if ranks > 1 and kind == "optimizer":
                 check_elementwise(stepped, ranks)
+    keep_optimizer(made[0])
     match_statistics(made[0].module)
     if stage == 0:
         memory_format.restore(filters)
@@ -231,12 +233,13 @@ def start_distributed(distributed_port: int = 29500) -> None:
         import deepspeed.comm
         from deepspeed.accelerator import get_accelerator
 
-        from tlgc_mp.parallel.engine_groups import forget_destroyed_groups
+        from tlgc_mp.parallel.engine_groups import forget_destroyed_groups, use_torchs_names
 
         forget_destroyed_groups()
         launch = Launch.detect()
         _take_device(launch.local_rank)
         if deepspeed.comm.is_initialized():
+            use_torchs_names()
             return
         _skip_shared_memory_extension()
         if get_accelerator().device_name() == "cpu":
@@ -259,6 +262,7 @@ def start_distributed(distributed_port: int = 29500) -> None:
             deepspeed.init_distributed(
                 dist_backend=get_accelerator().communication_backend_name(), distributed_port=distributed_port
             )
+        use_torchs_names()
 
 
 def barrier() -> None:

@@ -27,14 +27,46 @@ def retarget(parameters: Any, replaced: dict[int, Any]) -> Any:
 
 
 def retarget_optimizer(optimizer: Any, replaced: dict[int, Any]) -> Any:
-    """``optimizer`` over the shares; a callable is passed on, to be called with them."""
+    """``optimizer`` over the shares; a callable is passed on, to be called with them.
+
+    Raises:
+        UsageError: it has stepped, or holds state of the whole parameters that it does not make again.
+    """
     if not isinstance(optimizer, torch.optim.Optimizer):
         return optimizer
-    if optimizer.state:
+    if any("step" in state and not _is_zero(state["step"]) for state in optimizer.state.values()):
         raise UsageError("optimizer: it has stepped on the whole model already; give a new one, or a callable")
     for group in optimizer.param_groups:
         group["params"] = retarget(group["params"], replaced)
+    if optimizer.state:  # Adagrad makes its own when it is made
+        kind: Any = type(optimizer)
+        try:
+            state = kind([dict(group) for group in optimizer.param_groups], **optimizer.defaults).state
+        except TypeError:
+            raise UsageError(
+                f"optimizer must hold no state of the whole parameters, got a {kind.__name__} that does; give a "
+                "callable that makes it"
+            ) from None
+        optimizer.state = state
     return optimizer
+
+
+def _is_zero(step: Any) -> bool:
+    return (isinstance(step, torch.Tensor) and step.is_meta) or float(step) == 0
+
+
+def keep_optimizer(engine: Any) -> None:
+    """Has ZeRO step the optimizer that schedulers and users know.
+
+    DeepSpeed puts a new Adagrad over its flat parameters into the place of one that it is given, without the settings
+    of groups, which no scheduler reaches.
+    """
+    basic, zero = getattr(engine, "basic_optimizer", None), engine.optimizer
+    if isinstance(basic, torch.optim.Adagrad) and zero is not basic and zero.optimizer is not basic:
+        basic.state = zero.optimizer.state
+        zero.optimizer = basic
+        if hasattr(zero, "_link_all_hp_params"):  # ZeRO 1 and 2, which have done so for the groups of theirs
+            zero._link_all_hp_params()
 
 
 def check_kinds(optimizer: Any, model_parameters: Any, lr_scheduler: Any, port: Any, seed: Any) -> None:

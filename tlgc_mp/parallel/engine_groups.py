@@ -57,6 +57,17 @@ def forget_destroyed_groups() -> None:
     world.group_count = max(world.group_count, next(_forgotten) * _GROUPS_OF_A_LIFE)
 
 
+def use_torchs_names() -> None:
+    """Has DeepSpeed's communication layer call collectives by the names that torch has for them now: by those that it
+    looks up itself, newer releases of torch warn on every rank that they are deprecated."""
+    for attribute, name in (
+        ("all_gather_function", "all_gather_single"),
+        ("reduce_scatter_function", "reduce_scatter_single"),
+    ):
+        if hasattr(dist, name) and hasattr(deepspeed_comm.cdb, attribute):
+            setattr(deepspeed_comm.cdb, attribute, getattr(dist, name))
+
+
 def _is_alive(group: Any) -> bool:
     try:
         dist.get_process_group_ranks(group)
