@@ -52,6 +52,20 @@ class Counting(nn.Module):
         return x * (1 + 0.1 * self.seen)
 
 
+class Scaled(torch.autograd.Function):
+    """Multiplies by a parameter, and adds its gradient up by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, scale = ctx.saved_tensors
+        return grads[0] * scale, (grads[0] * x).sum((0, 2, 3)).view(scale.shape)
+
+
 class Odd(nn.Module):
     """Tied weights, layers under two names, parameters of the model itself, of shape (), changing buffers."""
 
@@ -64,6 +78,7 @@ class Odd(nn.Module):
         self.same_norm, self.same_stem = self.norm, self.stem
         self.adapter, self.counting = Adapter(16, 4), Counting()
         self.gain, self.shift = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.zeros(1, 16, 1, 1))
+        self.scale = nn.Parameter(torch.linspace(1.0, 1.5, 16).view(1, 16, 1, 1))
         self.frozen = nn.Parameter(torch.linspace(0.5, 1.5, 16).view(16, 1, 1), requires_grad=False)
         self.register_buffer("decay", torch.tensor([1.0, 2.0]))
         self.register_buffer("steps", torch.tensor(0))
@@ -76,7 +91,7 @@ class Odd(nn.Module):
             self.steps += 1
         x = F.silu(self.norm(self.stem(x)) * self.fixed * self.frozen)
         x = F.silu(self.second(F.silu(self.first(x)))) * self.gain
-        x = self.counting(self.same_norm(self.adapter(x))) + self.shift
+        x = self.counting(Scaled.apply(self.same_norm(self.adapter(x)), self.scale)) + self.shift
         return self.fc(x.mean((2, 3))) * self.decay[0]
 
 

@@ -47,6 +47,7 @@ def _learned(model: nn.Module) -> dict[str, Tensor]:
     images, labels = batches(1, BATCH, torch.float32, side=SIDE)[0]
     with smooth_activations():
         F.cross_entropy(model.train()(images), labels).backward()
+    assert all(type(param.grad) is Tensor for param in model.parameters() if param.requires_grad)
     optimizer.step()
     return gather_state_dict(model)
 

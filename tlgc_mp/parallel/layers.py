@@ -24,14 +24,13 @@ from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.collectives import CoarseExchange, coarse_gather, copy_to_ranks, exchange_channels, sum_partials
 from tlgc_mp.parallel.layout import Layout, take_share
 from tlgc_mp.parallel.plan import Placement, unsplit_class
-from tlgc_mp.parallel.sharded import HOOKS, Region, ShardedLayer, is_engines, reduced, split_class
+from tlgc_mp.parallel.sharded import HOOKS, Region, ShardedLayer, is_engines, keep_gradient_plain, reduced, split_class
 from tlgc_mp.parallel.split_functions import hook_of_whole
 from tlgc_mp.parallel.split_tensor import (
     SplitTensor,
     enter_leaves,
     enter_ranks,
     from_share,
-    plain_gradient,
     to_share,
     whole,
 )
@@ -311,9 +310,7 @@ def shard_layer(
         if (id(param), layout) not in shares:
             share = nn.Parameter(_share(placement, key, param.data, region, device), requires_grad=param.requires_grad)
             shares[id(param), layout] = share
-            if share.requires_grad and layout.dim is None and not region.channels_apart:
-                # A function of autograd's own kind may hand a split gradient to a parameter that it was given plain.
-                share.register_hook(plain_gradient)
+            keep_gradient_plain(share, layout.dim, region)
             _keep_hooks(param, share, layout, region)
         layer._parameters[key] = shares[id(param), layout]  # type: ignore[assignment]
         if layout.dim is not None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.layout import Ranks
 from tlgc_mp.parallel.plan import Placement
-from tlgc_mp.parallel.split_tensor import SplitTensor, from_share, share_in, whole
+from tlgc_mp.parallel.split_tensor import SplitTensor, from_share, plain_gradient, share_in, whole
 
 
 class Region:
@@ -136,6 +136,12 @@ class ShardedLayer:
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduced(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        for key, param in self._parameters.items():  # type: ignore[attr-defined]
+            if param is not None:
+                keep_gradient_plain(param, self.placement.dims.get(key), self.region)
+
     def _adjust(self) -> None:
         """What a layer needs beside its share."""
 
@@ -190,6 +196,13 @@ class ShardedLayer:
         """What each rank holds of each segment of the parameter ``key``; ``None`` where it is one piece."""
         segments, ranks = self.placement.layout(key).segments, self.region.ranks.size
         return None if segments is None else [[segment // ranks] * ranks for segment in segments]
+
+
+def keep_gradient_plain(param: nn.Parameter, dim: int | None, region: Region) -> None:
+    """Sees to it that a parameter that is not cut gets a plain gradient: a function of autograd's own kind may hand a
+    split one to a parameter that it was given plain. Neither copy nor pickle keeps the hook."""
+    if param.requires_grad and dim is None and not region.channels_apart:
+        param.register_hook(plain_gradient)
 
 
 def split_class(base: Any, kind: Any) -> Any:
