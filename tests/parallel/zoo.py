@@ -239,7 +239,7 @@ def sweep(names: tuple[str, ...], ranks: int, path: Path) -> None:
         for name in batch:
             if (name, ranks) in done:
                 result = done[name, ranks]
-                print(f"{name} P={ranks}: {result.reason or f'exact, {result.worst:.0e}'}", file=sys.stderr, flush=True)
+                print(f"{name} P={ranks}: {result.reason or f'right, {result.worst:.0e}'}", file=sys.stderr, flush=True)
         missing = [name for name in missing if (name, ranks) not in done]
 
 
