@@ -204,15 +204,16 @@ def attention_on_a_cpu() -> None:
 # Trees of values.
 
 
-@relies_on("torch.utils._pytree.tree_leaves", "torch.utils._pytree.tree_map_only")
+@relies_on("torch.utils._pytree.tree_leaves", "torch.utils._pytree.tree_map", "torch.utils._pytree.tree_map_only")
 def trees() -> None:
     """Leaves of lists, tuples, named ones and dicts are found in order, and replaced where they are of a type."""
-    from torch.utils._pytree import tree_leaves, tree_map_only
+    from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
     pair = namedtuple("pair", "a b")
     tree = {"x": [1, (2.0, None)], "y": pair(3, "z")}
     assert tree_leaves(tree) == [1, 2.0, None, 3, "z"]
     assert tree_leaves(((tree["x"], 5), {"k": 6})) == [1, 2.0, None, 5, 6]
+    assert tree_map(str, tree) == {"x": ["1", ("2.0", "None")], "y": pair("3", "z")}
     assert tree_map_only(int, lambda n: -n, tree) == {"x": [-1, (2.0, None)], "y": pair(-3, "z")}
 
 
@@ -275,6 +276,18 @@ def contents_of_modules() -> None:
     share = nn.Parameter(torch.zeros(1, 2, 1, 1))
     layer._parameters["weight"] = share
     assert layer.weight is share and layer.state_dict().keys() == {"weight", "kept"}
+
+
+@relies_on("._apply")
+def applied_to_a_module_alone() -> None:
+    """Replaces a module's own parameters and buffers by a function of them, and leaves those of its children."""
+    layer: Any = nn.BatchNorm1d(2, device="meta")
+    layer.child = nn.Linear(2, 2, device="meta")
+    layer._apply(lambda tensor: torch.ones(2), recurse=False)
+    own = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    assert len(own) == 5 and not any(tensor.is_meta for tensor in own)
+    assert all(isinstance(parameter, nn.Parameter) for parameter in layer._parameters.values())
+    assert all(parameter.is_meta for parameter in layer.child.parameters())
 
 
 @relies_on("._forward_hooks", "._forward_pre_hooks", "._backward_hooks", "._backward_pre_hooks")
