@@ -115,6 +115,28 @@ def _optimize_weights(model: nn.Sequential) -> Any:
     return model(_images())
 
 
+def _whole_norms(model: nn.Sequential) -> Any:
+    optimizer = torch.optim.Adafactor(_weights(model), lr=0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        _loss(model).backward()
+        optimizer.step()
+    return model(_images())
+
+
+def _quasi_newton(model: nn.Sequential) -> Any:
+    optimizer = torch.optim.LBFGS(_weights(model), lr=0.1, max_iter=3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = _loss(model)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return model(_images())
+
+
 def _gradients_of_weights(model: nn.Sequential) -> Any:
     weights = _weights(model)
     gradients = torch.autograd.grad(_loss(model), weights, create_graph=True)
@@ -196,6 +218,8 @@ USES: dict[str, Callable[[nn.Sequential], Any]] = {
     "hooks after accumulation": _hooks_after_accumulation,
     "frozen": _freeze,
     "an optimizer of weights": _optimize_weights,
+    "an optimizer that takes norms of them": _whole_norms,
+    "an optimizer that takes them as one vector": _quasi_newton,
     "gradients of weights": _gradients_of_weights,
     "backward to a weight": _backward_to_a_weight,
     "kept without gradients": _kept_without_gradients,
