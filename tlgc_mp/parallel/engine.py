@@ -64,7 +64,8 @@ def initialize(
             optimizer. One that wants a metric is for a loop of the user's to step: made over
             ``engine.basic_optimizer``, and not given here.
         config: a DeepSpeed configuration, as a dict or a path.
-        seed: of the initial weights of a model on the meta device; ``torch.initial_seed()`` where not given.
+        seed: of the initial weights of a model on the meta device; that of the random state of
+            each replica's first rank where not given.
         collective_timeout: how long a rank waits for the others of its replica in a forward or backward pass before it
             raises an error that names those that are missing: seconds, or a ``timedelta``; 10 minutes where not given.
 

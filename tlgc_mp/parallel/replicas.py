@@ -1,7 +1,7 @@
 """Whether the tensor-parallel ranks of a replica are what they must be: one model, one random state, one batch.
 
 Ranks that are seeded, or fed, each on its own would train something that no single device does, and say nothing.
-:func:`check_same_model` compares their models before they are split. :class:`ReplicaWatch` then compares, every few
+:func:`agree_on_model` compares their models before they are split. :class:`ReplicaWatch` then compares, every few
 forward passes in training, what each of them is given and holds whole.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -36,50 +37,77 @@ _SLOTS = _HEAD + 2 * _TENSORS
 CHECK_BYTES = 8 * _SLOTS
 """What a rank sends for a check."""
 
-_SEED_HINT = "seed every rank of a replica alike, with torch.manual_seed(seed) before the model is built"
 
+def agree_on_model(model: nn.Module, group: dist.ProcessGroup, seed: int | None = None) -> int:
+    """Has every rank of ``group`` hold the same ``model``, bit for bit. Collective.
 
-def check_same_model(model: nn.Module, group: dist.ProcessGroup, seed: int | None = None) -> None:
-    """Checks that every rank of ``group`` has the same ``model``, bit for bit. Collective.
+    Where values differ, as those of ranks that are not seeded do, the first rank's are taken, as torch's
+    DistributedDataParallel takes them, and it warns.
 
     Args:
-        model: whole, with its values; of tensors on the meta device, their shapes and the seed are compared.
-        seed: of the values that tensors on the meta device are going to get; ``torch.initial_seed()`` where not given.
+        model: whole, with its values; of tensors on the meta device, the shapes are compared.
+        seed: of the values that tensors on the meta device are going to get; that of the first rank's random state
+            where not given.
+
+    Returns:
+        The seed to draw from.
 
     Raises:
-        UsageError: on every rank, where a tensor or the seed differs.
+        UsageError: on every rank, where they have other tensors, or are given other seeds.
     """
+    own = torch.initial_seed() if seed is None else seed
     if dist.get_world_size(group) == 1:
-        return
+        return own
     tensors = [*model.named_parameters(), *model.named_buffers()]
     tensors = [(name, tensor) for name, tensor in tensors if not is_lazy(tensor)]
     sums = [0 if tensor.is_meta or not tensor.numel() else checksums.exact(tensor) for _, tensor in tensors]
     described = [
-        f"{name}: {tuple(tensor.shape)}, {tensor.dtype}{'' if tensor.requires_grad else ', frozen'}, {int(value)}"
-        for (name, tensor), value in zip(tensors, sums, strict=True)
+        f"{name}: {tuple(tensor.shape)}, {tensor.dtype}{'' if tensor.requires_grad else ', frozen'}"
+        for name, tensor in tensors
     ]
+    values = [int(value) for value in sums]
     meta = any(tensor.is_meta for _, tensor in tensors)
-    drawn_from = (torch.initial_seed() if seed is None else seed) if meta else 0
-    mine = torch.tensor([_digest("\n".join(described)), _digest(str(drawn_from))], device=_device_of(group))
+    mine = torch.tensor(
+        [_digest(repr((described, values))), _digest(str(own)) if meta else 0], device=_device_of(group)
+    )
     everyones = start_all_gather(mine, Ranks(group))().tolist()
     if all(row == everyones[0] for row in everyones):
-        return
+        return own
     ranks = dist.get_process_group_ranks(group)
     every: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(every, (described, drawn_from), group=group)
-    for rank, (theirs, their_seed) in zip(ranks[1:], every[1:], strict=True):
-        ours, our_seed = every[0]
+    dist.all_gather_object(every, (described, values, own, seed is not None), group=group)
+    ours, first_values, first_seed, _ = every[0]
+    for rank, (theirs, _, their_seed, given) in zip(ranks[1:], every[1:], strict=True):
         if theirs != ours:
             name = next((a or b for a, b in _paired(ours, theirs) if a != b), "").split(":")[0]
             raise UsageError(
                 f"model must be the same on every rank of a replica, got another {name} on rank {rank} than on rank "
-                f"{ranks[0]}; {_SEED_HINT}, or build it on the meta device"
+                f"{ranks[0]}; build it alike"
             )
-        if their_seed != our_seed:
+        if meta and given and their_seed != first_seed:
             raise UsageError(
-                f"seed must be the same on every rank of a replica, got {their_seed} on rank {rank} and {our_seed} on "
-                f"rank {ranks[0]}; give seed=, or {_SEED_HINT}"
+                f"seed must be the same on every rank of a replica, got {their_seed} on rank {rank} and {first_seed} on "
+                f"rank {ranks[0]}; give all ranks the same"
             )
+    differ = [index for index in range(len(tensors)) if any(row[1][index] != first_values[index] for row in every)]
+    if differ and dist.get_rank(group) == 0:
+        warnings.warn(
+            f"the ranks {ranks} of a replica hold other values of {tensors[differ[0]][0]}, and of {len(differ)} tensors "
+            f"in all; those of rank {ranks[0]} are taken. Seed the ranks of a replica alike to be rid of this",
+            stacklevel=3,
+        )
+    with torch.no_grad():
+        for index in differ:
+            _take_from_first(tensors[index][1], group, ranks[0])
+    return int(first_seed)
+
+
+def _take_from_first(tensor: Tensor, group: dist.ProcessGroup, first: int) -> None:
+    """Overwrites ``tensor`` with what the rank ``first`` holds. Collective."""
+    whole = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    sent = whole.view(-1).view(torch.uint8).to(_device_of(group), copy=True)
+    dist.broadcast(sent, first, group=group)
+    tensor.detach().copy_(sent.to(whole.device).view(whole.dtype).view(whole.shape))
 
 
 def _paired(ours: list[str], theirs: list[str]) -> Iterator[tuple[str, str]]:

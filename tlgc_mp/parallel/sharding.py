@@ -16,7 +16,7 @@ from tlgc_mp.nn.init import check_drawable, draw_by_blocks, draw_whole, drawn_by
 from tlgc_mp.parallel.layers import make_root, shard_layer
 from tlgc_mp.parallel.layout import Layout, Ranks
 from tlgc_mp.parallel.plan import Placement, goes_plain, plan
-from tlgc_mp.parallel.replicas import check_same_model, watch_replicas
+from tlgc_mp.parallel.replicas import agree_on_model, watch_replicas
 from tlgc_mp.parallel.report import static_report
 from tlgc_mp.parallel.sharded import EXTRA, Region, ShardedLayer, extra_state, zero3_gathered
 from tlgc_mp.parallel.split_tensor import whole
@@ -38,7 +38,7 @@ def shard(
     """Splits ``model`` over the ranks of ``process_group``, in place, layer by layer. Collective.
 
     Works under plain torch.distributed; :func:`tlgc_mp.initialize` does it inside a DeepSpeed engine. Every rank passes
-    the same whole model, and afterwards holds its share. Any network that runs on one device gives the same outputs and
+    the same whole model (values that differ are the first rank's, with a warning), and afterwards holds its share. Any network that runs on one device gives the same outputs and
     gradients: inputs and outputs are whole and plain, and what lies between looks whole to the model's code
     (:class:`~tlgc_mp.parallel.split_tensor.SplitTensor`). ``model.layout`` says how each layer is held, and
     :func:`~tlgc_mp.parallel.layout_report` what a step sends. Parameters are new objects, so build the optimizer
@@ -49,8 +49,8 @@ def shard(
             its share, from ``seed``.
         process_group: the tensor-parallel ranks, in the order of their shares; the default group where not given.
         device: where the shares live; the model's own device where not given (the CPU for the meta device).
-        seed: of the initial weights of a model on the meta device; ``torch.initial_seed()`` where not given. Not used
-            otherwise.
+        seed: of the initial weights of a model on the meta device; the first rank's ``torch.initial_seed()`` where
+            not given. Not used otherwise.
         timeout: how long a rank waits for the others in a forward or backward pass, as a timedelta or in seconds,
             before it raises an error that names who is missing.
         data_parallel_group: the ranks that hold the same share, one of each replica. Only ``nn.SyncBatchNorm`` asks for
@@ -61,7 +61,7 @@ def shard(
 
     Raises:
         UsageError: torch.distributed is not initialized, an argument is of another kind, ``data_parallel_group`` is
-            needed and not given, the ranks do not pass the same model, or a module on the meta device has parameters or
+            needed and not given, the ranks pass models of other tensors, or a module on the meta device has parameters or
             buffers that nothing gives values. Later, in training, a forward pass raises one where the ranks have come
             to differ in their inputs, their random state or what each holds whole (``replicas.py``).
     """
@@ -77,13 +77,12 @@ def shard(
     bound = as_timeout("timeout", timeout)
     members = dist.get_process_group_ranks(group)
     coarse_group: Any = dist.new_group(members, timeout=bound, use_local_synchronization=True)
-    check_same_model(model, coarse_group, seed)
+    drawn_from = agree_on_model(model, coarse_group, seed)
     ranks = Ranks(coarse_group)
     placements = plan(model, ranks.size)
     replicas = _replicas(model, members, data_parallel_group)
     region = Region(ranks, Ranks(group), goes_plain(model, placements), replicas)
     check_drawable(model)
-    drawn_from = torch.initial_seed() if seed is None else seed
     target = None if device is None else torch.device(device)
     split_layers(model, placements, region, target, drawn_from)
     watch_replicas(model, ranks, bound)
