@@ -86,14 +86,14 @@ def agree_on_model(model: nn.Module, group: dist.ProcessGroup, seed: int | None 
             )
         if meta and given and their_seed != first_seed:
             raise UsageError(
-                f"seed must be the same on every rank of a replica, got {their_seed} on rank {rank} and {first_seed} on "
-                f"rank {ranks[0]}; give all ranks the same"
+                f"seed must be the same on every rank of a replica, got {their_seed} on rank {rank} and {first_seed} "
+                f"on rank {ranks[0]}; give all ranks the same"
             )
     differ = [index for index in range(len(tensors)) if any(row[1][index] != first_values[index] for row in every)]
     if differ and dist.get_rank(group) == 0:
         warnings.warn(
-            f"the ranks {ranks} of a replica hold other values of {tensors[differ[0]][0]}, and of {len(differ)} tensors "
-            f"in all; those of rank {ranks[0]} are taken. Seed the ranks of a replica alike to be rid of this",
+            f"the ranks {ranks} of a replica hold other values of {tensors[differ[0]][0]}, and of {len(differ)} "
+            f"tensors in all; those of rank {ranks[0]} are taken. Seed the ranks of a replica alike to be rid of this",
             stacklevel=3,
         )
     with torch.no_grad():

@@ -38,8 +38,9 @@ def shard(
     """Splits ``model`` over the ranks of ``process_group``, in place, layer by layer. Collective.
 
     Works under plain torch.distributed; :func:`tlgc_mp.initialize` does it inside a DeepSpeed engine. Every rank passes
-    the same whole model (values that differ are the first rank's, with a warning), and afterwards holds its share. Any network that runs on one device gives the same outputs and
-    gradients: inputs and outputs are whole and plain, and what lies between looks whole to the model's code
+    the same whole model, and afterwards holds its share; where values differ, the first rank's are taken, with a
+    warning. Any network that runs on one device gives the same outputs and gradients: inputs and outputs are whole and
+    plain, and what lies between looks whole to the model's code
     (:class:`~tlgc_mp.parallel.split_tensor.SplitTensor`). ``model.layout`` says how each layer is held, and
     :func:`~tlgc_mp.parallel.layout_report` what a step sends. Parameters are new objects, so build the optimizer
     afterwards.
@@ -61,9 +62,9 @@ def shard(
 
     Raises:
         UsageError: torch.distributed is not initialized, an argument is of another kind, ``data_parallel_group`` is
-            needed and not given, the ranks pass models of other tensors, or a module on the meta device has parameters or
-            buffers that nothing gives values. Later, in training, a forward pass raises one where the ranks have come
-            to differ in their inputs, their random state or what each holds whole (``replicas.py``).
+            needed and not given, the ranks pass models of other tensors, or a module on the meta device has parameters
+            or buffers that nothing gives values. Later, in training, a forward pass raises one where the ranks have
+            come to differ in their inputs, their random state or what each holds whole (``replicas.py``).
     """
     check_module("model", model)
     check_device(device)
