@@ -137,8 +137,8 @@ def run(names: tuple[str, ...], size: int, quick: bool = False, timeout: float =
 # Reporting.
 
 
-def table(records: Records) -> str:
-    """The contents of ``docs/operators.md``."""
+def table(records: Records, ran: dict[int, int], total: int) -> str:
+    """The contents of ``docs/operators.md``. ``ran``: ranks -> how many of the ``total`` entries were run over them."""
     counts = collections.Counter(record.verdict for record in records.values())
     calls = sum(record.kinds.total() for record in records.values())
     how = computed(records)
@@ -153,12 +153,13 @@ def table(records: Records) -> str:
         "",
         f"torch {torch.__version__.split('+')[0]}. Written by `python -m tests.parallel.operators --output"
         " docs/operators.md`, which runs torch's own operator",
-        "database over two and three ranks, in double precision, and compares outputs, gradients, in-place and `out=`"
-        " forms, strides, aliasing",
+        "database on split tensors, in double precision, and compares outputs, gradients, in-place and `out=` forms,"
+        " strides, aliasing",
         "and random numbers with those of one device.",
         "",
         "| entries of the database | |",
         "|---|---:|",
+        *[f"| run over {size} ranks, of {total} | {count} |" for size, count in ran.items()],
         f"| as on one device | {counts[OK]} |",
         f"| fail | {len(failed)} |",
         f"| take no tensor that can be split | {counts[NONE]} |",
@@ -245,7 +246,8 @@ def main(argv: list[str] | None = None) -> int:
             records.setdefault(name, Record()).add(record)
     print(dict(collections.Counter(record.verdict for record in records.values())))
     if arguments.output:
-        arguments.output.write_text(table(records))
+        ran = {n: sum(size == n for _, size in read(arguments.results)) for n in arguments.ranks}
+        arguments.output.write_text(table(records, ran, len(names)))
     return int(bool(failures(records)))
 
 
