@@ -4,6 +4,8 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from multiprocessing import forkserver
 
@@ -48,9 +50,12 @@ def test_unreadable_image_reaches_the_caller_as_one_line(workers: int, make_fold
     assert message.startswith(f"--data-dir: cannot read the image {path}") and "\n" not in message
 
 
-@pytest.mark.timeout(120)
-def test_workers_do_not_stop_with_the_group_and_end_when_told_to() -> None:
-    """Ctrl-C, mpirun and Slurm signal all processes of a group, the fork server that workers come from too."""
+def _signalled(own_server: bool) -> tuple[int, int]:
+    """How many batches come, and how many there are, where the worker and the fork server are asked to stop."""
+    if not own_server:  # other code has started it
+        other = multiprocessing.get_context("forkserver").Process(target=int)
+        other.start()
+        other.join()
     batches = TrainingBatches(
         load_datasets("digits", None, seed=0).train, batch_size=64, seed=0, rank=0, replicas=1, num_workers=1
     )
@@ -58,14 +63,24 @@ def test_workers_do_not_stop_with_the_group_and_end_when_told_to() -> None:
     next(stream)
     worker = started_workers[-1]
     server = forkserver._forkserver._forkserver_pid
-    for pid in (worker.pid, server):
+    for pid in (worker.pid, *([server] if own_server else [])):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             os.kill(pid, number)
     time.sleep(0.2)
-    assert len(list(stream)) == len(batches) - 1
+    came = 1 + len(list(stream))
     assert worker.is_alive() and signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
     assert os.waitpid(server, os.WNOHANG) == (0, 0)
-
     worker.terminate()
     worker.join(10)
     assert not worker.is_alive()
+    return came, len(batches)
+
+
+@pytest.mark.parametrize("own_server", [True, False])
+def test_workers_do_not_stop_with_the_group_and_end_when_told_to(own_server: bool) -> None:
+    """Ctrl-C, mpirun and Slurm signal all processes of a group, the fork server that workers come from too."""
+    code = f"from tests.data.test_worker_processes import _signalled; print(*_signalled({own_server}))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=110)
+    assert ended.returncode == 0, ended.stderr
+    came, batches = map(int, ended.stdout.split())
+    assert came == batches

@@ -26,6 +26,7 @@ from tlgc_mp.parallel.collectives import (
     copy_to_ranks,
     sum_partials,
 )
+from tlgc_mp.parallel.layout import Layout
 
 RANKS = [2, 3]
 
@@ -48,7 +49,7 @@ class _Mine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return gather_shares(grad[None], 0, _world())
+        return gather_shares(grad[None], Layout(0, None), _world())
 
 
 class _Everyones(torch.autograd.Function):
@@ -56,7 +57,7 @@ class _Everyones(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mine: Tensor) -> Tensor:
-        return gather_shares(mine[None], 0, _world())
+        return gather_shares(mine[None], Layout(0, None), _world())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

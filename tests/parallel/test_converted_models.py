@@ -49,7 +49,7 @@ OTHERS: dict[str, set[str]] = {
     "timm resnet10t": {"column"},
     "timm mobilenetv2_050": {"column", "grouped"},
     "timm seresnet18": {"column", "row"},  # its squeeze-and-excite stays dense
-    "timm regnetx_002": {"column", "grouped", "whole"},  # of 3 groups
+    "timm regnetx_002": {"column", "grouped", "row"},  # of 3 groups, cut within each
     "timm ecaresnet26t": {"column", "whole"},  # convolves the channels' means along the channels
 }
 """Name -> how its convolutions are placed that are not two-level."""

@@ -174,6 +174,7 @@ def _evaluate() -> tuple[float, float]:
 
     run = object.__new__(_Run)
     run.engine = _model()
+    vars(run.engine)["module"] = run.engine  # as an engine holds the model
     run.engine.device = torch.device("cpu")
     run.tests = EvaluationBatches(
         load_datasets("digits", None, seed=0).test,

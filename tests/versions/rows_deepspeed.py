@@ -172,3 +172,13 @@ def attributes_of_zero_3() -> None:
     partition_parameters._init_external_params(module)
     assert "_external_params" in vars(module)
     assert "module._original_parameters = module._parameters" in inspect.getsource(parameter_offload)
+
+
+@relies_on("._link_all_hp_params")
+def links_to_full_precision() -> None:
+    """Tells each parameter of ZeRO 1 and 2 where its state in full precision lies; takes no arguments."""
+    import inspect
+
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    assert list(inspect.signature(DeepSpeedZeroOptimizer._link_all_hp_params).parameters) == ["self"]

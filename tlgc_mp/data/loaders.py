@@ -232,10 +232,12 @@ class _WorkerContext(ForkServerContext):
 
 
 def _end_with(rank: int, worker: int) -> None:
-    """Ends this worker process when the process ``rank`` does, killed ones too.
+    """Ends this worker process when the process ``rank`` does, killed ones too, and with no other signal.
 
     Its parent is the fork server, which lives as long as any worker: left alone, both would outlive the rank for good.
+    Other code may have started the server, without blocking signals.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     threading.Thread(target=_wait_for_end, args=(rank,), daemon=True).start()
 
 
