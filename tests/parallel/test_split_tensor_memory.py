@@ -32,6 +32,24 @@ def given_torch_reads_it(given: Given) -> Any:
     return x, copied, torch.tensor(x), torch.as_tensor(x), torch.Tensor(x.float()), x.view(torch.int64), x.nbytes
 
 
+def given_a_repeated_tensor_is_cut_one_wide(given: Given) -> Any:
+    """Of which a share has a stride of zero, and one that says nothing."""
+    found = []
+    for width in (2, 3):
+        x, repeated = given(3, 6, 1, width), given(1, 6, 1, width, dim=3).expand(3, 6, 1, width)
+        narrow, other = given(1, width).expand(6, width), given(6, width, dim=0)
+        found += [repeated * x, x * repeated, torch.where(repeated > 0, x, 0.0), narrow + other.exp()]
+    return found
+
+
+def given_torch_writes_its_output_unseen(given: Given) -> Any:
+    square = given(6, 6)
+    split_out, plain_out = given.cut(torch.zeros((), dtype=torch.long), 0), torch.zeros((), dtype=torch.long)
+    torch.linalg.matrix_rank(square, out=split_out)
+    torch.linalg.matrix_rank(square, out=plain_out)
+    return split_out, plain_out
+
+
 def given_another_process_gets_it(given: Given) -> Any:
     return pickle.loads(bytes(ForkingPickler.dumps(given(2, 12))))
 

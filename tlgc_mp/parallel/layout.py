@@ -92,7 +92,7 @@ def thin_geometry(
     for other, length in enumerate(shape):
         if other == dim:
             continue
-        if strides_like[other] > strides_like[dim]:
+        if strides_like[other] > strides_like[dim] or not strides_like[other]:  # repeated: as far out as can be
             strides[other] *= ranks.size
         elif length > 1:
             inner = max(inner, strides[other] * length)
@@ -146,7 +146,7 @@ def gather_shares(tensor: Any) -> Tensor:
         if all(n == 1 or own == whole for n, own, whole in zip(shape, joined.stride(), strides, strict=True)):
             return joined.as_strided(shape, strides)
     shares = join_shares([stacked[rank].permute(back) for rank in range(ranks.size)], layout)
-    if 0 in tensor.stride():
+    if _overlaps(tensor.shape, tensor.stride()):
         return torch.cat(shares, dim)
     out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=share.dtype, device=share.device)
     return torch.cat(shares, dim, out=out)
@@ -156,6 +156,17 @@ def _is_outermost(tensor: Tensor, dim: int, order: Sequence[int]) -> bool:
     """Whether nothing but dimensions of one lies outside of ``dim`` in memory, as in a batch of one image: the shares
     of all ranks lie one after the other then."""
     return all(tensor.shape[other] == 1 for other in order[: order.index(dim)])
+
+
+def _overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether some elements may share memory: to write one would write another."""
+    end = 1
+    for stride, length in sorted(zip(strides, shape, strict=True)):
+        if length > 1:
+            if stride < end:
+                return True
+            end += (length - 1) * stride
+    return False
 
 
 def memory_order(tensor: Tensor) -> list[int]:

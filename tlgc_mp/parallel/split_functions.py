@@ -215,6 +215,20 @@ def _element_by_element(function: Any) -> Any:
     return replace
 
 
+def _matrix_rank(*args: Any, out: Any = None, **kwargs: Any) -> Any:
+    """torch writes ``out`` here without an operator that could be seen."""
+    if out is None:
+        return NotImplemented
+    rank = torch.linalg.matrix_rank(*args, **kwargs)
+    if out.shape == rank.shape:
+        out.copy_(whole(rank))
+    elif type(out) is SplitTensor:
+        set_data(out, rank)
+    else:
+        out.resize_(rank.shape).copy_(whole(rank))
+    return out
+
+
 _TENSOR: Any = Tensor
 """Of which an attribute is a descriptor."""
 
@@ -225,6 +239,7 @@ FUNCTIONS.update(
         torch.autograd.grad: _grad,
         torch.autograd.backward: _backward,
         Tensor.backward: _tensor_backward,
+        torch.linalg.matrix_rank: _matrix_rank,
         torch.tensor_split: _tensor_split(torch.tensor_split),
         Tensor.tensor_split: _tensor_split(Tensor.tensor_split),
         _TENSOR.data.__set__: set_data,
