@@ -70,10 +70,13 @@ def _locked(output_dir: str) -> tuple[TextIO, str]:
         if error.errno not in _NO_LOCKS:
             raise
     owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "run": uuid.uuid4().hex})
-    file.truncate(0)
-    file.write(owner)
-    file.flush()
-    os.fsync(file.fileno())
+    try:
+        file.truncate(0)
+        file.write(owner)
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
     return file, owner
 
 

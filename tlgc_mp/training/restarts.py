@@ -74,6 +74,8 @@ def run(command: Sequence[str], max_restarts: int, parse: Callable[[list[str]], 
             verdict_file = os.path.join(folder, f"verdict-{next(attempts)}")
             status = attempt.run([*command, *resume], verdict_file)
             verdict = read_verdict(verdict_file)
+            if attempt.signalled and not status and verdict.get("status"):
+                status = 128 + attempt.signalled  # mpirun may call it a success that its ranks were asked to stop
             _clear()
             ended = int(verdict.get("status", status)) if status else 0
             why = f"status {status}" + (f", {verdict['text']}" if verdict.get("text") else "")
