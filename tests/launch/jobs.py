@@ -94,6 +94,8 @@ class Job:
             stdout=self._stdout,
             stderr=self._stderr,
             start_new_session=True,
+            # Tests that run in the background of a shell are to ignore Ctrl-C, and what they start would, too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def wait(self, seconds: float) -> int:
