@@ -1,8 +1,8 @@
 """A training step of a split network against its arithmetic and its collectives, each alone.
 
-``python -m tests.parallel.test_step_speed`` prints the figures. A step is recorded once: the operators of torch that a
-rank calls on plain shares, and what it sends. Then the step, the operators one after the other, and the collectives one
-after the other are timed in turns. What the step takes beyond the sum is Python between them, and waiting.
+``python -m tests.parallel.test_step_speed`` prints the figures. In each round a step is timed and another recorded: the
+operators of torch that a rank calls on plain shares, and what it sends. Then the operators one after the other and the
+collectives one after the other are timed. What the step takes beyond the sum is Python between them, and waiting.
 """
 
 from __future__ import annotations
@@ -77,30 +77,34 @@ def _on_rank(name: str, batch: int, rounds: int) -> tuple[list[float], list[floa
     torch.manual_seed(0)
     model = shard(torchvision.models.get_model(name).train())
     images = torch.randn(batch, 3, SIDE, SIDE)
-    sent: list[tuple[str, int]] = []
-    for _ in range(2):
-        _step(model, images)
-    recorder = _Recorder()
-    collectives.recorders.append(lambda kind, size: sent.append((kind, size)))
-    with recorder:
-        _step(model, images)
-    collectives.recorders.clear()
-    exchanges = [_collective(kind, size, model.region) for kind, size in sent]
-
-    def all_of(calls: list[Callable[[], object]]) -> Callable[[], None]:
-        def run() -> None:
-            for call in calls:
-                call()
-
-        return run
-
     timed: tuple[list[float], list[float], list[float]] = ([], [], [])
     for _ in range(rounds):
-        for seconds, run in zip(
-            timed, (lambda: _step(model, images), all_of(recorder.calls), all_of(exchanges)), strict=True
-        ):
-            seconds.append(_seconds(run))
+        _step(model, images)
+        step = _seconds(lambda: _step(model, images))
+        recorder, exchanges = _recorded(model, images)
+        # What is held for the replay takes memory from a step that runs beside it: recorded anew in each round.
+        for call in recorder.calls:
+            call()
+        arithmetic = _seconds(lambda calls=recorder.calls: _all(calls))
+        recorder.calls.clear()
+        for seconds, part in zip(timed, (step, arithmetic, _seconds(lambda calls=exchanges: _all(calls))), strict=True):
+            seconds.append(part)
     return timed
+
+
+def _recorded(model: Any, images: Tensor) -> tuple[_Recorder, list[Callable[[], object]]]:
+    """The operators of a step, and its collectives."""
+    sent: list[tuple[str, int]] = []
+    collectives.recorders.append(lambda kind, size: sent.append((kind, size)))
+    with _Recorder() as recorder:
+        _step(model, images)
+    collectives.recorders.clear()
+    return recorder, [_collective(kind, size, model.region) for kind, size in sent]
+
+
+def _all(calls: list[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
 
 
 def figures(name: str, ranks: int = 2, batch: int = 8, rounds: int = 5) -> tuple[float, float, float, float]:
