@@ -231,12 +231,22 @@ def all_gather(share: Tensor, ranks: TensorParallelRanks) -> Tensor:
 
     Not differentiable. Of a tensor on the meta device, the shape only.
     """
+    return start_all_gather(share, ranks)()
+
+
+def start_all_gather(share: Tensor, ranks: TensorParallelRanks, *, of_pass: bool = True) -> Callable[[], Tensor]:
+    """Starts :func:`all_gather`; the function returned waits for its result.
+
+    Args:
+        of_pass: whether it is one of a forward or backward pass, of which DeepSpeed's communication log is to know.
+    """
     if _is_traced(share):
-        return coarse_gather(share.unsqueeze(0), ranks.size, ranks.group_name)
+        result = coarse_gather(share.unsqueeze(0), ranks.size, ranks.group_name)
+        return lambda: result
     stacked = share.new_empty((ranks.size, *share.shape))
     if share.is_meta or not share.numel():
         _note("all_gather", share)
-        return stacked
+        return lambda: stacked
     if share.is_conj() or share.is_neg():
         share = share.resolve_conj().resolve_neg()
     sent, received = share.contiguous().view(-1), stacked.view(-1)
@@ -244,20 +254,10 @@ def all_gather(share: Tensor, ranks: TensorParallelRanks) -> Tensor:
         sent = sent.as_strided(sent.shape, (1,))  # a single element may have any stride
         sent, received = sent.view(torch.uint8), received.view(torch.uint8)
     call = _begin("all_gather", sent, ranks.group)
-    complete(call, _comm("all_gather_into_tensor", "all_gather_single"), received, sent, group=ranks.group)
-    return stacked
-
-
-def start_all_gather(share: Tensor, ranks: TensorParallelRanks) -> Callable[[], Tensor]:
-    """Starts :func:`all_gather` of a contiguous tensor; the function returned waits for its result.
-
-    It is none of a pass, and so no part of DeepSpeed's communication log.
-    """
-    stacked = share.new_empty((ranks.size, *share.shape))
-    call = _begin("all_gather", share, ranks.group)
-    start: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    work = complete(call, start, stacked.view(-1), share.view(-1), group=ranks.group, async_op=True)
-    return _arrival(call, work, stacked, share)
+    names = ("all_gather_into_tensor", "all_gather_single")
+    start = _comm(*names) if of_pass else getattr(dist, names[1], None) or getattr(dist, names[0])
+    work = complete(call, start, received, sent, group=ranks.group, async_op=True)
+    return _arrival(call, work, stacked, sent)
 
 
 def all_reduce(tensor: Tensor, ranks: TensorParallelRanks, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
@@ -284,19 +284,26 @@ def reduce_scatter(stacked: Tensor, ranks: TensorParallelRanks) -> Tensor:
 
     Not differentiable. Of a tensor on the meta device, the shape only.
     """
+    return start_reduce_scatter(stacked, ranks)()
+
+
+def start_reduce_scatter(stacked: Tensor, ranks: TensorParallelRanks) -> Callable[[], Tensor]:
+    """Starts :func:`reduce_scatter`; the function returned waits for its result."""
     if _is_traced(stacked):
-        return coarse_reduce_scatter(stacked, ranks.size, ranks.group_name).squeeze(0)
+        result = coarse_reduce_scatter(stacked, ranks.size, ranks.group_name).squeeze(0)
+        return lambda: result
     row = stacked.new_empty(stacked.shape[1:])
     if stacked.is_meta or not row.numel():
         _note("reduce_scatter", stacked)
-        return row
+        return lambda: row
     as_type = _REDUCED_AS.get(stacked.dtype, stacked.dtype)
     given, kept = stacked.contiguous().to(as_type).view(-1), row.to(as_type).view(-1)
     if given.is_complex():
         given, kept = torch.view_as_real(given), torch.view_as_real(kept)
     call = _begin("reduce_scatter", given, ranks.group)
-    complete(call, _comm("reduce_scatter_tensor", "reduce_scatter_single"), kept, given, group=ranks.group)
-    return row if as_type == row.dtype else row.copy_(kept.view(row.shape))
+    start = _comm("reduce_scatter_tensor", "reduce_scatter_single")
+    arrived = _arrival(call, complete(call, start, kept, given, group=ranks.group, async_op=True), row, given)
+    return arrived if as_type == row.dtype else lambda: arrived().copy_(kept.view(row.shape))
 
 
 def _is_traced(tensor: Tensor) -> bool:

@@ -7,7 +7,8 @@ sends nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -132,12 +133,23 @@ def gather_shares(tensor: Any) -> Tensor:
 
     A random draw, for one, follows that order.
     """
+    return start_gather_shares(tensor)()
+
+
+def start_gather_shares(tensor: Any) -> Callable[[], Tensor]:
+    """Starts :func:`gather_shares`; the function returned waits for its result."""
+    layout, share, ranks = tensor.cut, tensor.share, tensor.ranks
+    if layout.dim is None:
+        return lambda: share  # type: ignore[no-any-return]
+    order = memory_order(share)
+    arrival = collectives.start_all_gather(share.permute(order).contiguous(), ranks)
+    return lambda: _joined(arrival(), tensor, order)
+
+
+def _joined(stacked: Tensor, tensor: Any, order: Sequence[int]) -> Tensor:
+    """The whole of ``tensor`` from the shares of all ranks: P, then a share in memory's ``order``."""
     layout, share, ranks = tensor.cut, tensor.share, tensor.ranks
     dim = layout.dim
-    if dim is None:
-        return share
-    order = memory_order(share)
-    stacked = collectives.all_gather(share.permute(order).contiguous(), ranks)  # P, then the share in memory's order
     back = [order.index(i) for i in range(share.dim())]
     if layout.segments is None and _is_outermost(share, dim, order):
         place = order.index(dim)
@@ -150,6 +162,27 @@ def gather_shares(tensor: Any) -> Tensor:
         return torch.cat(shares, dim)
     out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=share.dtype, device=share.device)
     return torch.cat(shares, dim, out=out)
+
+
+def change_segments(tensor: Any, layout: Layout) -> Tensor:
+    """This rank's share of a SplitTensor in another ``layout`` of the same cut dimension. Collective."""
+    share, ranks = tensor.share, tensor.ranks
+    dim: Any = layout.dim
+    if type(share) is not Tensor or not share.is_contiguous():
+        return take_share(gather_shares(tensor), layout, ranks)
+    stacked = collectives.all_gather(share, ranks)
+    places = _places(tensor.cut, layout, tensor.shape[dim], ranks.size, ranks.rank, share.device)
+    return stacked.movedim(0, dim).flatten(dim, dim + 1).index_select(dim, places)
+
+
+@functools.lru_cache(maxsize=4096)
+def _places(old: Layout, new: Layout, length: int, size: int, rank: int, device: torch.device) -> Tensor:
+    """Where in a row of all ranks' shares in the layout ``old`` those elements are that ``rank`` holds in ``new``."""
+    ranks = Ranks(size=size)
+    with torch.inference_mode(False):
+        every = torch.arange(length)
+        row = torch.cat([take_share(every, Layout(0, old.segments), ranks, of) for of in range(size)])
+        return row.argsort()[take_share(every, Layout(0, new.segments), ranks, rank)].to(device)
 
 
 def _is_outermost(tensor: Tensor, dim: int, order: Sequence[int]) -> bool:
@@ -177,8 +210,14 @@ def memory_order(tensor: Tensor) -> list[int]:
 
 def scatter_sum(partial: Tensor, layout: Layout, ranks: Ranks) -> Tensor:
     """This rank's share, in ``layout``, of the sum of ``partial`` over the ranks. Collective."""
+    return start_scatter_sum(partial, layout, ranks)()
+
+
+def start_scatter_sum(partial: Tensor, layout: Layout, ranks: Ranks) -> Callable[[], Tensor]:
+    """Starts :func:`scatter_sum`; the function returned waits for its result."""
     if layout.dim is None:
-        return collectives.all_reduce(partial, ranks)
+        total = collectives.all_reduce(partial, ranks)
+        return lambda: total
     order = memory_order(partial)
     if layout.segments is None and _is_outermost(partial, layout.dim, order):
         place = order.index(layout.dim)
@@ -187,4 +226,5 @@ def scatter_sum(partial: Tensor, layout: Layout, ranks: Ranks) -> Tensor:
         shares = [take_share(partial, layout, ranks, rank) for rank in range(ranks.size)]
         stacked = torch.stack([share.permute(order) for share in shares])
     back = [order.index(i) for i in range(partial.dim())]
-    return collectives.reduce_scatter(stacked, ranks).permute(back)
+    arrival = collectives.start_reduce_scatter(stacked, ranks)
+    return lambda: arrival().permute(back)

@@ -70,7 +70,7 @@ def agree_on_model(model: nn.Module, group: dist.ProcessGroup, seed: int | None 
     mine = torch.tensor(
         [_digest(repr((described, values))), _digest(str(own)) if meta else 0], device=_device_of(group)
     )
-    everyones = start_all_gather(mine, Ranks(group))().tolist()
+    everyones = start_all_gather(mine, Ranks(group), of_pass=False)().tolist()
     if all(row == everyones[0] for row in everyones):
         return own
     ranks = dist.get_process_group_ranks(group)
@@ -231,7 +231,7 @@ class ReplicaWatch:
                 slots += _of_tensor(piece.elements)
             slots += [0] * (_SLOTS - len(slots))
             packed = _packed(slots, _device_of(self.ranks.group))
-            gathered = start_all_gather(packed, self.ranks)
+            gathered = start_all_gather(packed, self.ranks, of_pass=False)
             self.check = _Check(self.passes, names, gathered if packed.device.type == "cpu" else _to_host(gathered))
 
     def _next_pieces(self, module: nn.Module) -> list[_Piece]:

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlgc_mp.parallel.layout import Layout, Ranks, gather_shares, scatter_sum, take_share
+from tlgc_mp.parallel.layout import (
+    Layout,
+    Ranks,
+    gather_shares,
+    scatter_sum,
+    start_gather_shares,
+    start_scatter_sum,
+    take_share,
+)
 from tlgc_mp.parallel.rules import WHOLE, aten, rule
 from tlgc_mp.parallel.rules_layers import CHANNELS, cut_dim, optional, ranks_of
 from tlgc_mp.parallel.split_tensor import SplitTensor, share_in
@@ -206,7 +214,36 @@ def _column_backward(
     pass_back: Callable[..., Any],
     ranks: Ranks,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of this rank's input, filters and bias: each rank has the part that its outputs pass back."""
+    """Gradients of this rank's input, filters and bias: each rank has the part that its outputs pass back.
+
+    The input arrives while its gradient is computed, and that is summed while the filters' gradient is.
+    """
+    if x.numel() * x.element_size() > LARGEST_TRANSIENT and type(x) is SplitTensor:
+        return _column_backward_in_blocks(grad, x, own, layout, channels, mask, pass_back, ranks)
+    arrival = start_gather_shares(x) if type(x) is SplitTensor and mask[1] else None
+    total: Callable[[], Tensor | None] = lambda: None  # noqa: E731
+    if mask[0]:  # of the input, its shape is asked for
+        unread = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        total = start_scatter_sum(pass_back(grad, unread, own, [True, False, False])[0], layout, ranks)
+        del unread
+    to_weight = to_bias = None
+    if mask[1]:
+        _, to_weight, to_bias = pass_back(grad, x if arrival is None else arrival(), own, [False, *mask[1:]])
+    elif mask[2]:
+        to_bias = grad.sum([dim for dim in range(grad.dim()) if dim != 1])
+    return total(), to_weight, to_bias
+
+
+def _column_backward_in_blocks(
+    grad: Tensor,
+    x: Tensor,
+    own: Tensor,
+    layout: Layout,
+    channels: int,
+    mask: list[bool],
+    pass_back: Callable[..., Any],
+    ranks: Ranks,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     to_inputs: list[Tensor] = []
     to_weight = torch.empty_like(own) if mask[1] else None
     to_bias: Tensor | None = None

@@ -39,8 +39,9 @@ def vectors(tensors: list[Tensor | None], layout: Layout, ranks: Ranks) -> list[
     found: dict[int, Tensor] = {}
     if len(others) > 1 and all(t.cut == others[0].cut and t.dtype == others[0].dtype for t in others):
         together = SplitTensor(torch.stack([t.share for t in others]), Layout(1, others[0].cut.segments), ranks)
-        for tensor, data in zip(others, gather_shares(together), strict=True):
-            found[id(tensor)] = take_share(data, layout, ranks)
+        rows = share_in(together, WHOLE if layout.dim is None else Layout(1, layout.segments), ranks)
+        for tensor, data in zip(others, rows, strict=True):
+            found[id(tensor)] = data
     return [
         t if t is None else found[id(t)] if id(t) in found else share_in(t, layout, ranks).contiguous() for t in tensors
     ]

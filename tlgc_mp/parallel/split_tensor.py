@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tlgc_mp.parallel.containers import map_leaves
-from tlgc_mp.parallel.layout import WHOLE, Layout, Ranks, gather_shares, take_share, whole_geometry
+from tlgc_mp.parallel.layout import (
+    WHOLE,
+    Layout,
+    Ranks,
+    change_segments,
+    gather_shares,
+    take_share,
+    whole_geometry,
+)
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
@@ -165,10 +173,11 @@ class SplitTensor(Tensor):
             _refresh(args, kwargs)
         rule = RULES.get(func) or _resolve(func)
         try:
-            result = rule(func, args, kwargs or {})
-            on_shares = result is not NotImplemented and rule is not whole_tensors.compute_whole
-            if result is NotImplemented:
-                result = whole_tensors.compute_whole(func, args, kwargs or {})
+            with torch._C.DisableTorchFunctionSubclass():  # autograd's thread has it enabled
+                result = rule(func, args, kwargs or {})
+                on_shares = result is not NotImplemented and rule is not whole_tensors.compute_whole
+                if result is NotImplemented:
+                    result = whole_tensors.compute_whole(func, args, kwargs or {})
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             raise whole_tensors.as_on_one_device(error, func, args, kwargs or {}) from None
         for observe in observers:
@@ -341,6 +350,8 @@ def share_in(tensor: Tensor, layout: Layout, ranks: Ranks) -> Tensor:
     if type(tensor) is SplitTensor:
         if tensor.cut == layout:
             return tensor.share
+        if tensor.cut.dim is not None and tensor.cut.dim == layout.dim:
+            return change_segments(tensor, layout)
         return take_share(gather_shares(tensor), layout, ranks)
     return take_share(tensor, layout, ranks)
 
