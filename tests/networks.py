@@ -123,7 +123,31 @@ class Seldom(nn.Module):
         return self.fc((self.other(x) if self.steps % 2 else x).mean((2, 3)))
 
 
-OWN = {"odd": Odd, "normed": Normed, "seldom": Seldom}
+class Joined(nn.Module):
+    """Layers of several kinds after channels that were joined, and one that meets two joins in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.other = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 1)
+        self.fitted = nn.BatchNorm2d(24)
+        self.depthwise = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.norms = nn.ModuleList([nn.GroupNorm(4, 24), nn.BatchNorm2d(24), nn.BatchNorm2d(40)])
+        self.slopes = nn.PReLU(24)
+        self.narrow, self.last = nn.Conv2d(24, 16, 1), nn.Conv2d(40, 8, 1)
+        self.twice = nn.BatchNorm2d(24)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.stem(x))
+        other = self.other(x)
+        joined = self.depthwise(self.fitted(torch.cat([x, other], 1)))
+        joined = self.norms[0](self.slopes(self.norms[1](torch.cat([other, joined[:, :16]], 1))))
+        joined = self.twice(torch.cat([other, x], 1)) + self.twice(torch.cat([x, other], 1)) + joined
+        y = self.narrow(joined)
+        return self.fc(F.silu(self.last(self.norms[2](torch.cat([y, joined], 1)))).mean((2, 3)))
+
+
+OWN = {"odd": Odd, "normed": Normed, "seldom": Seldom, "joined": Joined}
 
 
 def network(name: str) -> nn.Module:
@@ -150,7 +174,8 @@ def engine_of(name: str, tensor_parallel: int, stage: int, optimizer: Any = sgd,
         "zero_allow_untested_optimizer": True,
         **settings,
     }
-    return initialize(model=network(name), optimizer=optimizer, config=config)[0]
+    sample = torch.empty(2, 3, SIDE, SIDE, device="meta")
+    return initialize(model=network(name), optimizer=optimizer, config=config, sample_inputs=sample)[0]
 
 
 def train(engine: Any, steps: range) -> list[float]:

@@ -31,7 +31,8 @@ SAVED = [
     *((ranks, name, 0, "adam") for ranks in (1, 2) for name in ("odd", "seldom")),
     *((1, "test_resnet", stage, "sgd") for stage in (0, 3)),
     *((2, "converted", stage, "sgd") for stage in (0, 2)),
-    (1, "normed", 3, "sgd"),
+    *((2, "joined", stage, "sgd") for stage in (0, 2)),
+    *((1, name, 3, "sgd") for name in ("normed", "joined")),
 ]
 """(P, network, ZeRO stage, optimizer)"""
 

@@ -63,7 +63,7 @@ def _on_ranks(name: str) -> dict[str, Any]:
     model = NETWORKS[name]()
     told = layout_report(model, _images(), tensor_parallel=torch.distributed.get_world_size())
     given: Counter[str] = Counter()
-    split = shard(model)
+    split = shard(model, sample_inputs=_images())
     collectives.recorders.append(lambda kind, size: given.update({kind: size}))
     hook = split.register_forward_pre_hook(lambda module, inputs: None)
     inner = next(iter(split.children())).register_forward_hook(lambda module, inputs, output: None)

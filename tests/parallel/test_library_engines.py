@@ -31,6 +31,7 @@ BF16 = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 CASES = [
     *(((2, 1), name, stage, "clipped") for name in ("test_resnet", "odd") for stage in (0, 1, 2, 3)),
     *(((2, 1), name, 0, "clipped") for name in ("converted", "test_convnext")),
+    *(((2, 1), "joined", stage, "clipped") for stage in (1, 3)),
     *(((2, 1), "test_resnet", stage, "bf16") for stage in (0, 3)),
     *(((2, 1), name, stage, "compiled") for name, stage in (("test_resnet", 0), ("converted", 2))),
     *(((1, 2), name, stage, "clipped") for name, stage in (("test_resnet", 0), ("converted", 2), ("test_resnet", 3))),

@@ -75,8 +75,8 @@ def _seconds(run: Callable[[], object]) -> float:
 def _on_rank(name: str, batch: int, rounds: int) -> tuple[list[float], list[float], list[float]]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = shard(torchvision.models.get_model(name).train())
     images = torch.randn(batch, 3, SIDE, SIDE)
+    model = shard(torchvision.models.get_model(name).train(), sample_inputs=images)
     timed: tuple[list[float], list[float], list[float]] = ([], [], [])
     for _ in range(rounds):
         _step(model, images)

@@ -47,6 +47,7 @@ def initialize(
     *,
     seed: int | None = None,
     collective_timeout: datetime.timedelta | float | None = None,
+    sample_inputs: Any = None,
 ) -> tuple[Any, Any, Any, Any]:
     """Splits ``model`` over P tensor-parallel ranks and returns what ``deepspeed.initialize`` returns.
 
@@ -68,6 +69,7 @@ def initialize(
             each replica's first rank where not given.
         collective_timeout: how long a rank waits for the others of its replica in a forward or backward pass before it
             raises an error that names those that are missing: seconds, or a ``timedelta``; 10 minutes where not given.
+        sample_inputs: as in :func:`tlgc_mp.shard`: spares models that join channels some collectives.
 
     Returns:
         (engine, optimizer, dataloader, lr_scheduler).
@@ -113,7 +115,9 @@ def initialize(
         raise UsageError("model: none is given; give a torch.nn.Module")
     check_module("model", model)
     check_kinds(optimizer, model_parameters, lr_scheduler, distributed_port, seed)
-    bounded = {} if collective_timeout is None else {"timeout": as_timeout("collective_timeout", collective_timeout)}
+    options: dict[str, Any] = {"seed": seed, "sample_inputs": sample_inputs}
+    if collective_timeout is not None:
+        options["timeout"] = as_timeout("collective_timeout", collective_timeout)
     settings = read_config(given)
     settings.setdefault("gradient_clipping", 0.0)  # DeepSpeed clips to 1 where nothing is said
     settings.setdefault("zero_force_ds_cpu_optimizer", False)  # DeepSpeed offloads no optimizer but its own else
@@ -133,7 +137,7 @@ def initialize(
     if ranks > 1:
         replicas = mpu.get_data_parallel_group()
         group = mpu.get_tensor_model_parallel_group()
-        model = shard(model, group, device=device, seed=seed, data_parallel_group=replicas, **bounded)
+        model = shard(model, group, device=device, data_parallel_group=replicas, **options)
         collect_checkpoint_info(model)
     elif any(tensor.is_meta for tensor in (*before.values(), *model.buffers())):
         materialize(model, device, torch.initial_seed() if seed is None else seed)

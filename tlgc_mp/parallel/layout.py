@@ -37,6 +37,9 @@ class Layout(NamedTuple):
 
 WHOLE = Layout(None, None)
 
+segments_changed: list[Callable[[Layout], None]] = []
+"""Called with the layout that a share was brought into from other segments. Empty but for ``joins.py`` and tests."""
+
 
 class Ranks:
     """The tensor-parallel ranks of one replica.
@@ -166,6 +169,8 @@ def _joined(stacked: Tensor, tensor: Any, order: Sequence[int]) -> Tensor:
 
 def change_segments(tensor: Any, layout: Layout) -> Tensor:
     """This rank's share of a SplitTensor in another ``layout`` of the same cut dimension. Collective."""
+    for note in segments_changed:
+        note(layout)
     share, ranks = tensor.share, tensor.ranks
     dim: Any = layout.dim
     if type(share) is not Tensor or not share.is_contiguous():

@@ -15,15 +15,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from tlgc_mp.errors import UsageError, is_count
 from tlgc_mp.nn.arguments import check_module
 from tlgc_mp.parallel import collectives, split_tensor
-from tlgc_mp.parallel.layout import Ranks
+from tlgc_mp.parallel.joins import fit_joins
+from tlgc_mp.parallel.meta_pass import copy_on_meta, run_on_meta, without_values
 from tlgc_mp.parallel.plan import Placement, plan
-from tlgc_mp.parallel.replicas import ReplicaWatch
-from tlgc_mp.parallel.sharded import Region, without_engine
+from tlgc_mp.parallel.sharded import Region
 
 ELSEWHERE = "(between layers)"
 
@@ -138,7 +138,8 @@ def layout_report(model: nn.Module, inputs: Any = None, *, tensor_parallel: int 
     """How a model lies over P tensor-parallel ranks, and what a training step sends and keeps.
 
     Args:
-        model: a one-device model, or one that was split; on any device. It is left as it is.
+        model: a one-device model, which is taken to be split with these inputs as ``sample_inputs``, or one that was
+            split; on any device. It is left as it is.
         inputs: a tensor, or a tuple of what ``model`` takes, for one replica's batch. Only shapes and types are looked
             at. Without them, only the parameters are told.
         tensor_parallel: P; for a model that was split, that of the split.
@@ -160,46 +161,20 @@ def layout_report(model: nn.Module, inputs: Any = None, *, tensor_parallel: int 
         report = static_report(model, placements, ranks)
     if inputs is None or ranks == 1:
         return report
-    twin = _on_meta(model, ranks)
-    for hooks in (twin._forward_pre_hooks, twin._forward_hooks):  # ranks that are alone have nobody to compare with
-        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), ReplicaWatch)]:
-            del hooks[key]
     if placements is not None:
-        from tlgc_mp.parallel.sharding import split_layers
-
-        alone = Ranks(size=ranks)
-        split_layers(twin, placements, Region(alone, alone, False), torch.device("meta"))
+        placements = fit_joins(model, placements, ranks, inputs)
+    twin = copy_on_meta(model, ranks, placements)
     recorder = _Recorder(report, {module: name for name, module in twin.named_modules()}, ranks)
-    arguments = tree_map_only(Tensor, _meta_input, inputs if isinstance(inputs, tuple) else (inputs,))
-    try:
-        with recorder.recording():
-            out = twin(*arguments)
-            losses = [t.float().sum() for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
+    with recorder.recording():
+        out = run_on_meta(twin, inputs)
+        losses = [t.float().sum() for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
+        try:
             if losses:
                 torch.stack(losses).sum().backward()
-    except (NotImplementedError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UsageError(f"model cannot be measured without values, got {type(error).__name__}: {reason}") from error
+        except (NotImplementedError, RuntimeError) as error:
+            raise without_values(error) from error
     report.measured = True
     return report
-
-
-def _on_meta(model: nn.Module, ranks: int) -> nn.Module:
-    """A copy of ``model`` on the meta device, as one of ``ranks`` that talk to nobody where it is split."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        twin = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
-    region = getattr(model, "region", None)
-    if isinstance(region, Region):
-        alone = Ranks(size=ranks)
-        memo[id(region)] = Region(alone, alone, False)
-        model = without_engine(model, memo.copy())
-    return copy.deepcopy(model, memo)
-
-
-def _meta_input(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
 
 
 class _Recorder:

@@ -247,6 +247,8 @@ def along_dim(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     dims = argument(func, args, kwargs, "dims" if func.overloadpacket in (aten.flip, aten.roll) else "dim")
     if dims is None or (isinstance(dims, list | tuple) and not dims) or x.cut.dim in dims_of(dims, x.dim()):
         return NotImplemented
+    if func is aten._safe_softmax.default and x.shape[x.cut.dim] == x.ranks.size:  # type: ignore[index]
+        return NotImplemented  # its result is contiguous, of which a share that is one wide says nothing
     out = func(x.share, *args[1:], **kwargs)
     first = out if isinstance(out, Tensor) else out[0]
     layout = x.cut

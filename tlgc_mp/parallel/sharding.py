@@ -13,6 +13,7 @@ from tlgc_mp.errors import UsageError
 from tlgc_mp.nn import FullyLearnableGroupConv2d
 from tlgc_mp.nn.arguments import check_device, check_module
 from tlgc_mp.nn.init import check_drawable, draw_by_blocks, draw_whole, drawn_by_blocks
+from tlgc_mp.parallel.joins import agreed_joins
 from tlgc_mp.parallel.layers import make_root, shard_layer
 from tlgc_mp.parallel.layout import Layout, Ranks
 from tlgc_mp.parallel.plan import Placement, goes_plain, plan
@@ -34,6 +35,7 @@ def shard(
     seed: int | None = None,
     timeout: datetime.timedelta | float = COLLECTIVE_TIMEOUT,
     data_parallel_group: dist.ProcessGroup | None = None,
+    sample_inputs: Any = None,
 ) -> nn.Module:
     """Splits ``model`` over the ranks of ``process_group``, in place, layer by layer. Collective.
 
@@ -56,6 +58,9 @@ def shard(
             before it raises an error that names who is missing.
         data_parallel_group: the ranks that hold the same share, one of each replica. Only ``nn.SyncBatchNorm`` asks for
             them, and only where there are other ranks than those of ``process_group``.
+        sample_inputs: a tensor, or a tuple of what ``model`` takes, of which only shapes and types are looked at; the
+            same on every rank. A copy of ``model`` then runs once on the meta device, and parameters that meet joined
+            channels (DenseNet, Inception, U-Net) are cut as those lie. It saves collectives and changes no number.
 
     Returns:
         ``model``.
@@ -81,6 +86,9 @@ def shard(
     drawn_from = agree_on_model(model, coarse_group, seed)
     ranks = Ranks(coarse_group)
     placements = plan(model, ranks.size)
+    if sample_inputs is not None:
+        alike: list[Any] = [coarse_group, *([] if data_parallel_group is None else [data_parallel_group])]
+        placements = agreed_joins(model, placements, sample_inputs, alike)
     replicas = _replicas(model, members, data_parallel_group)
     region = Region(ranks, Ranks(group), goes_plain(model, placements), replicas)
     check_drawable(model)

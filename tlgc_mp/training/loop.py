@@ -114,6 +114,7 @@ def _train(
         lr_scheduler=None if "scheduler" in settings.config else _scheduler(settings, steps),
         config=settings.config,
         seed=settings.seed,
+        sample_inputs=torch.empty(settings.micro_batch, 3, data.image_size, data.image_size, device="meta"),
     )
     progress = {"epoch": 0, "step": 0, "seconds": 0.0, "train_seconds": 0.0, "data_seconds": 0.0}
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
