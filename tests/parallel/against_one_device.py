@@ -70,8 +70,9 @@ def whole_gradients(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor 
     for name, layer, key, param in own_parameters(model):
         gradient = param.grad
         assert type(gradient) is not SplitTensor, f"the gradient of {name} is split, and its parameter is not"
-        if gradient is not None and isinstance(layer, ShardedLayer) and key in layer.placement.dims:
-            gradient = whole(SplitTensor(gradient.contiguous(), layer.placement.layout(key), layer.region.ranks))
+        if gradient is not None and isinstance(layer, ShardedLayer) and key in layer.tlgc_placement.dims:
+            layout, ranks = layer.tlgc_placement.layout(key), layer.tlgc_region.ranks
+            gradient = whole(SplitTensor(gradient.contiguous(), layout, ranks))
         if keep:
             gradients[name] = None if gradient is None else gradient.clone()
     return gradients

@@ -142,8 +142,8 @@ def gather_gradients(model: nn.Module) -> dict[str, Tensor]:
         for key, param in module.named_parameters(recurse=False):
             assert param.grad is not None, f"{name}.{key} has no gradient"
             grad = param.grad
-            if isinstance(module, ShardedLayer) and key in module.placement.dims:
-                grad = gather_shares(grad, module.placement.layout(key), module.mp_group)
+            if isinstance(module, ShardedLayer) and key in module.tlgc_placement.dims:
+                grad = gather_shares(grad, module.tlgc_placement.layout(key), module.mp_group)
             gradients[f"{name}.{key}"] = grad
     return gradients
 

@@ -115,7 +115,7 @@ def _on_ranks() -> dict[Any, Steps]:
         steps.two_level = sum(isinstance(module, TwoLevelConv2d) for module in engine.module.modules())
         for module in engine.module.modules():
             if isinstance(module, nn.Conv1d | nn.Conv2d) and isinstance(module, ShardedLayer):
-                steps.others.add(module.placement.kind)
+                steps.others.add(module.tlgc_placement.kind)
         answers[name, dtype] = steps
     return answers
 

@@ -49,13 +49,13 @@ def _dropout(ranks: int, share: float, inplace: bool) -> ShardedLayer:
     group, _ = dist.new_subgroups(group_size=ranks)
     dropout = shard(model, group).get_submodule("1")
     assert isinstance(dropout, nn.Dropout) and isinstance(dropout, ShardedLayer)
-    assert dropout.placement.kind == "dropout"
+    assert dropout.tlgc_placement.kind == "dropout"
     return dropout
 
 
 def _mine(x: Tensor, dropout: ShardedLayer) -> Tensor:
     """This rank's channels of ``x``, in the memory format of ``x``."""
-    ranks = dropout.region.ranks
+    ranks = dropout.tlgc_region.ranks
     return x.tensor_split(ranks.size, dim=1)[ranks.rank].clone(memory_format=torch.preserve_format)
 
 
@@ -64,8 +64,8 @@ def _both_ways(dropout: Any, x: Tensor) -> dict[str, Tensor]:
     answers = {}
     for way in WAYS:
         plain = way == "plain shares"
-        given = _mine(x, dropout) if plain else split(x, 1, dropout.region.ranks)
-        with dropout.region.set_plain(plain):
+        given = _mine(x, dropout) if plain else split(x, 1, dropout.tlgc_region.ranks)
+        with dropout.tlgc_region.set_plain(plain):
             found = torch.cat([_dropped(dropout.train(), given), dropout.eval()(given)[None]])
         if isinstance(found, SplitTensor):
             assert found.cut.dim == 2
@@ -92,10 +92,10 @@ def _on_ranks() -> dict[Any, Any]:
                         answers[ranks, share, inplace, name, way] = found
         dropout = _dropout(ranks, 0.2, False)
         x = _input("channels_last maps").requires_grad_()
-        out = checkpoint(dropout, split(x, 1, dropout.region.ranks), use_reentrant=False)
+        out = checkpoint(dropout, split(x, 1, dropout.tlgc_region.ranks), use_reentrant=False)
         answers["recomputed", ranks, "split tensors"] = _is_dropped_in_backward(x, whole(out))
         x = _mine(_input("channels_last maps"), dropout).requires_grad_()
-        with dropout.region.set_plain(True):
+        with dropout.tlgc_region.set_plain(True):
             answers["recomputed", ranks, "plain shares"] = _is_dropped_in_backward(
                 x, checkpoint(dropout, x, use_reentrant=False)
             )

@@ -54,7 +54,7 @@ def _on_ranks(name: str, sample: bool) -> tuple[Step, int, dict[str, Any]]:
     step = train_step(model, (_images().requires_grad_(),), keep=False)
     collectives.recorders.clear()
     assert all(torch.isfinite(output).all() for output in step.outputs)
-    segments = {n: m.placement.segments for n, m in model.named_modules() if hasattr(m, "placement")}
+    segments = {n: m.tlgc_placement.segments for n, m in model.named_modules() if hasattr(m, "tlgc_placement")}
     return _step(shard(_model(name), sample_inputs=_images() if sample else None)), sent.total(), segments
 
 

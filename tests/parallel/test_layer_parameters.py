@@ -200,7 +200,7 @@ def _initialized_again(model: nn.Sequential) -> Any:
 def _clipped(norm_type: float) -> Callable[[nn.Sequential], Any]:
     def run(model: nn.Sequential) -> Any:
         _loss(model).backward()
-        if hasattr(model, "region"):
+        if hasattr(model, "tlgc_region"):
             norm = clip_grad_norm_(model, 0.05, norm_type)
         else:
             norm = nn.utils.clip_grad_norm_(model.parameters(), 0.05, norm_type)

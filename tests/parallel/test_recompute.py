@@ -167,7 +167,7 @@ def _engine(settings: dict[str, Any], checkpointed: bool) -> tuple[dict[str, Ten
                 found = {f"{name}.grad": grad.clone() for name, grad in gather_gradients(engine.module).items()}
             engine.step()
         losses.append(loss.detach())
-        coarse = {m.region.ranks.group_name for m in engine.module.modules() if isinstance(m, TwoLevelConv2d)}
+        coarse = {m.tlgc_region.ranks.group_name for m in engine.module.modules() if isinstance(m, TwoLevelConv2d)}
         counts = {kind: traffic.calls for (kind, group), traffic in clock.traffic.items() if group in coarse}
         collectives.append(Counter(counts))
     return {"losses": torch.stack(losses), **found, **gather_state_dict(engine.module)}, collectives

@@ -47,7 +47,7 @@ def _on_ranks(cases: tuple[tuple[int, int], ...]) -> dict[Any, Any]:
         for layout, memory_format in FORMATS.items():
             layer, x, weights = _case(groups, channels, layout)
             layer = shard(layer)
-            ranks = layer.get_submodule("0").region.ranks
+            ranks = layer.get_submodule("0").tlgc_region.ranks
             given, given_weights = (split(tensor, 1, ranks) for tensor in (x.requires_grad_(), weights))
             recorder = Recorder()
             out = layer.get_submodule("0")(given)
@@ -108,7 +108,7 @@ def _step(model: nn.Module) -> Tensor:
 def _with_learned_groups() -> tuple[str, dict[str, Tensor]]:
     model = shard(_learned_groups())
     logits = _step(model)
-    return model.get_submodule("2").placement.kind, {"logits": logits, **gather_state_dict(model)}
+    return model.get_submodule("2").tlgc_placement.kind, {"logits": logits, **gather_state_dict(model)}
 
 
 def test_learned_groups_are_held_whole_by_every_rank() -> None:

@@ -99,7 +99,7 @@ def _recorded(model: Any, images: Tensor) -> tuple[_Recorder, list[Callable[[], 
     with _Recorder() as recorder:
         _step(model, images)
     collectives.recorders.clear()
-    return recorder, [_collective(kind, size, model.region) for kind, size in sent]
+    return recorder, [_collective(kind, size, model.tlgc_region) for kind, size in sent]
 
 
 def _all(calls: list[Callable[[], object]]) -> None:

@@ -86,7 +86,7 @@ def _losses(topology: Topology, stage: int, steps: int, delayed: bool) -> dict[s
             engine.backward(loss)
         engine.step()
         losses.append(loss.detach())
-    coarse = {m.region.ranks.group_name for m in engine.module.modules() if isinstance(m, TwoLevelConv2d)}
+    coarse = {m.tlgc_region.ranks.group_name for m in engine.module.modules() if isinstance(m, TwoLevelConv2d)}
     calls = Counter(
         {
             (name, "coarse" if group in coarse else "ZeRO", kind): traffic.calls

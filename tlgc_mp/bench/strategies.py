@@ -144,7 +144,7 @@ def _engine(
             "optimizer_bytes": held["state_bytes"] + held["master_bytes"],
         }
 
-    coarse = {module.region.ranks.group_name for module in engine.module.modules() if isinstance(module, ShardedLayer)}
+    coarse = {m.tlgc_region.ranks.group_name for m in engine.module.modules() if isinstance(m, ShardedLayer)}
     return Workload(
         step, engine.module, memory, flops, frozenset(coarse if STRATEGIES[request["strategy"]] == "gc-2l" else ())
     )

@@ -94,7 +94,7 @@ class EngineState:
                 if tensor is None or key in module._non_persistent_buffers_set or id(tensor) in seen:
                     continue
                 seen.add(id(tensor))
-                dim, segments = module.placement.layout(key) if isinstance(module, ShardedLayer) else WHOLE
+                dim, segments = module.tlgc_placement.layout(key) if isinstance(module, ShardedLayer) else WHOLE
                 index, count = (0, 1) if dim is None else (module.tp_index, module.tp_world_size)
                 shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
                 found[f"{prefix}.{key}" if prefix else key] = Part(shape, dim, index, count, segments)

@@ -42,7 +42,7 @@ def clip_grad_norm_(
         raise UsageError(
             f"norm_type must be positive, got {norm_type!r}; use 2.0, or float('inf') for the largest value"
         )
-    region = getattr(model, "region", None)
+    region = getattr(model, "tlgc_region", None)
     shares: list[Tensor] = []
     others: list[Tensor] = []
     seen: set[int] = set()
@@ -51,7 +51,7 @@ def clip_grad_norm_(
             if param is None or param.grad is None or id(param) in seen:
                 continue
             seen.add(id(param))
-            cut = isinstance(module, ShardedLayer) and name in module.placement.dims
+            cut = isinstance(module, ShardedLayer) and name in module.tlgc_placement.dims
             (shares if cut else others).append(param.grad)
     total = _norm(others, norm_type)
     if isinstance(region, Region) and region.ranks.size > 1:

@@ -42,32 +42,32 @@ class LocalLayer(ShardedLayer):
     """A layer that runs on plain shares of channels, dimension 1, and has collectives of its own."""
 
     def forward(self, x: Tensor) -> Any:
-        if self.region.plain:
+        if self.tlgc_region.plain:
             return super().forward(x)  # type: ignore[misc]
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         channels = self.in_channels  # type: ignore[attr-defined]
         if x.dim() != 4 or x.shape[1] != channels:
             raise UsageError(f"input of shape {tuple(x.shape)} does not fit; give (B, {channels}, H, W)")
-        return self._on_shares(x)
+        return self._tlgc_on_shares(x)
 
-    def _on_shares(self, x: Tensor) -> Tensor:
+    def _tlgc_on_shares(self, x: Tensor) -> Tensor:
         last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         if not isinstance(x, SplitTensor):
-            x = enter_ranks(x, self.region.ranks)  # its gradient is plain, too
-        share = to_share(x, CHANNELS, self.region.ranks)  # of a whole tensor, a view with gaps
+            x = enter_ranks(x, self.tlgc_region.ranks)  # its gradient is plain, too
+        share = to_share(x, CHANNELS, self.tlgc_region.ranks)  # of a whole tensor, a view with gaps
         share = share.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        with self.region.set_plain(True):
+        with self.tlgc_region.set_plain(True):
             y = super().forward(share)  # type: ignore[misc]
-        return from_share(y, CHANNELS, self.region.ranks)
+        return from_share(y, CHANNELS, self.tlgc_region.ranks)
 
 
 class ParallelTwoLevel(LocalLayer):
     """G = N / P groups of a two-level group convolution, or of its prototype; the gather is a collective."""
 
-    def _adjust(self) -> None:
-        self.local_groups = self.groups // self.region.ranks.size  # type: ignore[attr-defined]
-        self.exchange = CoarseExchange(self.region.ranks.size, self.region.ranks.group_name)
+    def _tlgc_adjust(self) -> None:
+        self.local_groups = self.groups // self.tlgc_region.ranks.size  # type: ignore[attr-defined]
+        self.exchange = CoarseExchange(self.tlgc_region.ranks.size, self.tlgc_region.ranks.group_name)
 
 
 class ParallelShuffle(LocalLayer):
@@ -78,11 +78,11 @@ class ParallelShuffle(LocalLayer):
 
     receive_order: Tensor
 
-    def _adjust(self) -> None:
+    def _tlgc_adjust(self) -> None:
         """Works out who sends how many channels to whom: group g's channel k moves to place k N + g, and a rank holds
         consecutive groups before, and consecutive places after."""
         layer: Any = self
-        ranks, own = self.region.ranks.size, self.region.ranks.rank
+        ranks, own = self.tlgc_region.ranks.size, self.tlgc_region.ranks.rank
         places = torch.arange(layer.out_channels).view(-1, layer.groups)  # m/N, N
         goes_to = places // (layer.out_channels // ranks)
         comes_from = (torch.arange(layer.groups) // (layer.groups // ranks)).expand_as(places)
@@ -96,7 +96,7 @@ class ParallelShuffle(LocalLayer):
     def _shuffled(self, y: Tensor) -> Tensor:
         channels_last = y.is_contiguous(memory_format=torch.channels_last)
         by_place = y.unflatten(1, (self.groups, -1)).permute(2, 1, 0, 3, 4).flatten(0, 1)  # type: ignore[attr-defined]
-        received = exchange_channels(by_place, self._sends, self._receives, self.region.ranks.group_name)
+        received = exchange_channels(by_place, self._sends, self._receives, self.tlgc_region.ranks.group_name)
         shuffled = received.index_select(0, self.receive_order).transpose(0, 1)
         return shuffled.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
@@ -106,18 +106,18 @@ class ParallelSyncNorm(LocalLayer):
 
     @property
     def process_group(self) -> Any:
-        return None if self.region.replicas is None else self.region.replicas.group
+        return None if self.tlgc_region.replicas is None else self.tlgc_region.replicas.group
 
     @process_group.setter
     def process_group(self, group: Any) -> None:
         """It follows from the region."""
 
     def forward(self, x: Tensor) -> Any:
-        if self.region.plain or not self.training:  # type: ignore[attr-defined]
+        if self.tlgc_region.plain or not self.training:  # type: ignore[attr-defined]
             return super(LocalLayer, self).forward(x)  # type: ignore[misc]
         if x.device.type == "meta":  # to be measured
             return nn.BatchNorm2d.forward(self, x)  # type: ignore[arg-type]
-        return self._on_shares(x)
+        return self._tlgc_on_shares(x)
 
 
 class ParallelGroupConv(ShardedLayer):
@@ -125,10 +125,10 @@ class ParallelGroupConv(ShardedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layer: Any = self
-        if not self.region.plain or self.region.ranks.size == 1:
+        if not self.tlgc_region.plain or self.tlgc_region.ranks.size == 1:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         (x,) = args
-        groups = layer.groups // self.region.ranks.size
+        groups = layer.groups // self.tlgc_region.ranks.size
         return F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, groups)
 
 
@@ -140,8 +140,8 @@ class ParallelColumnConv(ShardedLayer):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.region.plain and self.region.ranks.size > 1 and args[0].requires_grad:
-            args = (copy_to_ranks(args[0], self.region.ranks.group_name),)
+        if self.tlgc_region.plain and self.tlgc_region.ranks.size > 1 and args[0].requires_grad:
+            args = (copy_to_ranks(args[0], self.tlgc_region.ranks.group_name),)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -152,8 +152,8 @@ class GatheredConv(ShardedLayer):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        ranks = self.region.ranks
-        if self.region.plain and ranks.size > 1:
+        ranks = self.tlgc_region.ranks
+        if self.tlgc_region.plain and ranks.size > 1:
             gathered = coarse_gather(args[0].transpose(0, 1), ranks.size, ranks.group_name)  # n, B, H, W
             args = (gathered.transpose(0, 1).contiguous(memory_format=torch.channels_last),)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -168,8 +168,8 @@ class ParallelDropout(ShardedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layer: Any = self
-        ranks = self.region.ranks
-        if not self.region.plain or ranks.size == 1 or not layer.training or layer.p == 0:
+        ranks = self.tlgc_region.ranks
+        if not self.tlgc_region.plain or ranks.size == 1 or not layer.training or layer.p == 0:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         (x,) = args
         shape = (x.shape[0], x.shape[1] * ranks.size, *x.shape[2:])
@@ -187,15 +187,15 @@ class ParallelRow(ShardedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layer: Any = self
-        if self.region.ranks.size == 1:
+        if self.tlgc_region.ranks.size == 1:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        if not self.region.plain:
-            return super().forward(*self._cut(args), **kwargs)  # type: ignore[misc]
+        if not self.tlgc_region.plain:
+            return super().forward(*self._tlgc_cut(args), **kwargs)  # type: ignore[misc]
         (x,) = args
-        logits = sum_partials(F.linear(x, layer.weight), self.region.ranks.group_name)
+        logits = sum_partials(F.linear(x, layer.weight), self.tlgc_region.ranks.group_name)
         return logits if layer.bias is None else logits + layer.bias
 
-    def _cut(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _tlgc_cut(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments, with an input that every rank holds whole cut: then autograd keeps this rank's share of it.
 
         Only for layers whose code is known to leave its input as it is.
@@ -210,7 +210,7 @@ class ParallelRow(ShardedLayer):
         dim = x.dim() - 1 if linear else x.dim() - layer._parameters["weight"].dim() + 1
         if dim < 0 or x.shape[dim] != inputs:
             return args
-        ranks = layer.region.ranks
+        ranks = layer.tlgc_region.ranks
         layout = Layout(dim, (inputs // groups,) * groups if groups > 1 else None)
         x = x if type(x) is SplitTensor else enter_ranks(x, ranks)
         return (from_share(to_share(x, layout, ranks).clone(), layout, ranks), *args[1:])
@@ -238,10 +238,10 @@ LAYERS: dict[str, type[ShardedLayer]] = {
 class SplitModel:
     """What the class of a split model begins with: its outputs are plain and whole."""
 
-    region: Region
+    tlgc_region: Region
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        region = self.__dict__.get("region")  # a part that was sliced off has none
+        region = self.__dict__.get("tlgc_region")  # a part that was sliced off has none
         if region is None or region.ranks.size == 1:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         if region.channels_apart and not _is_watched(self):  # type: ignore[arg-type]
@@ -279,6 +279,31 @@ def _is_watched(model: nn.Module) -> bool:
     return False
 
 
+_DEEPSPEEDS = {name for name in dir(TensorParallel_Layer) if not name.startswith(("__", "_abc"))} | {
+    *("mp_group", "tp_world_size", "tp_index", "is_tp_parallel", "support_training")
+}
+"""Names under which DeepSpeed keeps something in a tensor-parallel layer."""
+
+
+def check_names(model: nn.Module, placements: dict[str, Placement]) -> None:
+    """Refuses layers with attributes or methods of their own that are called as DeepSpeed calls its.
+
+    Raises:
+        UsageError: naming the first.
+    """
+    taken = _DEEPSPEEDS - set(dir(nn.Module))
+    for name in placements:
+        layer = model.get_submodule(name)
+        if isinstance(layer, TensorParallel_Layer):
+            continue
+        own = sorted(taken.intersection(dir(layer)))
+        if own:
+            raise UsageError(
+                f"{name or 'model'}.{own[0]} of a {type(layer).__name__} must have another name, got one of "
+                "DeepSpeed's tensor-parallel layers; rename it"
+            )
+
+
 def shard_layer(
     layer: nn.Module,
     placement: Placement,
@@ -298,7 +323,7 @@ def shard_layer(
         TensorParallel_Layer.__init__(layer, None)  # type: ignore[arg-type]
     layer.__dict__.update(names)
     own: Any = layer
-    own.placement, own.region = placement, region
+    own.tlgc_placement, own.tlgc_region = placement, region
     own.tp_world_size, own.tp_index = region.ranks.size, region.ranks.rank
     own.is_tp_parallel = region.ranks.size > 1
     own.support_training = True
@@ -323,7 +348,7 @@ def shard_layer(
             shares[id(buffer), layout] = _share(placement, key, buffer, region, device)
         layer._buffers[key] = shares[id(buffer), layout]
     with region.set_plain(True):
-        own._adjust()
+        own._tlgc_adjust()
 
 
 def _keep_hooks(param: nn.Parameter, share: nn.Parameter, layout: Layout, region: Region) -> None:
@@ -346,7 +371,7 @@ def _share(placement: Placement, key: str, tensor: Tensor, region: Region, devic
 def make_root(model: nn.Module, region: Region) -> None:
     """Makes ``model`` give whole outputs, in place."""
     model.__class__ = split_class(type(model), SplitModel)
-    model.region = region  # type: ignore[assignment]
+    model.tlgc_region = region  # type: ignore[assignment]
 
 
 def collect_checkpoint_info(model: nn.Module) -> None:

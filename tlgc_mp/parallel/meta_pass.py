@@ -31,7 +31,7 @@ def copy_on_meta(model: nn.Module, ranks: int, placements: dict[str, Placement] 
     for tensor in (*model.parameters(), *model.buffers()):
         twin = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
-    region = getattr(model, "region", None)
+    region = getattr(model, "tlgc_region", None)
     alone = Ranks(size=ranks)
     if isinstance(region, Region):
         memo[id(region)] = Region(alone, alone, False)

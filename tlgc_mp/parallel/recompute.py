@@ -111,7 +111,7 @@ def _current_shares(block: nn.Module) -> Callable[[], contextlib.AbstractContext
     """What enters again whether plain shares go from layer to layer, as now: backward runs outside the split model."""
     for module in block.modules():
         if isinstance(module, ShardedLayer):
-            return functools.partial(module.region.set_plain, module.region.plain)
+            return functools.partial(module.tlgc_region.set_plain, module.tlgc_region.plain)
     return contextlib.nullcontext
 
 

@@ -142,7 +142,7 @@ def held_whole(model: nn.Module) -> list[tuple[str, Tensor]]:
     """The parameters and buffers of a split model that every rank holds whole, by name."""
     found: dict[int, tuple[str, Tensor]] = {}
     for name, module in model.named_modules():
-        split = module.__dict__["placement"].dims if "region" in module.__dict__ and "placement" in vars(module) else ()
+        split = vars(module)["tlgc_placement"].dims if "tlgc_placement" in vars(module) else ()
         buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
         for key, tensor in {**module._parameters, **buffers}.items():
             partitioned = hasattr(tensor, "ds_id")  # by ZeRO 3: it may be on its way

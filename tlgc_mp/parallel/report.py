@@ -149,10 +149,10 @@ def layout_report(model: nn.Module, inputs: Any = None, *, tensor_parallel: int 
             has not.
     """
     check_module("model", model)
-    region = getattr(model, "region", None)
+    region = getattr(model, "tlgc_region", None)
     if isinstance(region, Region):
         ranks, placements = region.ranks.size, None
-        report = copy.deepcopy(cast(LayoutReport, model.layout))
+        report = copy.deepcopy(cast(LayoutReport, region.report))
     else:
         if not is_count(tensor_parallel):
             raise UsageError(f"tensor_parallel must be a number of ranks, got {tensor_parallel!r}; use 1 or more")

@@ -1,8 +1,9 @@
 """What all sharded layers have in common: they store a share, and show the whole.
 
-A sharded layer keeps its class, its names and its code. What it stores is this rank's share; what its code, and anybody
-else's, reads as ``layer.weight`` is a :class:`SplitTensor`, the whole weight to all appearances. So a subclass with a
-forward of its own, a hook, or a penalty on weights computes what it does on one device.
+A sharded layer keeps its class, its names and its code; what it gets beside them is called ``tlgc_...``, or as
+DeepSpeed calls it. What it stores is this rank's share; what its code, and anybody else's, reads as ``layer.weight`` is
+a :class:`SplitTensor`, the whole weight to all appearances. So a subclass with a forward of its own, a hook, or a
+penalty on weights computes what it does on one device.
 
 Each is a ``TensorParallel_Layer`` of DeepSpeed's, too, which is how the engine's gradient norm, its consolidated 16-bit
 save and its checkpoint metadata treat it as one of its own.
@@ -34,6 +35,7 @@ class Region:
         channels_apart: whether they can, since the model's code between layers leaves channels apart.
         plain: whether shares go from layer to layer as plain tensors, now.
         replicas: the ranks that hold this share, one of each replica; ``None`` where nobody asks.
+        report: how each layer is held, as ``model.layout``; a model may have an attribute of its own of that name.
     """
 
     def __init__(self, ranks: Ranks, tp_ranks: Ranks, channels_apart: bool, replicas: Ranks | None = None) -> None:
@@ -42,6 +44,7 @@ class Region:
         self.channels_apart = channels_apart
         self.plain = ranks.size == 1
         self.replicas = replicas
+        self.report: Any = None
 
     @contextlib.contextmanager
     def set_plain(self, plain: bool) -> Iterator[None]:
@@ -56,16 +59,18 @@ class Region:
 class ShardedLayer:
     """What the class of every sharded layer begins with; :func:`shard_layer` makes one of a layer."""
 
-    region: Region
-    placement: Placement
+    tlgc_region: Region
+    tlgc_placement: Placement
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)  # type: ignore[misc]
         own = self.__dict__
-        if "region" not in own or name not in own["placement"].dims or own["region"].plain or value is None:
+        if "tlgc_region" not in own or name not in own["tlgc_placement"].dims:
             return value
-        layout = own["placement"].layout(name)
-        ranks = own["region"].ranks
+        if own["tlgc_region"].plain or value is None:
+            return value
+        layout = own["tlgc_placement"].layout(name)
+        ranks = own["tlgc_region"].ranks
         if name not in own["_parameters"]:
             shown = SplitTensor(value, layout, ranks)
         elif torch.is_grad_enabled() or torch.is_inference_mode_enabled():
@@ -78,27 +83,27 @@ class ShardedLayer:
 
     def __setattr__(self, name: str, value: Any) -> Any:
         own = self.__dict__
-        if not isinstance(value, Tensor) or "region" not in own or own["region"].plain:
+        if not isinstance(value, Tensor) or "tlgc_region" not in own or own["tlgc_region"].plain:
             return super().__setattr__(name, value)
-        if name in own["placement"].dims and name in own["_parameters"]:
-            own["_parameters"][name] = self._as_held(name, value)
+        if name in own["tlgc_placement"].dims and name in own["_parameters"]:
+            own["_parameters"][name] = self._tlgc_as_held(name, value)
             return None
         if name in own["_buffers"]:
             # A buffer that forward code replaces is stored as the one before it was.
-            if name in own["placement"].dims:
-                value = share_in(value, own["placement"].layout(name), own["region"].ranks).clone()
+            if name in own["tlgc_placement"].dims:
+                value = share_in(value, own["tlgc_placement"].layout(name), own["tlgc_region"].ranks).clone()
             else:
                 value = whole(value)
         return super().__setattr__(name, value)
 
-    def _as_held(self, name: str, value: Tensor) -> nn.Parameter:
+    def _tlgc_as_held(self, name: str, value: Tensor) -> nn.Parameter:
         """The share that ``value`` stands for, to be held as the cut parameter ``name``: as after ``weight -= x``, or
         from another layer, whose parameter is tied to this one from now on."""
         held = value.held if type(value) is SplitTensor else value
         own = self._parameters[name]  # type: ignore[attr-defined]
         fits = held is not None and own is not None and held.shape == own.shape
         if type(value) is SplitTensor:
-            fits = fits and value.cut == self.placement.layout(name)
+            fits = fits and value.cut == self.tlgc_placement.layout(name)
         if not fits or not isinstance(held, nn.Parameter):
             raise UsageError(
                 f"{name} of a split {type(self).__name__} must be a parameter cut as it is, got a "
@@ -109,7 +114,7 @@ class ShardedLayer:
 
     def __delattr__(self, name: str) -> None:
         own = self.__dict__
-        if "region" in own and own["region"].ranks.size > 1 and name in own["placement"].dims:
+        if "tlgc_region" in own and own["tlgc_region"].ranks.size > 1 and name in own["tlgc_placement"].dims:
             raise UsageError(
                 f"{name} of a split {type(self).__name__} must stay, since it is held in shares; prune, normalize or "
                 "parametrize weights before the model is split"
@@ -127,7 +132,7 @@ class ShardedLayer:
     @property
     def mp_group(self) -> dist.ProcessGroup:
         """DeepSpeed's name for the tensor-parallel group."""
-        return self.region.tp_ranks.group
+        return self.tlgc_region.tp_ranks.group
 
     @mp_group.setter
     def mp_group(self, group: Any) -> None:
@@ -140,17 +145,17 @@ class ShardedLayer:
         super().__setstate__(state)  # type: ignore[misc]
         for key, param in self._parameters.items():  # type: ignore[attr-defined]
             if param is not None:
-                keep_gradient_plain(param, self.placement.dims.get(key), self.region)
+                keep_gradient_plain(param, self.tlgc_placement.dims.get(key), self.tlgc_region)
 
-    def _adjust(self) -> None:
+    def _tlgc_adjust(self) -> None:
         """What a layer needs beside its share."""
 
-    def gather_whole(self, key: str) -> Tensor:
+    def tlgc_gather_whole(self, key: str) -> Tensor:
         """The whole parameter or buffer ``key``, assembled from the shares of all ranks of the group. Collective."""
         tensor = {**self._parameters, **self._buffers}[key].detach()  # type: ignore[attr-defined]
-        if key not in self.placement.dims:
+        if key not in self.tlgc_placement.dims:
             return tensor.clone()
-        made = SplitTensor(tensor.contiguous(), self.placement.layout(key), self.region.tp_ranks)
+        made = SplitTensor(tensor.contiguous(), self.tlgc_placement.layout(key), self.tlgc_region.tp_ranks)
         return whole(made).clone(memory_format=torch.contiguous_format)
 
     @torch.no_grad()
@@ -158,8 +163,8 @@ class ShardedLayer:
         """Replaces each given parameter's data by the whole one. DeepSpeed calls it around a consolidated save."""
         for param in params_list:
             key = next((key for key, own in self._parameters.items() if own is param), None)  # type: ignore[attr-defined]
-            if key in self.placement.dims:
-                full = self.gather_whole(key)
+            if key in self.tlgc_placement.dims:
+                full = self.tlgc_gather_whole(key)
                 param.data_partition = param.data  # type: ignore[attr-defined]
                 param.data = full
 
@@ -175,26 +180,26 @@ class ShardedLayer:
         """Describes each parameter's split for DeepSpeed's universal checkpoints."""
         layer: Any = self
         for key, param in layer.named_parameters(recurse=False, remove_duplicate=False):
-            dim = self.placement.dims.get(key)
+            dim = self.tlgc_placement.dims.get(key)
             shape = list(getattr(param, "ds_shape", param.shape))  # ds_shape: before ZeRO 3 partitions it
             if dim is not None:
                 share = shape[dim]
-                shape[dim] *= self.region.ranks.size
+                shape[dim] *= self.tlgc_region.ranks.size
             layer._set_param_uc_meta(
                 param,
                 partition_type="row" if dim == 1 else "column",
                 partition_dim=dim,
                 logical_shape=tuple(shape),
                 original_shape=tuple(shape),
-                partition_sizes=None if dim is None else (share,) * self.region.ranks.size,
-                sub_param_shard_widths=self._widths(key),
+                partition_sizes=None if dim is None else (share,) * self.tlgc_region.ranks.size,
+                sub_param_shard_widths=self._tlgc_widths(key),
                 is_bias=key == "bias",
                 replicated=dim is None,
             )
 
-    def _widths(self, key: str) -> list[list[int]] | None:
+    def _tlgc_widths(self, key: str) -> list[list[int]] | None:
         """What each rank holds of each segment of the parameter ``key``; ``None`` where it is one piece."""
-        segments, ranks = self.placement.layout(key).segments, self.region.ranks.size
+        segments, ranks = self.tlgc_placement.layout(key).segments, self.tlgc_region.ranks.size
         return None if segments is None else [[segment // ranks] * ranks for segment in segments]
 
 

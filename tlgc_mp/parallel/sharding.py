@@ -14,7 +14,7 @@ from tlgc_mp.nn import FullyLearnableGroupConv2d
 from tlgc_mp.nn.arguments import check_device, check_module
 from tlgc_mp.nn.init import check_drawable, draw_by_blocks, draw_whole, drawn_by_blocks
 from tlgc_mp.parallel.joins import agreed_joins
-from tlgc_mp.parallel.layers import make_root, shard_layer
+from tlgc_mp.parallel.layers import check_names, make_root, shard_layer
 from tlgc_mp.parallel.layout import Layout, Ranks
 from tlgc_mp.parallel.plan import Placement, goes_plain, plan
 from tlgc_mp.parallel.replicas import agree_on_model, watch_replicas
@@ -92,6 +92,7 @@ def shard(
     replicas = _replicas(model, members, data_parallel_group)
     region = Region(ranks, Ranks(group), goes_plain(model, placements), replicas)
     check_drawable(model)
+    check_names(model, placements)
     target = None if device is None else torch.device(device)
     split_layers(model, placements, region, target, drawn_from)
     watch_replicas(model, ranks, bound)
@@ -134,7 +135,7 @@ def split_layers(
     Args:
         seed: of the values that tensors on the meta device get; without one, they get none.
     """
-    report = static_report(model, placements, region.ranks.size)
+    region.report = static_report(model, placements, region.ranks.size)
     shares: dict[tuple[int, Layout], Tensor] = {}
     made: dict[int, Tensor] = {}
     # Both are by the ids of tensors, which must not be given to others as long as they are looked up.
@@ -152,7 +153,7 @@ def split_layers(
     del alive
     make_root(model, region)
     if not hasattr(model, "layout"):
-        model.layout = report  # type: ignore[assignment]
+        model.layout = region.report  # type: ignore[assignment]
 
 
 @torch.no_grad()
@@ -177,7 +178,7 @@ def gather_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Any]:
         with zero3_gathered(list(module.parameters(recurse=False))):
             for key, value in own.items():
                 if isinstance(module, ShardedLayer) and key != EXTRA:
-                    value = module.gather_whole(key)
+                    value = module.tlgc_gather_whole(key)
                 elif isinstance(value, Tensor):
                     value = whole(value.detach()).clone()
                 if keep:

@@ -1,0 +1,86 @@
+"""A split leaves alone what a model calls as this package might: attributes and methods of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.parallel.against_one_device import Step, train_step, worst
+from tests.parallel.common import SEED, run_ranks_once
+from tests.ranks import run_ranks
+from tlgc_mp.parallel import layout_report, shard
+
+
+class Region(nn.Conv2d):
+    """A layer with a region, a placement and a layout, and ways to cut and adjust."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.region, self.placement, self.layout, self.ranks = 2.0, "left", (1, 3), 5
+
+    def _cut(self, x: Tensor) -> Tensor:
+        return x[..., : self.layout[1]]
+
+    def _adjust(self, x: Tensor) -> Tensor:
+        return x * self.region
+
+    def gather_whole(self, x: Tensor) -> Tensor:
+        return x + self.ranks
+
+    _as_held = _widths = _on_shares = gather_whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._adjust(self.gather_whole(super().forward(self._cut(x))))
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.last = Region(3, 8, 1), Region(8, 8, 1), Region(8, 4, 1)
+        self.region, self.layout, self.placement = 0.5, "rows", nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.last(self.placement(self.inner(self.stem(x)))) * self.region
+        return y if self.layout == "rows" else y.mT
+
+
+def _step(model: nn.Module) -> Step:
+    images = torch.randn(2, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(SEED))
+    return train_step(model, (images.requires_grad_(),), evaluate=True)
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(SEED)
+    return Network().double()
+
+
+def _on_ranks() -> tuple[Step, float]:
+    model = shard(_model())
+    report = layout_report(model, torch.empty(2, 3, 5, 5, dtype=torch.float64))
+    return _step(model), report.parameters_split
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_models_own_names_are_its_own(ranks: int) -> None:
+    found, parameters_split = run_ranks_once(ranks, _on_ranks)[0]
+    off, what = worst(found, _step(_model()))
+    assert off < 1e-9, what
+    assert parameters_split > 0.9
+
+
+class Moves(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.tp_index = 3
+
+
+def _with_a_name_of_deepspeeds() -> None:
+    shard(nn.Sequential(nn.Linear(8, 8), Moves()))
+
+
+def test_a_name_that_deepspeed_needs_is_refused() -> None:
+    with pytest.raises(AssertionError, match=r"1\.tp_index of a Moves must have another name, got one of DeepSpeed's"):
+        run_ranks(2, _with_a_name_of_deepspeeds)
