@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import tlgc_mp.bench.bandwidth
 import tlgc_mp.bench.saving
 import tlgc_mp.bench.scaling
 import tlgc_mp.bench.training_report
@@ -193,7 +194,7 @@ NAMES = st.one_of(
 VALUES = st.one_of(NUMERALS, TEXT, PATHS, NAMES)
 COMMANDS = (
     ["train"], ["params"], ["report"], ["export"], ["reshard"], ["launch"],
-    ["bench", "scaling"], ["bench", "zero"], ["bench", "saving"],
+    ["bench", "scaling"], ["bench", "bandwidth"], ["bench", "zero"], ["bench", "saving"],
 )  # fmt: skip
 
 
@@ -259,6 +260,7 @@ def only_checks() -> Iterator[None]:
             (tlgc_mp.checkpoint.offline, "reshard_checkpoint", accept),
             (tlgc_mp.bench.training_report, "plot_losses", lambda *_: None),
             (tlgc_mp.bench.training_report, "plot_errors", lambda *_: None),
+            (tlgc_mp.bench.bandwidth, "run", accept),
             (tlgc_mp.bench.scaling, "run", accept),
             (tlgc_mp.bench.zero, "run", accept),
             (tlgc_mp.bench.saving, "run", accept),

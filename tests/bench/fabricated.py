@@ -28,6 +28,7 @@ def rank_result(seconds: list[float], busy: list[float], **changes: Any) -> dict
         "accounting": {"convolution, forward": 0.75, "optimizer": 0.25},
         "collective_seconds": 0.5,
         "collective_bytes": 2 * 10**6,
+        "network_bytes": 10**6,
         "coarse_seconds": 0.25,
         "peak_memory_bytes": 5 * 10**6,
         "parameter_bytes": 10**6,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -45,8 +46,7 @@ class Ranks:
         pids = [int(line) for line in self.pids.read_text().split()]
         assert len(pids) == count
         for pid in pids:
-            with pytest.raises(ProcessLookupError):
-                os.kill(pid, 0)
+            _wait_for(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), f"process {pid} to end")
 
 
 @pytest.fixture
@@ -95,7 +95,38 @@ def test_an_error_on_a_real_rank_is_told() -> None:
     assert re.match(r"rank [01]: UsageError: model='wrn-11-1': depth 11 is not 6 u \+ 4", outcome.error)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's doing")
+def test_ranks_on_hosts_are_started_through_ssh(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ssh = tmp_path / "ssh"  # as ssh does it: one shell that reads all words, and another folder and environment
+    ssh.write_text('#!/bin/sh\n[ "$1 $2" = "-o BatchMode=yes" ] || exit 9\ncd /\nexec env -i HOST="$3" sh -c "$4"\n')
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("NCCL_NOTE", "a b'c")
+    values = '"$HOST $RANK $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $NCCL_NOTE $PWD"'
+    ranks.run(f"""[ "$3" = '{json.dumps(REQUEST)}' ] || exit 8\nprintf '["%s"]' {values} >"$4"\nexec cat""")
+    outcome = launch.measure(REQUEST, 4, 50.0, launch.places(["one", "two"]), str(tmp_path))
+    assert outcome.error is None
+    here = f"one a b'c {os.getcwd()}"
+    assert outcome.ranks == [[f"one 0 0 2 {here}"], [f"one 1 1 2 {here}"], [f"two 2 0 2 {here}"], [f"two 3 1 2 {here}"]]
+    ranks.assert_all_gone(4)
+
+
+def test_a_rank_ends_with_its_standard_input(tmp_path: Path) -> None:
+    request = json.dumps({**REQUEST, "depth": 11})
+    command = [sys.executable, "-m", "tlgc_mp.bench.worker", request, str(tmp_path / "result")]
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    rank = subprocess.Popen(command, env={**os.environ, **place}, stdin=subprocess.PIPE)
+    try:
+        _wait_for((tmp_path / "result").exists, "a result", 100.0)
+        time.sleep(0.5)
+        assert rank.poll() is None
+        assert rank.stdin is not None
+        rank.stdin.close()
+        assert rank.wait(10.0) == 1
+    finally:
+        rank.kill()
+        rank.wait()
+
+
 def test_ranks_do_not_outlive_a_benchmark_that_is_killed(tmp_path: Path) -> None:
     code = f"from tlgc_mp.bench.launch import measure; measure({ {**REQUEST, 'steps': 10**9}!r}, 1, 300.0)"
     driver = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})

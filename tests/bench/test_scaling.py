@@ -102,12 +102,16 @@ class Measurements:
     def __init__(self, answers: dict[tuple[str, int], launch.Outcome], device_memory: int | None) -> None:
         self.answers = answers
         self.asked: list[tuple[str, int]] = []
+        self.on: list[tuple[int, list[str], str | None]] = []
         self.momentum: set[bool] = set()
         self.device_memory = device_memory
 
-    def __call__(self, request: dict[str, Any], ranks: int, time_limit: float) -> launch.Outcome:
+    def __call__(
+        self, request: dict[str, Any], ranks: int, time_limit: float, places: Any, shared_folder: str | None
+    ) -> launch.Outcome:
         key = (request["strategy"], request.get("micro_batches", 1))
         self.asked.append(key)
+        self.on.append((ranks, [place.address for place in places], shared_folder))
         if key[0] == "core-rate":
             name = None if self.device_memory is None else "Abacus X"
             rate = {"best_flops_per_second": 2e9, "device": name, "device_memory_bytes": self.device_memory}
@@ -143,6 +147,14 @@ def test_rounds_take_turns_and_keep_the_best_number_of_micro_batches(
     assert pipeline["micro_batches"] == 4
     assert pipeline["micro_batch_seconds"] == {"2": 0.5, "4": 0.25, "8": 9.0}
     assert [(sample["round"], sample["seconds"]) for sample in pipeline["samples"]] == [(0, 0.25), (1, 0.25)]
+
+
+def test_hosts_share_the_ranks_and_have_cores_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tlgc_mp.provenance.usable_cores", lambda: 1)
+    flags = ["--widths", "10", "--strategies", "gc-2l@4", "--hosts", "one", "two", "--rounds", "1"]
+    status, measurements = _run(monkeypatch, tmp_path, *flags)
+    assert status == 0
+    assert measurements.on == [(2, ["one", "two"], str(tmp_path)), (4, ["one", "two"], str(tmp_path))]
 
 
 @pytest.mark.parametrize("out_of_memory", [False, True])

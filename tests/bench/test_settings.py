@@ -52,6 +52,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "micro-batches zero": (["--micro-batches", "0"], ["--micro-batches=0", "1 or more"]),
     "rounds": (["--rounds", "0"], ["--rounds=0", "1 or more"]),
     "steps": (["--steps", "-1"], ["--steps=-1", "1 or more"]),
+    "hosts": (["--hosts", "a", "b", "--strategies", "naive-mp@3"], ["--hosts", "2 hosts", "3 ranks", "1, 3"]),
     "dtype": (["--dtype", "fp16"], ["--dtype='fp16'", "fp32, bf16"]),
     "ranks beyond a machine": (["--strategies", "zero3@257"], ["--tp=257", "256 or less"]),
     "ranks that are no number": (["--strategies", "gc@" + "9" * 5000], ["number of ranks", "gc@2"]),

@@ -50,8 +50,50 @@ def add_bench_parser(commands: Any) -> None:
     scaling.add_argument(
         "--time-limit", type=float, default=1800.0, metavar="SECONDS", help="of one measurement (default: %(default)g)"
     )
-    scaling.add_argument("--output", metavar="DIR", help="default: runs/scaling-DATE")
+    scaling.add_argument(
+        "--hosts",
+        nargs="+",
+        metavar="HOST",
+        help="on which the ranks run, shared evenly, through ssh without a password (default: this machine)",
+    )
+    scaling.add_argument("--output", metavar="DIR", help="default: runs/scaling-DATE, which all hosts must see")
     scaling.set_defaults(run=_scaling)
+    bandwidth = benchmarks.add_parser(
+        "bandwidth",
+        help="a training step of several strategies against the bandwidth between two hosts",
+        description="Time training steps of WideResNet over two hosts that this command makes on this machine (network "
+        "namespaces; it needs root, iproute2 and util-linux), at several bandwidths of the link between them. Writes "
+        "bandwidth.json, bandwidth.md, bandwidth.png and bandwidth.svg, and goes on with a run that was cut off in its "
+        "folder.",
+        allow_abbrev=False,
+    )
+    bandwidth.add_argument("--depth", type=int, default=10, help="of the WideResNet, 6 u + 4 (default: %(default)s)")
+    bandwidth.add_argument("--width", type=int, metavar="W", help="of the WideResNet (default: 4)")
+    bandwidth.add_argument(
+        "--strategies",
+        nargs="+",
+        metavar="NAME[@P]",
+        help=f"{', '.join(STRATEGIES)}; at 2 ranks, or P (default: gc-2l gc channel-parallel naive-mp zero3)",
+    )
+    bandwidth.add_argument("--groups", type=int, metavar="N", help="of gc-2l and gc (default: as many as ranks)")
+    bandwidth.add_argument(
+        "--batch-size", type=int, default=32, metavar="B", help="images a step (default: %(default)s)"
+    )
+    bandwidth.add_argument(
+        "--rates", nargs="+", metavar="RATE", help="(default: unlimited 1gbit 100mbit 20mbit; unlimited always)"
+    )
+    bandwidth.add_argument("--rounds", type=int, default=2, metavar="R", help="(default: %(default)s)")
+    bandwidth.add_argument("--steps", type=int, default=5, metavar="K", help="timed ones (default: %(default)s)")
+    bandwidth.add_argument("--quick", action="store_true", help="w = 1, one round of one step, unlimited and 20mbit")
+    bandwidth.add_argument(
+        "--time-limit",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="of one measurement; one that must take longer is left out (default: %(default)g)",
+    )
+    bandwidth.add_argument("--output", metavar="DIR", help="default: runs/bandwidth-DATE")
+    bandwidth.set_defaults(run=_bandwidth, micro_batches=None, activation_checkpointing=False)
     zero = benchmarks.add_parser(
         "zero",
         help="memory of a rank at each ZeRO stage beside tensor parallelism, against what the stage promises",
@@ -98,6 +140,14 @@ def _scaling(options: Any, launch: Launch) -> int:
     from tlgc_mp.bench import scaling
 
     return scaling.run(settings)
+
+
+def _bandwidth(options: Any, launch: Launch) -> int:
+    if launch.world > 1:
+        raise UsageError(f"bench bandwidth starts its own ranks, and this is one of {launch.world}; start it plainly")
+    from tlgc_mp.bench import bandwidth
+
+    return bandwidth.run(bandwidth.resolve(options))
 
 
 def _saving(options: Any, launch: Launch) -> int:

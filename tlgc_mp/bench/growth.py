@@ -13,7 +13,7 @@ from tlgc_mp.bench.settings import IMAGE_SIZE
 
 Row = dict[str, Any]
 
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # told apart by colour-blind readers too
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # told apart by colour-blind readers too
 _BYTES_A_PARAMETER = 12  # itself, its gradient, its momentum, in float32
 
 
@@ -64,7 +64,7 @@ def plot(rows: list[Row], folder: str) -> None:
     )
     figure, all_axes = plt.subplots(1, len(panels), figsize=(10.5, 3.8), layout="constrained")
     for axes, (label, formula, measured) in zip(all_axes, panels, strict=True):
-        for color, (groups, line) in zip(_COLORS, lines.items(), strict=False):
+        for color, (groups, line) in zip(COLORS, lines.items(), strict=False):
             if formula == "bytes" and groups == 1:
                 continue
             at = [row["width"] for row in line]
@@ -78,7 +78,7 @@ def plot(rows: list[Row], folder: str) -> None:
         axes.grid(alpha=0.3)
     handles = [
         Line2D([], [], color=color, marker="o", label=f"N = P = {groups}")
-        for color, groups in zip(_COLORS, lines, strict=False)
+        for color, groups in zip(COLORS, lines, strict=False)
     ]
     handles.append(Line2D([], [], color="gray", ls="--", lw=1, label="formula"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize="small")

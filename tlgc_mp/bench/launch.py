@@ -1,25 +1,59 @@
 """The ranks of one measurement: started, watched and ended. Loads no torch.
 
 Ranks leave their result in a file and then stay until they are ended here, so that none closes a connection on which
-another still waits. Whatever happens, no rank outlives :func:`measure`; should this process be killed, the kernel ends
-the ranks (:func:`tlgc_mp.bench.worker.main`).
+another still waits. Whatever happens, no rank outlives :func:`measure`: a rank ends with its standard input, which
+closes when this process is gone, or the ssh that it was started through (:func:`tlgc_mp.bench.worker.main`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tlgc_mp.parallel.engine import free_port
 
 POLL_SECONDS = 0.05
+SSH = ("ssh", "-o", "BatchMode=yes")
+FORWARDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "DS_", "GLOO_", "NCCL_", "TORCH_")
+"""What begins the names of the variables that ranks started through ssh get of this process's."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A host of ranks.
+
+    Attributes:
+        address: where the ranks of other hosts reach it.
+        enter: the words that start a command there; none for this machine itself.
+    """
+
+    address: str = "127.0.0.1"
+    enter: tuple[str, ...] = ()
+
+    def command(self, words: list[str], variables: dict[str, str]) -> list[str]:
+        """What runs ``words`` there with ``variables``, in this process's folder."""
+        if self.enter[:1] != SSH[:1]:
+            return [*self.enter, *words]
+        kept = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
+        assigned = [f"{name}={value}" for name, value in {**kept, **variables}.items()]
+        return [*self.enter, shlex.join(["env", "-C", os.getcwd(), *assigned, *words])]
+
+
+HERE = (Place(),)
+
+
+def places(hosts: Sequence[str]) -> tuple[Place, ...]:
+    """Hosts that are reached through ssh, and see this process's folder; this machine where none is named."""
+    return tuple(Place(host, (*SSH, host)) for host in hosts) or HERE
 
 
 @dataclass(frozen=True)
@@ -37,7 +71,13 @@ class Outcome:
     out_of_memory: bool = False
 
 
-def measure(request: dict[str, Any], ranks: int, time_limit: float) -> Outcome:
+def measure(
+    request: dict[str, Any],
+    ranks: int,
+    time_limit: float,
+    places: Sequence[Place] = HERE,
+    shared_folder: str | None = None,
+) -> Outcome:
     """Runs the measurement that ``request`` describes on ``ranks`` new processes.
 
     Each has one thread and is pinned to one core, rank r to core r modulo the number of cores.
@@ -45,27 +85,31 @@ def measure(request: dict[str, Any], ranks: int, time_limit: float) -> Outcome:
     Args:
         request: what :func:`tlgc_mp.bench.worker.run` takes.
         time_limit: seconds until all are killed.
+        places: among which the ranks are divided evenly, consecutive ones to each.
+        shared_folder: one that all places see, for what the ranks leave; this machine's own for such things if None.
     """
+    local = ranks // len(places)
     environment = {
-        **os.environ,
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "LOCAL_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
+        "LOCAL_WORLD_SIZE": str(local),
+        "LOCAL_SIZE": str(local),
+        "MASTER_ADDR": places[0].address,
         "MASTER_PORT": str(free_port()),
     }
-    with tempfile.TemporaryDirectory(prefix="tlgc-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tlgc-bench-", dir=shared_folder) as folder:
         processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(ranks):
+                variables = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank % local)}
+                worker = [sys.executable, "-m", "tlgc_mp.bench.worker", json.dumps(request), _result(folder, rank)]
                 with open(_log(folder, rank), "wb") as log:
                     processes.append(
                         subprocess.Popen(
-                            [sys.executable, "-m", "tlgc_mp.bench.worker", json.dumps(request), _result(folder, rank)],
-                            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                            stdin=subprocess.DEVNULL,
+                            places[rank // local].command(worker, variables),
+                            env={**os.environ, **variables},
+                            stdin=subprocess.PIPE,
                             stdout=log,
                             stderr=subprocess.STDOUT,
                             start_new_session=True,  # Ctrl-C is answered here
@@ -76,7 +120,7 @@ def measure(request: dict[str, Any], ranks: int, time_limit: float) -> Outcome:
             for process in processes:
                 process.kill()
             for process in processes:
-                process.wait()
+                process.communicate()
 
 
 def _log(folder: str, rank: int) -> str:
@@ -84,7 +128,7 @@ def _log(folder: str, rank: int) -> str:
 
 
 def _result(folder: str, rank: int) -> str:
-    return os.path.join(folder, f"rank-{rank}.json")
+    return os.path.abspath(os.path.join(folder, f"rank-{rank}.json"))
 
 
 def _watch(processes: list[subprocess.Popen[bytes]], folder: str, time_limit: float) -> Outcome:

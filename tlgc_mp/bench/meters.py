@@ -1,4 +1,4 @@
-"""Clocks and meters of one rank: time and bytes in collectives, activations, memory."""
+"""Clocks and meters of one rank: time and bytes in collectives and on the network, activations, memory."""
 
 from __future__ import annotations
 
@@ -241,6 +241,16 @@ def before_first_optimizer_step(measure: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def network_bytes() -> int:
+    """Sent so far through this host's network, by any process of it, headers included; loopback does not count."""
+    try:
+        with open("/proc/self/net/dev", encoding="ascii") as file:
+            interfaces = [line.partition(":") for line in file if ":" in line]
+    except OSError:
+        return 0
+    return sum(int(counts.split()[8]) for name, _, counts in interfaces if name.strip() != "lo")
 
 
 def reset_peak_memory(device: torch.device) -> None:

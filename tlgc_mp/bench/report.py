@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tlgc_mp.bench import growth
+from tlgc_mp.bench.growth import COLORS
 from tlgc_mp.bench.paper import printed_rows
 from tlgc_mp.files import replace_file
 from tlgc_mp.models.names import parse_model
@@ -20,8 +21,6 @@ Row = dict[str, Any]
 
 PAPER_HOURS = {(parse_model(row.model)[1], row.groups): row.hours for row in printed_rows() if row.hours is not None}
 """(w, N) -> hours, as printed in Table 2; N = 1 is the dense network."""
-
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # told apart by colour-blind readers too
 
 
 def paper_speed_up(width: int, groups: int) -> float | None:
@@ -236,7 +235,7 @@ def _plot(rows: list[Row], machine: dict[str, Any], folder: str) -> None:
     limits: dict[int, str] = {}
     handles = []
     figure, axes = plt.subplots(figsize=(7.0, 4.6), layout="constrained")
-    for color, (groups, ranks) in zip(_COLORS * len(lines), sorted(lines), strict=False):
+    for color, (groups, ranks) in zip(COLORS * len(lines), sorted(lines), strict=False):
         points = sorted(lines[groups, ranks], key=lambda row: row["width"])
         at = [row["width"] for row in points]
         name = f"N = P = {groups}" if groups == ranks else f"N = {groups}, P = {ranks}"

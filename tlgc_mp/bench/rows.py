@@ -33,6 +33,7 @@ says otherwise.
     collective_seconds         s          of a step, in collectives, sends and receives, waiting for other ranks
                                           included; measured in steps of their own, as are the next five
     collective_bytes           bytes      of a step; of each message the larger of what went in and what came out
+    network_bytes              bytes      of a step, that the host sent to others; all its ranks and processes count
     collectives                           kind -> {calls, seconds, bytes}
     accounting                 s          kind of work -> seconds of a profiled step, which they add up to
     coarse_seconds             s          of these, gathers and reduce-scatters of the coarse level
@@ -153,6 +154,7 @@ def make_row(record: Record, dtype: str, best_flops_per_second: float | None, co
         "achieved_share": achieved / best_flops_per_second if best_flops_per_second else None,
         "collective_seconds": over_rounds("collective_seconds"),
         "collective_bytes": last[busiest]["collective_bytes"],
+        "network_bytes": last[busiest]["network_bytes"],
         "collectives": last[busiest]["collectives"],
         "accounting": last[busiest]["accounting"],
         "coarse_seconds": over_rounds("coarse_seconds"),
@@ -173,6 +175,7 @@ _MEASURED = (
     "achieved_share",
     "collective_seconds",
     "collective_bytes",
+    "network_bytes",
     "collectives",
     "accounting",
     "coarse_seconds",

@@ -27,7 +27,7 @@ from tlgc_mp.provenance import describe_run
 def run(settings: BenchSettings) -> int:
     """Measures, writes the files, says how it goes; the exit status: 1 if a strategy failed other than for memory."""
     description = describe_run()
-    cores_here = description["machine"]["cores"]
+    cores_here = description["machine"]["cores"] * max(1, len(settings.hosts))  # hosts are taken to be alike
     _write_json(settings, "run.json", description)
     best: dict[int, float] = {}
     device_memory: int | None = None
@@ -35,7 +35,7 @@ def run(settings: BenchSettings) -> int:
     rows: list[dict[str, Any]] = []
     for round_index in range(settings.rounds):
         for cores in sorted({min(case.ranks, cores_here) for case in settings.cases}):
-            outcome = launch.measure({"strategy": CORE_RATE, "dtype": settings.dtype}, cores, settings.time_limit)
+            outcome = _on_hosts({"strategy": CORE_RATE, "dtype": settings.dtype}, cores, settings)
             result = outcome.error
             if result is None:
                 rate = max(rank["best_flops_per_second"] for rank in outcome.ranks)
@@ -46,7 +46,7 @@ def run(settings: BenchSettings) -> int:
             print(f"round {round_index + 1}  {CORE_RATE}  ranks={cores}  {result}", flush=True)
         _write_json(settings, "run.json", description)
         if not records:
-            host_memory = capacity.available_bytes()  # once, so that all cases of a width are decided alike
+            host_memory = _host_memory(settings)  # once, so that all cases of a width are decided alike
             records = [_plan(case, settings, host_memory, device_memory) for case in settings.cases]
         for record in records:
             if record.error is None:
@@ -63,8 +63,19 @@ def _row(record: Record, settings: BenchSettings, best: dict[int, float], cores:
     return make_row(record, settings.dtype, best.get(min(record.case.ranks, cores)), cores)
 
 
+def _on_hosts(request: dict[str, Any], ranks: int, settings: BenchSettings) -> launch.Outcome:
+    shared_folder = settings.output if settings.hosts else None
+    return launch.measure(request, ranks, settings.time_limit, launch.places(settings.hosts), shared_folder)
+
+
+def _host_memory(settings: BenchSettings) -> int | None:
+    """What is free on this machine, and so on each of the hosts."""
+    free = capacity.available_bytes()
+    return None if free is None else free * max(1, len(settings.hosts))
+
+
 def _available(case: Case, host_memory: int | None, device_memory: int | None) -> int | None:
-    """Memory for all ranks of ``case``: what is free on this machine, or where each has an accelerator, on those."""
+    """Memory for all ranks of ``case``: what is free on the hosts, or where each has an accelerator, on those."""
     return host_memory if device_memory is None else device_memory * case.ranks
 
 
@@ -103,7 +114,7 @@ def _measure(record: Record, round_index: int, settings: BenchSettings, device_m
     """Measures ``record``'s case once more, and in the first round finds its number of micro-batches."""
     case = record.case
     needed = capacity.needed_bytes(case, record.momentum, record.update_in_backward)
-    available = _available(case, capacity.available_bytes(), device_memory)
+    available = _available(case, _host_memory(settings), device_memory)
     if available is not None and needed > available:
         record.out_of_memory = True
         record.error = f"does not fit: needs about {needed / 1e9:.0f} GB, and {available / 1e9:.0f} GB are free"
@@ -112,20 +123,14 @@ def _measure(record: Record, round_index: int, settings: BenchSettings, device_m
     kept: tuple[int, list[dict[str, Any]]] | None = None
     failed = launch.Outcome()
     for count in case.micro_batches if record.micro_batches is None else (record.micro_batches,):
-        request = {
-            "strategy": case.strategy,
-            "depth": case.depth,
-            "width": case.width,
-            "groups": case.groups,
-            "batch_size": case.batch_size,
-            "dtype": settings.dtype,
-            "momentum": record.momentum,
-            "update_in_backward": record.update_in_backward,
-            "micro_batches": count,
-            "activation_checkpointing": case.activation_checkpointing,
-            "steps": settings.steps,
-        }
-        outcome = launch.measure(request, case.ranks, settings.time_limit)
+        request = case.request(
+            dtype=settings.dtype,
+            momentum=record.momentum,
+            update_in_backward=record.update_in_backward,
+            micro_batches=count,
+            steps=settings.steps,
+        )
+        outcome = _on_hosts(request, case.ranks, settings)
         if outcome.error is not None:
             failed = outcome
             continue

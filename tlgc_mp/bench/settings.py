@@ -71,6 +71,11 @@ class Case:
         """The convolution of the network."""
         return STRATEGIES[self.strategy]
 
+    def request(self, **others: Any) -> dict[str, Any]:
+        """What :func:`tlgc_mp.bench.worker.run` takes to measure this case; ``others`` is what it leaves open."""
+        named = ("strategy", "depth", "width", "groups", "batch_size", "activation_checkpointing")
+        return {**{name: getattr(self, name) for name in named}, **others}
+
 
 @dataclass(frozen=True)
 class BenchSettings:
@@ -83,6 +88,7 @@ class BenchSettings:
         momentum: whether SGD keeps momentum, where there is memory for it.
         output: the folder of what is written.
         time_limit: seconds after which a measurement is given up.
+        hosts: on which the ranks run, through ssh; this machine where empty.
     """
 
     cases: tuple[Case, ...]
@@ -92,6 +98,7 @@ class BenchSettings:
     momentum: bool
     output: str
     time_limit: float
+    hosts: tuple[str, ...] = ()
 
 
 def resolve(options: Any) -> BenchSettings:
@@ -116,10 +123,17 @@ def resolve(options: Any) -> BenchSettings:
     cases: dict[Case, None] = {}
     for width, batch_size in zip(widths, batch_sizes, strict=True):
         for name in names:
-            strategy, ranks = _strategy(name, options.tp or [2])
+            strategy, ranks = parse_strategy(name, options.tp or [2])
             for count in ranks:
-                case = _case(strategy, depth, width, count, batch_size, options)
+                case = make_case(strategy, depth, width, count, batch_size, options)
                 cases[case] = None
+    hosts = tuple(options.hosts or ())
+    for case in cases:
+        if hosts and case.ranks % len(hosts):
+            raise UsageError(
+                f"--hosts: {len(hosts)} hosts do not share the {case.ranks} ranks of {case.strategy} evenly; "
+                f"use {one_of(divisors(case.ranks))} of them, or other --tp"
+            )
     return BenchSettings(
         cases=tuple(cases),
         rounds=options.rounds or (1 if quick else 2),
@@ -128,6 +142,7 @@ def resolve(options: Any) -> BenchSettings:
         momentum=not options.no_momentum,
         output=output_folder(options.output, time.strftime("scaling-%Y%m%d-%H%M%S")),
         time_limit=options.time_limit,
+        hosts=hosts,
     )
 
 
@@ -143,7 +158,7 @@ def _batch_sizes(given: list[int] | None, widths: list[int]) -> list[int]:
     return given * len(widths) if len(given) == 1 else given
 
 
-def _strategy(name: str, ranks: list[int]) -> tuple[str, list[int]]:
+def parse_strategy(name: str, ranks: list[int]) -> tuple[str, list[int]]:
     """``"gc-2l@4"`` -> its name and the numbers of ranks at which it runs: 4, or ``ranks`` where it names none."""
     strategy, at, count = name.partition("@")
     if strategy not in STRATEGIES:
@@ -155,7 +170,12 @@ def _strategy(name: str, ranks: list[int]) -> tuple[str, list[int]]:
     return strategy, [int(count)]
 
 
-def _case(strategy: str, depth: int, width: int, ranks: int, batch_size: int, options: Any) -> Case:
+def make_case(strategy: str, depth: int, width: int, ranks: int, batch_size: int, options: Any) -> Case:
+    """A case that can be measured; ``options`` have its ``groups``, ``micro_batches`` and ``activation_checkpointing``.
+
+    Raises:
+        UsageError: it cannot.
+    """
     conv = STRATEGIES[strategy]
     check_ranks("--tp", ranks)
     if conv == "sc" and ranks == 1 and strategy != "naive-mp":

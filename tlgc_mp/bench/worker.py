@@ -1,17 +1,17 @@
 """One rank of one measurement: ``python -m tlgc_mp.bench.worker REQUEST RESULT``, started by ``bench.launch``.
 
-REQUEST is JSON, RESULT the file for what was measured. The rank then stays until it is ended.
+REQUEST is JSON, RESULT the file for what was measured. The rank then stays until its standard input ends.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,9 @@ CORE_RATE = "core-rate"
 
 WARM_UP_STEPS = 2
 """The first allocates, the second finds what the first has freed."""
+
+INSTRUMENTED_STEPS = 2
+"""After the timed ones."""
 
 CORE_RATE_SHAPES = ((128, 32, 16), (256, 16, 16), (320, 32, 4), (640, 16, 4), (1280, 8, 4))
 """Channels in and out, image size and images of the convolutions of which the fastest counts."""
@@ -67,9 +70,10 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     Returns:
         ``best_flops_per_second``, and ``device`` and ``device_memory_bytes`` (name and free memory of this rank's
         accelerator, else null) for the core rate; what ``measure_rank`` returns for ``"zero-memory"``; for a strategy
-        ``seconds`` and ``busy_cpu_seconds`` of each timed step, ``busy_device_seconds`` of one (null on the CPU),
-        ``flops``, ``accounting`` and ``collectives`` by kind, ``collective_seconds``, ``collective_bytes``,
-        ``coarse_seconds``, ``peak_memory_bytes``, ``parameter_bytes``, ``gradient_bytes``, ``optimizer_bytes`` and
+        ``seconds`` and ``busy_cpu_seconds`` of each timed step, ``network_bytes`` that its host sent in one,
+        ``busy_device_seconds`` of one (null on the CPU), ``flops``, ``accounting`` and ``collectives`` by kind,
+        ``collective_seconds``, ``collective_bytes``, ``coarse_seconds``, ``peak_memory_bytes``, ``parameter_bytes``,
+        ``gradient_bytes``, ``optimizer_bytes`` and
         ``activation_bytes``.
     """
     from tlgc_mp.parallel.engine import start_distributed
@@ -106,15 +110,19 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         work.step()
     gc.collect()
     seconds, busy = [], []
+    sent_before = meters.network_bytes()
     for _ in range(request["steps"]):
         wall_began, cpu_began = _together(accelerator)
         work.step()
         accelerator.synchronize()
         seconds.append(time.perf_counter() - wall_began)
         busy.append(time.process_time() - cpu_began)
+    barrier()
+    sent = meters.network_bytes() - sent_before
     return {
         "seconds": seconds,
         "busy_cpu_seconds": busy,
+        "network_bytes": sent / request["steps"],
         "flops": work.flops,
         "peak_memory_bytes": meters.peak_memory_bytes(device),
         **_instrumented_step(work, accelerator),
@@ -129,7 +137,7 @@ def _together(accelerator: Any) -> tuple[float, float]:
 
 
 def _instrumented_step(work: Workload, accelerator: Any) -> dict[str, Any]:
-    """Two more steps, with meters that would slow the timed ones."""
+    """Steps with meters that would slow the timed ones."""
     from tlgc_mp.bench import meters
     from tlgc_mp.bench.accounting import profile_step
 
@@ -149,7 +157,7 @@ def _instrumented_step(work: Workload, accelerator: Any) -> dict[str, Any]:
         "collectives": collectives,
         "collective_seconds": clock.seconds(),
         "collective_bytes": sum(traffic["bytes"] for traffic in collectives.values()),
-        "coarse_seconds": clock.seconds(("all_gather", "reduce_scatter"), work.coarse_groups),
+        "coarse_seconds": clock.seconds(("all_gather", "reduce_scatter", "send", "receive"), work.coarse_groups),
         "activation_bytes": saved.peak_bytes,
         **memory,
     }
@@ -190,20 +198,22 @@ def _core_rate(device: torch.device, dtype: str) -> float:
 
 
 def _prepare_process() -> None:
-    """Pins this process to its core; has the kernel end it with the one that started it, and before any other one when
-    memory runs out."""
+    """Pins this process to its core; has it end with the one that started it, and before any other one when memory runs
+    out."""
     use_huge_pages()
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(os.environ["RANK"]) % len(cores)]})
+    threading.Thread(target=_end_with_standard_input, daemon=True).start()
     if sys.platform == "linux":
-        set_parent_death_signal = 1
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
             file.write("1000")
+
+
+def _end_with_standard_input() -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(1)
 
 
 def _is_memory(error: BaseException) -> bool:
