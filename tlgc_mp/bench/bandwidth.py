@@ -205,9 +205,9 @@ _HEAD = (
 )
 
 _READING = """\
-MB sent: by a host in a step, headers included, without a limit. On the way: what these take at the bandwidth. What a step is longer by
-is less where they travel under the computation. In the coarse level: a rank issues its collectives, or waits for
-them."""
+MB sent: by a host in a step, headers included, without a limit. On the way: what these take at the bandwidth. What a
+step is longer by is less where they travel under the computation. In the coarse level: a rank issues its collectives,
+or waits for them."""
 
 
 def markdown(rows: list[Row], case: Case, description: Mapping[str, Any]) -> str:
