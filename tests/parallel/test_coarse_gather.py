@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
 from tests.parallel.common import SEED, gather_shares, run_ranks_once
+from tlgc_mp.bench.meters import CollectiveClock
 from tlgc_mp.nn import TwoLevelConv2d
 from tlgc_mp.parallel.collectives import (
     CoarseExchange,
@@ -152,6 +153,29 @@ def test_values(ranks: int) -> None:
         torch.testing.assert_close(found["scattered, bf16"].double(), share, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(found["summed"], everyones.sum(0))
         assert torch.equal(found["copied"], everyones[rank])
+
+
+def _bytes_given() -> dict[str, tuple[int, int]]:
+    exchange, group = _exchange(_world()), _world()
+    found = {}
+    for name, start, tensor in (
+        ("gather", exchange.gather, torch.ones(2, 5)),
+        ("reduce_scatter", exchange.reduce_scatter, torch.ones(2 * group.size(), 5)),
+    ):
+        with CollectiveClock() as clock:
+            start(tensor)()
+        kinds = clock.by_kind()
+        assert set(kinds) == {"send", "receive"}
+        found[name] = (int(kinds["send"]["bytes"]), int(kinds["receive"]["bytes"]))
+    return found
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_rank_sends_a_share_to_every_other(ranks: int) -> None:
+    """Gloo's reduce-scatter would send all to all."""
+    shares = (ranks - 1) * 2 * 5 * 4
+    for found in run_ranks_once(ranks, _bytes_given):
+        assert found == {"gather": (shares, shares), "reduce_scatter": (shares, shares)}
 
 
 def _operator_checks() -> dict[str, dict[str, str]]:

@@ -97,9 +97,36 @@ def _start_gather(share: Tensor, ranks: int, group_name: str) -> Callable[[], Te
         return lambda: full
     group = resolve_group(group_name)
     call = _begin("coarse_gather", share, group)
+    if dist.get_backend(group) == "gloo":
+        by_rank = full.view(ranks, *share.shape)
+        by_rank[dist.get_rank(group)] = share
+        arrived = _start_swap(call, share.expand_as(by_rank), by_rank, group)
+        return lambda: arrived().view(full.shape)
     start = _comm("all_gather_into_tensor", "all_gather_single")
     work = complete(call, start, full, share, group=group, async_op=True)
     return _arrival(call, work, full, share)
+
+
+def _start_swap(call: Call, sent: Tensor, received: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Starts giving ``sent[r]`` to every other rank r of a Gloo group and taking ``received[r]`` from it; the function
+    returned waits and gives ``received``.
+
+    Gloo's own reduce-scatter is an all-reduce, which sends twice the bytes. In its other collectives the word that a
+    rank is ready to receive may queue behind what it sends, and the two directions of a slow link then take turns.
+    """
+    ranks, own = dist.get_process_group_ranks(group), dist.get_rank(group)
+    others = [(own + distance) % len(ranks) for distance in range(1, len(ranks))]
+    receive, send = _comm("irecv", "irecv"), _comm("isend", "isend")
+    number = call[2]
+    works = [complete(call, receive, received[rank], ranks[rank], group=group, tag=number) for rank in others]
+    works += [complete(call, send, sent[rank], ranks[rank], group=group, tag=number) for rank in others]
+
+    def wait(sent: Tensor = sent) -> Tensor:
+        for work in works:
+            complete(call, work.wait)
+        return received
+
+    return wait
 
 
 def _arrival(call: Call, work: Any, result: Tensor, sent: Tensor) -> Callable[[], Tensor]:
@@ -137,6 +164,12 @@ def _start_reduce_scatter(full: Tensor, ranks: int, group_name: str) -> Callable
         return lambda: share
     group = resolve_group(group_name)
     call = _begin("coarse_reduce_scatter", full, group)
+    if dist.get_backend(group) == "gloo":
+        by_rank = full.view(ranks, *share.shape)
+        received = torch.empty_like(by_rank)
+        received[dist.get_rank(group)] = by_rank[dist.get_rank(group)]
+        arrived = _start_swap(call, by_rank, received, group)
+        return lambda: arrived().sum(0)
     start = _comm("reduce_scatter_tensor", "reduce_scatter_single")
     work = complete(call, start, share, full, group=group, async_op=True)
     return _arrival(call, work, share, full)
