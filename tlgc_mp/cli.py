@@ -64,7 +64,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--recipe", help=f"{', '.join(RECIPES)} (default: by data set): epochs, batch, rate and decay")
     train.add_argument("--epochs", type=int, help="default: the recipe's; its milestones move along")
     train.add_argument(
-        "--limit-steps", type=int, metavar="K", help="end each epoch after K steps, to try a run (default: no limit)"
+        "--limit-steps",
+        type=int,
+        metavar="K",
+        help="end each epoch after K steps, and its evaluation after K batches, to try a run (default: no limit)",
+    )
+    train.add_argument(
+        "--log-interval",
+        type=int,
+        default=50,
+        metavar="K",
+        help="report loss, rate, speed and remaining time every K steps (default: %(default)s)",
     )
     train.add_argument("--batch-size", type=int, help="samples a step over all replicas (default: the recipe's)")
     train.add_argument("--learning-rate", type=float, metavar="RATE", help="the initial one (default: the recipe's)")

@@ -27,7 +27,10 @@ RUN = {
     **{"tensor_parallel": 2, "data_parallel": 1, "zero_stage": 0, "batch_size": 128, "accumulation": 1},
     "learning_rate": 0.1,
 }
-PROGRESS = {"epoch": 0, "step": 8, "seconds": 1.5, "train_seconds": 1.0, "data_seconds": 0.5}
+PROGRESS = {
+    **{"epoch": 0, "step": 8, "seconds": 1.5, "train_seconds": 1.0, "data_seconds": 0.5},
+    "learning_rate": 0.1,
+}
 TAG = "epoch-1"
 RANKS = 2
 

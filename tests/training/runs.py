@@ -64,4 +64,14 @@ def train_until(signal_at: tuple[int, int], output_dir: str, *options: str) -> O
 
 
 def metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """The lines of the epochs."""
+    return [line for line in _lines(output_dir) if "loss" not in line]
+
+
+def step_metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """The lines between."""
+    return [line for line in _lines(output_dir) if "loss" in line]
+
+
+def _lines(output_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]

@@ -135,7 +135,7 @@ def _averaged_statistics(tensor_parallel: int) -> tuple[dict[str, torch.Tensor],
     """A rank's running statistics before, drawn by rank, and after averaging."""
     from tlgc_mp.models import create_model
     from tlgc_mp.parallel import initialize
-    from tlgc_mp.training.loop import average_running_statistics
+    from tlgc_mp.training.evaluation import average_running_statistics
 
     rank = int(os.environ["RANK"])
     config = {"train_batch_size": 8, "tensor_parallel": {"autotp_size": tensor_parallel}}
@@ -169,20 +169,17 @@ def test_running_statistics_are_averaged_over_the_replicas(world: int, tensor_pa
 def _evaluate() -> tuple[float, float]:
     """The (loss, error) of a model of random weights on the 360 test images of digits, as one of so many replicas."""
     from tlgc_mp.data import EvaluationBatches, load_datasets
-    from tlgc_mp.training.interrupt import StopRequest
-    from tlgc_mp.training.loop import EVALUATION_BATCH, _Run
+    from tlgc_mp.training.evaluation import EVALUATION_BATCH, evaluate
 
-    run = object.__new__(_Run)
-    run.engine = _model()
-    vars(run.engine)["module"] = run.engine  # as an engine holds the model
-    run.engine.device = torch.device("cpu")
-    run.tests = EvaluationBatches(
+    engine = _model()
+    vars(engine).update(module=engine, device=torch.device("cpu"))  # as an engine holds the model
+    tests = EvaluationBatches(
         load_datasets("digits", None, seed=0).test,
         batch_size=EVALUATION_BATCH,
         rank=int(os.environ["RANK"]),
         replicas=int(os.environ["WORLD_SIZE"]),
     )
-    return run._evaluate(StopRequest(agreed=lambda: None))
+    return evaluate(engine, tests, between=lambda: None, speaks=False)
 
 
 def _model() -> torch.nn.Module:

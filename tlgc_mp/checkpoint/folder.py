@@ -167,7 +167,10 @@ def saved_run(folder: str, tag: str) -> dict[str, Any]:
 
 _COUNTED = ("groups", "batch_size", "accumulation", "tensor_parallel", "data_parallel")
 _TOLD = ("model", "conv", "zero_stage", "coarse_everywhere", "coarse_kernel_size", "coarse_init")
-_PROGRESS = {"epoch": int, "step": int, "seconds": float, "train_seconds": float, "data_seconds": float}
+_PROGRESS = {
+    **{"epoch": int, "step": int},
+    **dict.fromkeys(("seconds", "train_seconds", "data_seconds", "learning_rate"), float),
+}
 
 
 def _fits(value: Any, kind: type) -> bool:

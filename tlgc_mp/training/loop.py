@@ -27,18 +27,28 @@ from tlgc_mp.parallel.plan import parameter_counts
 from tlgc_mp.parallel.sharding import effective_parameters
 from tlgc_mp.parallel.topology import Launch, usable_cores
 from tlgc_mp.training.claim import claimed
+from tlgc_mp.training.evaluation import (
+    EVALUATION_BATCH,
+    average_running_statistics,
+    evaluate,
+    progress_bar,
+    reduced,
+    to_device,
+)
 from tlgc_mp.training.faults import NonFiniteError
 from tlgc_mp.training.headline import headline, respread
 from tlgc_mp.training.interrupt import StopRequest
+from tlgc_mp.training.meter import Meter, in_a_line, step_flops
 from tlgc_mp.training.metrics import Metrics, peak_memory_bytes, print_summary
 from tlgc_mp.training.model import check_library, model_of
 from tlgc_mp.training.schedule import SaveSchedule
 from tlgc_mp.training.settings import TrainSettings
 from tlgc_mp.training.watchdog import Watchdog
 
-EVALUATION_BATCH = 250
 LOSS_CHECK_STEPS = 50
 """Steps between two looks at the loss on an accelerator, each of which waits for it; on a CPU every step is one."""
+
+FIRST_PROGRESS = {"epoch": 0, "step": 0, "seconds": 0.0, "train_seconds": 0.0, "data_seconds": 0.0}
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 
@@ -116,20 +126,21 @@ def _train(
         seed=settings.seed,
         sample_inputs=torch.empty(settings.micro_batch, 3, data.image_size, data.image_size, device="meta"),
     )
-    progress = {"epoch": 0, "step": 0, "seconds": 0.0, "train_seconds": 0.0, "data_seconds": 0.0}
+    progress = {**FIRST_PROGRESS, "learning_rate": float(engine.optimizer.param_groups[0]["lr"])}
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+    meter = Meter(settings, step_flops(settings, data.num_classes, data.image_size), steps, engine.device)
     if settings.resume_from is not None:
         path = os.path.join(*settings.resume_from)
-        progress = load_checkpoint(engine, path, {"loss_sum": loss_sum})["progress"]
+        progress = load_checkpoint(engine, path, {"loss_sum": loss_sum, "interval": meter.interval})["progress"]
         _say(speaks, f"Resuming in epoch {progress['epoch'] + 1}, after step {progress['step']}, from {path}")
         if spread := respread(settings):
             _say(speaks, spread)
-    run = _Run(settings, engine, batches, tests, steps, progress, loss_sum, data.num_classes)
+    run = _Run(settings, engine, batches, tests, steps, progress, loss_sum, meter, data.num_classes)
     with StopRequest(agreed=watchdog.workers.may_end) as stop:
         saved = run.train(stop)
     watchdog.workers.may_end()
     peak = torch.tensor(peak_memory_bytes(), dtype=torch.int64)
-    peak = _reduced(peak.to(engine.device), dist.ReduceOp.MAX)
+    peak = reduced(peak.to(engine.device), dist.ReduceOp.MAX)
     effective = effective_parameters(engine.module) if settings.conv == "flgc" else None
     if speaks:
         figures = {
@@ -166,16 +177,19 @@ class _Run:
         steps: int,
         progress: dict[str, Any],
         loss_sum: Tensor,
+        meter: Meter,
         num_classes: int,
     ) -> None:
         self.settings, self.engine, self.batches, self.tests = settings, engine, batches, tests
         self.steps = steps
         self.progress = progress
         self.loss_sum = loss_sum  # of this replica, over the steps of the epoch under way
+        self.meter = meter
         self.num_classes = num_classes
         folder = os.path.join(settings.output_dir, CHECKPOINTS)
         self.saver = CheckpointSaver(engine, folder, keep=settings.keep, background=settings.background_save)
         self.train_seconds, self.data_seconds = progress["train_seconds"], progress["data_seconds"]
+        self.rate = progress["learning_rate"]  # of the latest step
         self.schedule = SaveSchedule(settings.save_seconds, settings.save_steps)
         self.saves, self.save_seconds = 0, 0.0
         self.metrics = Metrics(engine, settings, first_epoch=progress["epoch"] + 1)
@@ -189,24 +203,22 @@ class _Run:
                 self._train_epoch(epoch, stop, began)
                 average_running_statistics(self.engine.module, self.engine.data_parallel_group)
                 self._save(f"epoch-{epoch + 1}", epoch, self.steps, began)
-            loss = _reduced(self.loss_sum) / self.settings.topology.world  # the ranks of one replica hold the same
+            loss = reduced(self.loss_sum) / self.settings.topology.world  # the ranks of one replica hold the same
             test_loss, test_error = self._evaluate(stop)
-            samples = (epoch + 1) * self.steps * self.settings.config["train_batch_size"]
             figures = {
                 "train_loss": float(loss) / self.steps,
                 "test_loss": test_loss,
                 "test_error_percent": test_error,
-                "learning_rate": float(self.engine.optimizer.param_groups[0]["lr"]),
+                "learning_rate": self.rate,
                 "seconds": round(time.monotonic() - began, 3),
                 "train_seconds": round(self.train_seconds, 3),
                 "data_seconds": round(self.data_seconds, 3),
             }
-            self.metrics.write(epoch + 1, (epoch + 1) * self.steps, samples, figures)
+            self.metrics.write("Epoch", epoch + 1, figures)
             _say(
                 self.speaks,
-                f"epoch {epoch + 1:>{len(str(self.settings.epochs))}}/{self.settings.epochs}  "
-                f"loss {figures['train_loss']:.4f}  test loss {test_loss:.4f}  test error {test_error:.2f} %  "
-                f"{figures['seconds']:.1f} s",
+                f"{self._place(epoch)}  loss {figures['train_loss']:.4f}  test loss {test_loss:.4f}  "
+                f"test error {test_error:.2f} %  {figures['seconds']:.1f} s",
             )
             if self.speaks and self.metrics.best()["epoch"] == epoch + 1:
                 self.saver.mark_best()
@@ -222,16 +234,7 @@ class _Run:
         on_cpu = loss_sum.device.type == "cpu"
         accumulation = self.settings.accumulation
         stream = self.batches.epoch(epoch, start=first * accumulation)
-        bar = tqdm(
-            total=self.steps,
-            initial=first,
-            desc=f"epoch {epoch + 1}/{self.settings.epochs}",
-            unit="step",
-            leave=False,
-            dynamic_ncols=True,
-            disable=None if self.speaks else True,
-        )
-        with bar:
+        with progress_bar(None, self.steps, self._place(epoch), "step", self.speaks, first) as bar:
             for step in range(first, self.steps):
                 if stop.before_step(epoch * self.steps + step):
                     self._save(f"epoch-{epoch + 1}-step-{step}", epoch, step, began)
@@ -240,17 +243,46 @@ class _Run:
                     self._save(f"epoch-{epoch + 1}-step-{step}", epoch, step, began)
                 self.saver.check()
                 step_began = time.perf_counter()
+                self.rate = float(engine.optimizer.param_groups[0]["lr"])
+                before = loss_sum.clone()
                 for number, (images, labels) in enumerate(islice(self._timed(stream), accumulation)):
                     self._seed_dropout((epoch * self.steps + step) * accumulation + number)
-                    images, labels = _to_device(images, labels, engine)
+                    images, labels = to_device(images, labels, engine)
                     loss = F.cross_entropy(engine(images).float(), labels)
                     engine.backward(loss)
                     engine.step()
                     loss_sum += loss.detach() / accumulation
                 if on_cpu or step % LOSS_CHECK_STEPS == LOSS_CHECK_STEPS - 1:
                     _check_finite(float(loss_sum), epoch, step + 1)
-                self.train_seconds += time.perf_counter() - step_began
+                step_seconds = time.perf_counter() - step_began
+                self.train_seconds += step_seconds
+                self.meter.add(loss_sum - before, step_seconds)
                 bar.update()
+                if engine.global_steps % self.settings.log_interval == 0:
+                    self._log(epoch, step + 1)
+
+    def _log(self, epoch: int, epoch_step: int) -> None:
+        """Reports the steps since the last time."""
+        figures = self.meter.read(epoch, epoch_step, self.rate)
+        _check_finite(figures["loss"], epoch, epoch_step)
+        self.metrics.write("Train", epoch + 1, figures)
+        place = f"{self._place(epoch)}  step {epoch_step:>{len(str(self.steps))}}/{self.steps}"
+        _say(self.speaks, f"{place}  {in_a_line(figures)}")
+
+    def _place(self, epoch: int) -> str:
+        return f"epoch {epoch + 1:>{len(str(self.settings.epochs))}}/{self.settings.epochs}"
+
+    def _evaluate(self, stop: StopRequest) -> tuple[float, float]:
+        def leave_if_asked() -> None:
+            if stop.asked(self.engine.device):
+                self._leave(stop)
+
+        began = time.perf_counter()
+        found = evaluate(
+            self.engine, self.tests, between=leave_if_asked, limit=self.settings.limit_steps, speaks=self.speaks
+        )
+        self.meter.evaluation_seconds = time.perf_counter() - began
+        return found
 
     def _timed(self, stream: Iterator[Batch]) -> Iterator[Batch]:
         """The batches of ``stream``; the time in which this rank waits for them is added up."""
@@ -278,24 +310,6 @@ class _Run:
         self.saver.wait()
         stop.leave(self._newest())
 
-    @torch.no_grad()
-    def _evaluate(self, stop: StopRequest) -> tuple[float, float]:
-        """(mean loss, error in percent) over the test set, each image counted once."""
-        engine = self.engine
-        engine.eval()
-        totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
-        for images, labels, weights in self.tests:
-            if stop.asked(engine.device):
-                self._leave(stop)
-            images, labels = _to_device(images, labels, engine)
-            weights = weights.to(engine.device)
-            logits = engine(images).float()
-            wrong = (logits.argmax(1) != labels).float()
-            losses = F.cross_entropy(logits, labels, reduction="none")
-            totals += torch.stack([(losses * weights).sum(), (wrong * weights).sum(), weights.sum()])
-        loss, errors, count = _reduced(totals).tolist()
-        return loss / count, 100.0 * errors / count
-
     def _save(self, tag: str, epoch: int, step: int, began: float) -> None:
         save_began = time.perf_counter()
         _check_finite(float(self.loss_sum), epoch, step)
@@ -306,9 +320,10 @@ class _Run:
             "seconds": time.monotonic() - began,
             "train_seconds": self.train_seconds,
             "data_seconds": self.data_seconds,
+            "learning_rate": self.rate,
         }
         client_state = {"run": self.settings.description(), "num_classes": self.num_classes, "progress": progress}
-        self.saver.save(tag, client_state, {"loss_sum": self.loss_sum})
+        self.saver.save(tag, client_state, {"loss_sum": self.loss_sum, "interval": self.meter.interval})
         self.schedule.saved()
         self.saves += 1
         self.save_seconds += time.perf_counter() - save_began
@@ -336,33 +351,6 @@ def _not_finite(what: str, epoch: int, step: int) -> str:
     )
 
 
-@torch.no_grad()
-def average_running_statistics(model: torch.nn.Module, group: dist.ProcessGroup) -> None:
-    """Replaces BatchNorm's running statistics by their mean over the data-parallel group, in one collective.
-
-    Every replica keeps statistics of its own part of each batch, and the engine does not join them. Being moving
-    averages, they may be averaged at any step without changing what the later average will be.
-    """
-    replicas = dist.get_world_size(group)
-    if replicas == 1:
-        return
-    buffers = [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
-    if not buffers:
-        return
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
-    dist.all_reduce(flat, group=group)
-    flat /= replicas
-    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
-
-
-def _reduced(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """``tensor`` reduced over all ranks of the world, as a new one."""
-    tensor = tensor.clone()
-    dist.all_reduce(tensor, op)
-    return tensor
-
-
 def _optimizer(settings: TrainSettings) -> Any:
     recipe = settings.recipe
     return lambda parameters: torch.optim.SGD(
@@ -373,13 +361,6 @@ def _optimizer(settings: TrainSettings) -> Any:
 def _scheduler(settings: TrainSettings, steps: int) -> Any:
     milestones = settings.recipe.milestone_steps(settings.epochs, steps)
     return lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, settings.recipe.decay)
-
-
-def _to_device(images: Tensor, labels: Tensor, engine: Any) -> tuple[Tensor, Tensor]:
-    """A batch on the engine's device; images in the type of the weights, which DeepSpeed's bf16 and fp16 change."""
-    dtype = next(engine.module.parameters()).dtype
-    images = images.to(engine.device, dtype, memory_format=torch.channels_last, non_blocking=True)
-    return images, labels.to(engine.device, non_blocking=True)
 
 
 def _use_cores(launch: Launch) -> None:

@@ -1,4 +1,4 @@
-"""What a run reports: a JSON line an epoch, the same figures through DeepSpeed's monitors, and the final summary."""
+"""What a run reports: JSON lines of steps and epochs, the same through DeepSpeed's monitors, and the final summary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tlgc_mp.training.settings import TrainSettings
 
 
 class Metrics:
-    """Writes an epoch's figures to every place they go to. Only rank 0 writes; on other ranks it does nothing.
+    """Writes figures to every place they go to. Only rank 0 writes; on other ranks it does nothing.
 
     The monitors are those that the DeepSpeed configuration enables; where it enables none, TensorBoard and CSV in the
     run's own folder.
@@ -34,13 +34,16 @@ class Metrics:
         from deepspeed.monitor.monitor import MonitorMaster
 
         self.path = os.path.join(settings.output_dir, METRICS)
-        self.lines: list[dict[str, Any]] = []
+        self._lines: list[dict[str, Any]] = []
         self._settings = settings
         self._speaks = settings.topology.rank == 0
         self._engine = engine
         _leave_to_the_main_thread()
-        if engine.monitor.enabled:
+        self._own_folder = not engine.monitor.enabled
+        if not self._own_folder:
             self._monitor = engine.monitor
+            # The engine would write figures of its own, counted in samples: W&B drops what comes with a smaller count.
+            engine.monitor = MonitorMaster(DeepSpeedMonitorConfig())
         else:
             places = {
                 key: {"enabled": True, "output_path": settings.output_dir, "job_name": job}
@@ -49,19 +52,33 @@ class Metrics:
             with _naming(settings.output_dir):
                 self._monitor = MonitorMaster(DeepSpeedMonitorConfig(**places))
         if self._speaks:
-            self.lines = [line for line in _read_lines(self.path) if line["epoch"] < first_epoch]
-            replace_file(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+            self._lines = [line for line in _read_lines(self.path) if self._stays(line, first_epoch)]
+            replace_file(self.path, "".join(json.dumps(line) + "\n" for line in self._lines))
 
-    def write(self, epoch: int, step: int, samples: int, figures: dict[str, float]) -> None:
-        """Reports ``figures`` of 1-based ``epoch``, after ``step`` optimizer steps and ``samples`` samples."""
+    def _stays(self, line: dict[str, Any], first_epoch: int) -> bool:
+        """Whether a line of a run that goes on in ``first_epoch``, or before its evaluation, is not told again."""
+        return line["epoch"] < first_epoch if _of_epoch(line) else line["step"] <= self._engine.global_steps
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """Of the epochs."""
+        return [line for line in self._lines if _of_epoch(line)]
+
+    def write(self, kind: str, epoch: int, figures: dict[str, float]) -> None:
+        """Reports ``figures`` as they are now, in 1-based ``epoch``.
+
+        Args:
+            kind: ``Epoch`` or ``Train``, the steps since the last time; the monitors name the figures by it.
+        """
         if not self._speaks:
             return
-        line = {"epoch": epoch, "step": step, "samples": samples, **figures}
-        self.lines.append(line)
+        step = self._engine.global_steps
+        line = {"epoch": epoch, "step": step, "samples": self._engine.global_samples, **figures}
+        self._lines.append(line)
         with _naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        with contextlib.nullcontext() if self._monitor is self._engine.monitor else _naming(self._settings.output_dir):
-            self._monitor.write_events([(f"Epoch/{key}", value, step) for key, value in figures.items()])
+        with _naming(self._settings.output_dir) if self._own_folder else contextlib.nullcontext():
+            self._monitor.write_events([(f"{kind}/{key}", value, step) for key, value in figures.items()])
 
     def write_result(self, num_classes: int, figures: dict[str, Any]) -> None:
         """Writes ``result.json``, the row of a finished run: what it was, what came out, epoch by epoch, and where."""
@@ -104,6 +121,11 @@ def _leave_to_the_main_thread() -> None:
             before(failed)
 
     threading.excepthook = hook
+
+
+def _of_epoch(line: dict[str, Any]) -> bool:
+    """Whether a line of the metrics file is of an epoch, and not of some steps."""
+    return "loss" not in line
 
 
 def _read_lines(path: str) -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -25,7 +27,18 @@ def model_of(settings: TrainSettings, num_classes: int, image_size: int) -> nn.M
     Raises:
         UsageError: it does not take images of ``image_size`` x ``image_size`` pixels, or cannot be built.
     """
-    arguments = {
+    arguments = model_arguments(settings, num_classes)
+    if library_model(settings.model) is not None:
+        libraries.check_images(settings.model, image_size, max(settings.micro_batch, libraries.BATCH))
+    if settings.micro_batch == 1:
+        _check_single_images(create_meta_model(settings.model, **arguments), image_size, settings)
+    torch.manual_seed(settings.seed)
+    return create_model(settings.model, **arguments, device="meta")
+
+
+def model_arguments(settings: TrainSettings, num_classes: int) -> dict[str, Any]:
+    """Those of :func:`~tlgc_mp.models.create_model` for a run's model, but for its name."""
+    return {
         "conv": settings.conv,
         "groups": settings.groups,
         "num_classes": num_classes,
@@ -33,12 +46,6 @@ def model_of(settings: TrainSettings, num_classes: int, image_size: int) -> nn.M
         "coarse_kernel_size": settings.coarse_kernel_size,
         "coarse_init": settings.coarse_init,
     }
-    if library_model(settings.model) is not None:
-        libraries.check_images(settings.model, image_size, max(settings.micro_batch, libraries.BATCH))
-    if settings.micro_batch == 1:
-        _check_single_images(create_meta_model(settings.model, **arguments), image_size, settings)
-    torch.manual_seed(settings.seed)
-    return create_model(settings.model, **arguments, device="meta")  # type: ignore[arg-type]
 
 
 def _check_single_images(model: nn.Module, image_size: int, settings: TrainSettings) -> None:

@@ -46,7 +46,9 @@ class TrainSettings:
         config: the DeepSpeed configuration, complete.
         micro_batch: samples a replica works on at once.
         accumulation: micro-batches an optimizer step.
-        limit_steps: optimizer steps after which an epoch ends, where it is not over before.
+        limit_steps: optimizer steps after which an epoch ends, and batches after which its evaluation does, where they
+            are not over before.
+        log_interval: optimizer steps between two reports.
         save_seconds, save_steps: how often to save between the ends of epochs; ``None`` for not at all.
         rank_timeout: seconds without a sign of life after which a rank is lost, and the run ends.
         resume_from: the checkpoint to go on from, as (folder of checkpoints, tag); ``None`` starts afresh.
@@ -67,6 +69,7 @@ class TrainSettings:
     recipe: Recipe
     epochs: int
     limit_steps: int | None
+    log_interval: int
     learning_rate: float
     micro_batch: int
     accumulation: int
@@ -82,6 +85,11 @@ class TrainSettings:
     config: dict[str, Any]
     background_save: bool
     resume_from: tuple[str, str] | None
+
+    @property
+    def batch_size(self) -> int:
+        """Samples an optimizer step, over all replicas."""
+        return self.micro_batch * self.accumulation * self.topology.data_parallel
 
     def description(self) -> dict[str, Any]:
         """What the run is: the model, what it trains on and how, and how it is spread over ranks."""
@@ -102,7 +110,7 @@ class TrainSettings:
             "epochs": self.epochs,
             "limit_steps": self.limit_steps,
             "learning_rate": self.learning_rate,
-            "batch_size": self.micro_batch * self.accumulation * self.topology.data_parallel,
+            "batch_size": self.batch_size,
             "accumulation": self.accumulation,
             "seed": self.seed,
         }
@@ -132,6 +140,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         ("--epochs", epochs, 1, LARGEST_COUNT),
         ("--batch-size", options.batch_size, 1, LARGEST_COUNT),
         ("--limit-steps", options.limit_steps, 1, LARGEST_COUNT),
+        ("--log-interval", options.log_interval, 1, LARGEST_COUNT),
         ("--workers", options.workers, 0, LARGEST_WORKERS),
         ("--keep", options.keep, 1, LARGEST_COUNT),
         ("--save-every-steps", options.save_every_steps, 1, LARGEST_COUNT),
@@ -183,6 +192,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         recipe=recipe,
         epochs=epochs,
         limit_steps=options.limit_steps,
+        log_interval=options.log_interval,
         learning_rate=learning_rate,
         micro_batch=micro_batch,
         accumulation=accumulation,
