@@ -57,12 +57,13 @@ class ForkedJob:
         return (self._said / "stdout").read_text(encoding="utf-8") + self.stderr()
 
     def lines(self) -> list[dict[str, Any]]:
-        """The lines of its metrics file."""
+        """The lines of its metrics file that are of epochs."""
         try:
             text = (self.output_dir / "metrics.jsonl").read_text(encoding="utf-8")
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return [line for line in lines if "loss" not in line]
 
     def wait_for_epoch(self, epoch: int = 1, seconds: float = 100.0) -> None:
         """Returns when that epoch's figures are there."""

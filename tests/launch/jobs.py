@@ -119,12 +119,13 @@ class Job:
         return f"{self.stdout}\n{self.stderr}"
 
     def lines(self) -> list[dict[str, Any]]:
-        """The lines of its metrics file."""
+        """The lines of its metrics file that are of epochs."""
         try:
             text = (self.output_dir / "metrics.jsonl").read_text(encoding="utf-8")
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return [line for line in lines if "loss" not in line]
 
     def wait_for_epoch(self, seconds: float = 100.0) -> None:
         """Returns when the first epoch's figures are there and the second epoch is under way."""

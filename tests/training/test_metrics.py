@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.ranks import run_ranks
-from tests.training.runs import EPOCHS, STEPS, metrics, train
+from tests.training.runs import EPOCHS, STEPS, metrics, step_metrics, train
 from tlgc_mp.bench.training_rows import read_rows
 from tlgc_mp.models import create_model
 from tlgc_mp.nn import FullyLearnableGroupConv2d
@@ -203,3 +204,63 @@ def test_each_image_counts_once_however_many_replicas() -> None:
     for loss, error in run_ranks(3, _evaluate):
         assert error == pytest.approx(expected_error, rel=1e-12), f"seed {SEED}"
         assert loss == pytest.approx(expected_loss, rel=1e-5), f"seed {SEED}"
+
+
+def _told(output_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """KIND/FIGURE -> (step, value), from metrics.jsonl."""
+    told: dict[str, list[tuple[int, float]]] = {}
+    for kind, lines in (("Epoch", metrics(output_dir)), ("Train", step_metrics(output_dir))):
+        for line in lines:
+            for key in line.keys() - {"epoch", "step", "samples"}:
+                told.setdefault(f"{kind}/{key}", []).append((line["step"], line[key]))
+    return told
+
+
+def _check_each_once(output_dir: Path, tensorboard: Path, csv_files: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    told = _told(output_dir)
+    assert len(told["Epoch/test_loss"]) == EPOCHS and len(told["Train/loss"]) == EPOCHS * STEPS // 4
+    events = EventAccumulator(str(tensorboard))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == told.keys()
+    for name, expected in told.items():
+        steps = [event.step for event in events.Scalars(name)]
+        assert steps == [step for step, _ in expected], name
+        with open(csv_files / f"{name.replace('/', '_')}.csv", newline="") as file:
+            header, *rows = csv.reader(file)
+        assert header == ["step", name.partition("/")[2]]
+        assert [(int(step), float(value)) for step, value in rows] == expected, name
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_each_step_once_after_a_resume(tmp_path: Path, elsewhere: bool) -> None:
+    """From the first epoch's end, before its evaluation: that and steps of the second epoch were reported before."""
+    run, flags = tmp_path / "run", ["--log-interval", "4", "--keep", "9"]
+    places = (run / "tensorboard", run / "csv")
+    if elsewhere:
+        config = {
+            key: {"enabled": True, "output_path": str(tmp_path), "job_name": f"{key}-files"}
+            for key in ("tensorboard", "csv_monitor")
+        }
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        flags += ["--deepspeed_config", str(tmp_path / "config.json")]
+        places = (tmp_path / "tensorboard-files", tmp_path / "csv_monitor-files")
+    (outcome,) = run_ranks(1, train, str(run), *flags)
+    assert outcome.status == 0, outcome.stderr
+    _check_each_once(run, *places)
+    (outcome,) = run_ranks(1, train, str(run), *flags, "--resume", str(run / "checkpoints" / "epoch-1"))
+    assert outcome.status == 0, outcome.stderr
+    _check_each_once(run, *places)
+
+
+@pytest.mark.timeout(240)
+def test_each_step_once_after_a_start_from_nothing(tmp_path: Path) -> None:
+    """As `tlgc-mp launch` has it where no checkpoint stands yet."""
+    for _ in range(2):
+        (outcome,) = run_ranks(1, train, str(tmp_path), "--log-interval", "4")
+        assert outcome.status == 0, outcome.stderr
+        _check_each_once(tmp_path, tmp_path / "tensorboard", tmp_path / "csv")
+        shutil.rmtree(tmp_path / "checkpoints")
+        (tmp_path / "checkpoints").mkdir()

@@ -214,7 +214,7 @@ class _Run:
                 "train_seconds": round(self.train_seconds, 3),
                 "data_seconds": round(self.data_seconds, 3),
             }
-            self.metrics.write("Epoch", epoch + 1, figures)
+            self.metrics.write(epoch + 1, figures)
             _say(
                 self.speaks,
                 f"{self._place(epoch)}  loss {figures['train_loss']:.4f}  test loss {test_loss:.4f}  "
@@ -265,7 +265,7 @@ class _Run:
         """Reports the steps since the last time."""
         figures = self.meter.read(epoch, epoch_step, self.rate)
         _check_finite(figures["loss"], epoch, epoch_step)
-        self.metrics.write("Train", epoch + 1, figures)
+        self.metrics.write(epoch + 1, figures)
         place = f"{self._place(epoch)}  step {epoch_step:>{len(str(self.steps))}}/{self.steps}"
         _say(self.speaks, f"{place}  {in_a_line(figures)}")
 

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import resource
 import sys
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 from tlgc_mp.files import replace_file
 from tlgc_mp.provenance import describe_run
+from tlgc_mp.training.monitors import EPOCH, STEPS, Event, Monitors, naming
 from tlgc_mp.training.runs import METRICS, RESULT
 from tlgc_mp.training.settings import TrainSettings
+
+_COUNTS = ("epoch", "step", "samples")
 
 
 class Metrics:
     """Writes figures to every place they go to. Only rank 0 writes; on other ranks it does nothing.
-
-    The monitors are those that the DeepSpeed configuration enables; where it enables none, TensorBoard and CSV in the
-    run's own folder.
 
     Args:
         engine: the DeepSpeed engine.
@@ -30,30 +27,21 @@ class Metrics:
     """
 
     def __init__(self, engine: Any, settings: TrainSettings, first_epoch: int) -> None:
-        from deepspeed.monitor.config import DeepSpeedMonitorConfig
-        from deepspeed.monitor.monitor import MonitorMaster
-
         self.path = os.path.join(settings.output_dir, METRICS)
         self._lines: list[dict[str, Any]] = []
         self._settings = settings
         self._speaks = settings.topology.rank == 0
         self._engine = engine
-        _leave_to_the_main_thread()
-        self._own_folder = not engine.monitor.enabled
-        if not self._own_folder:
-            self._monitor = engine.monitor
-            # The engine would write figures of its own, counted in samples: W&B drops what comes with a smaller count.
-            engine.monitor = MonitorMaster(DeepSpeedMonitorConfig())
-        else:
-            places = {
-                key: {"enabled": True, "output_path": settings.output_dir, "job_name": job}
-                for key, job in (("tensorboard", "tensorboard"), ("csv_monitor", "csv"))
-            }
-            with _naming(settings.output_dir):
-                self._monitor = MonitorMaster(DeepSpeedMonitorConfig(**places))
+        self._monitors = Monitors(engine, settings.output_dir)
         if self._speaks:
-            self._lines = [line for line in _read_lines(self.path) if self._stays(line, first_epoch)]
+            told = _read_lines(self.path)
+            self._lines = [line for line in told if self._stays(line, first_epoch)]
             replace_file(self.path, "".join(json.dumps(line) + "\n" for line in self._lines))
+            if settings.resume_from is not None or told:
+                self._monitors.take_back(engine.global_steps)
+                self._monitors.write(
+                    [e for line in self._lines if line["step"] >= engine.global_steps for e in _events(line)]
+                )
 
     def _stays(self, line: dict[str, Any], first_epoch: int) -> bool:
         """Whether a line of a run that goes on in ``first_epoch``, or before its evaluation, is not told again."""
@@ -64,21 +52,16 @@ class Metrics:
         """Of the epochs."""
         return [line for line in self._lines if _of_epoch(line)]
 
-    def write(self, kind: str, epoch: int, figures: dict[str, float]) -> None:
-        """Reports ``figures`` as they are now, in 1-based ``epoch``.
-
-        Args:
-            kind: ``Epoch`` or ``Train``, the steps since the last time; the monitors name the figures by it.
-        """
+    def write(self, epoch: int, figures: dict[str, float]) -> None:
+        """Reports ``figures`` as they are now, in 1-based ``epoch``: of some steps, or of the epoch."""
         if not self._speaks:
             return
-        step = self._engine.global_steps
-        line = {"epoch": epoch, "step": step, "samples": self._engine.global_samples, **figures}
+        samples = self._engine.global_samples
+        line = {"epoch": epoch, "step": self._engine.global_steps, "samples": samples, **figures}
         self._lines.append(line)
-        with _naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        with _naming(self._settings.output_dir) if self._own_folder else contextlib.nullcontext():
-            self._monitor.write_events([(f"{kind}/{key}", value, step) for key, value in figures.items()])
+        self._monitors.write(_events(line))
 
     def write_result(self, num_classes: int, figures: dict[str, Any]) -> None:
         """Writes ``result.json``, the row of a finished run: what it was, what came out, epoch by epoch, and where."""
@@ -102,30 +85,15 @@ class Metrics:
         return min(self.lines, key=lambda line: line["test_error_percent"])
 
 
-@contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """What fails to be written does not say where: inside, it says ``path``."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or path) from error
-
-
-def _leave_to_the_main_thread() -> None:
-    """Has TensorBoard's thread not tell of a file that it cannot write: the error comes up in the main thread too."""
-    before = threading.excepthook
-
-    def hook(failed: threading.ExceptHookArgs) -> None:
-        ours = type(failed.thread).__module__.startswith("tensorboard.")
-        if not (ours and isinstance(failed.exc_value, OSError)):
-            before(failed)
-
-    threading.excepthook = hook
-
-
 def _of_epoch(line: dict[str, Any]) -> bool:
     """Whether a line of the metrics file is of an epoch, and not of some steps."""
     return "loss" not in line
+
+
+def _events(line: dict[str, Any]) -> list[Event]:
+    """What the monitors are told of a line."""
+    kind = EPOCH if _of_epoch(line) else STEPS
+    return [(f"{kind}/{key}", value, line["step"]) for key, value in line.items() if key not in _COUNTS]
 
 
 def _read_lines(path: str) -> list[dict[str, Any]]:
