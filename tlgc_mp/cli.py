@@ -17,119 +17,28 @@ from typing import Any, NoReturn
 from tlgc_mp import __version__
 from tlgc_mp.bench.commands import add_bench_parser
 from tlgc_mp.checkpoint.folder import find_checkpoint
-from tlgc_mp.data.catalog import DATASETS
 from tlgc_mp.errors import UsageError
 from tlgc_mp.models.names import (
-    COARSE_INITS,
-    CONVOLUTIONS,
-    IMAGENET_WIDE_RESNET,
-    MOBILENET_V2,
     check_coarse_level,
     check_model,
     check_split,
 )
 from tlgc_mp.parallel.topology import Launch
-from tlgc_mp.training.recipes import RECIPES
+from tlgc_mp.training.options import Parser, add_model_arguments, add_train_parser, parse
 from tlgc_mp.training.verdicts import Failed, leave_verdict
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that raises what it finds wrong, instead of printing a usage text on every rank."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="tlgc-mp",
         description="Two-level group convolution across devices, inside a DeepSpeed engine.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"tlgc-mp {__version__}")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    train = commands.add_parser(
-        "train",
-        help="train a model, on one process or under deepspeed, mpirun or torchrun",
-        description="Train a model. The same command runs in one process, and under deepspeed, mpirun and torchrun.",
-        allow_abbrev=False,
-    )
-    _model_arguments(train)
-    train.add_argument("--dataset", default="cifar10", help=f"{', '.join(DATASETS)} (default: %(default)s)")
-    train.add_argument("--data-dir", metavar="DIR", help="where the images are; CIFAR is downloaded there if missing")
-    train.add_argument("--val-split", metavar="NAME", help="folder in DIR to test on (default: test, else val)")
-    train.add_argument("--image-size", type=int, metavar="PIXELS", help="for imagefolder and synthetic")
-    train.add_argument("--recipe", help=f"{', '.join(RECIPES)} (default: by data set): epochs, batch, rate and decay")
-    train.add_argument("--epochs", type=int, help="default: the recipe's; its milestones move along")
-    train.add_argument(
-        "--limit-steps",
-        type=int,
-        metavar="K",
-        help="end each epoch after K steps, and its evaluation after K batches, to try a run (default: no limit)",
-    )
-    train.add_argument(
-        "--log-interval",
-        type=int,
-        default=50,
-        metavar="K",
-        help="report loss, rate, speed and remaining time every K steps (default: %(default)s)",
-    )
-    train.add_argument("--batch-size", type=int, help="samples a step over all replicas (default: the recipe's)")
-    train.add_argument("--learning-rate", type=float, metavar="RATE", help="the initial one (default: the recipe's)")
-    train.add_argument(
-        "--tp",
-        type=int,
-        metavar="P",
-        help="tensor-parallel ranks a replica (default: as many of a host as share the groups)",
-    )
-    train.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
-    train.add_argument("--workers", type=int, metavar="W", help="data worker processes a rank (default: by data set)")
-    train.add_argument(
-        "--activation-checkpointing",
-        action="store_true",
-        help="residual units keep only their input for backward, and are computed again there",
-    )
-    train.add_argument("--output-dir", metavar="DIR", help="default: runs/MODEL-CONV-GROUPS-DATASET")
-    train.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="DIR",
-        help="go on from the newest checkpoint of the run in DIR (default: in the output folder); with `auto`, in the "
-        "output folder where there is one, and else begin",
-    )
-    train.add_argument(
-        "--keep",
-        type=int,
-        default=2,
-        metavar="K",
-        help="checkpoints to keep: the newest ones, and the best (default: %(default)s)",
-    )
-    train.add_argument(
-        "--save-every",
-        type=float,
-        metavar="MINUTES",
-        help="save when so long has passed since the last checkpoint (default: at the end of an epoch only)",
-    )
-    train.add_argument("--save-every-steps", type=int, metavar="K", help="save after each K steps of an epoch, too")
-    train.add_argument(
-        "--blocking-save",
-        action="store_true",
-        help="write a checkpoint before training goes on, which saves the copy that is written beside it otherwise",
-    )
-    train.add_argument(
-        "--rank-timeout",
-        type=float,
-        default=60.0,
-        metavar="SECONDS",
-        help="end the run when a rank has given no sign of life for so long (default: %(default)g)",
-    )
-    train.add_argument(
-        "--deepspeed_config", "--deepspeed-config", metavar="JSON", help="a DeepSpeed configuration (default: ZeRO 1)"
-    )
-    train.set_defaults(run=_train)
+    add_train_parser(commands, run=_train)
 
     again = commands.add_parser(
         "launch",
@@ -174,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "one of P tensor-parallel ranks holds. Nothing is allocated.",
         allow_abbrev=False,
     )
-    _model_arguments(params)
+    add_model_arguments(params)
     params.add_argument("--tp", type=int, default=1, metavar="P", help="tensor-parallel ranks (default: %(default)s)")
     params.add_argument(
         "--layout",
@@ -200,40 +109,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        default="wrn-28-10",
-        help=f"wrn-<depth>-<width>, {IMAGENET_WIDE_RESNET}, {MOBILENET_V2}, torchvision:<name> or timm:<name> "
-        "(default: %(default)s)",
-    )
-    parser.add_argument("--conv", default="gc-2l", help=f"{', '.join(CONVOLUTIONS)} (default: %(default)s)")
-    parser.add_argument("--groups", type=int, help="N (default: 4; 1 for sc)")
-    parser.add_argument("--num-classes", type=int, metavar="C", help="default: the data set's, or 10 or 1000")
-    parser.add_argument(
-        "--coarse-everywhere",
-        action="store_true",
-        help=f"a coarse level in the last 1x1 convolution of {MOBILENET_V2} too, which is a group convolution else",
-    )
-    parser.add_argument(
-        "--coarse-kernel-size", type=int, metavar="D0", help="of the restriction (default: that of its convolution)"
-    )
-    parser.add_argument(
-        "--coarse-init",
-        default=COARSE_INITS[0],
-        help=f"{', '.join(COARSE_INITS)}: initial weights (default: %(default)s)",
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0 done, 1 a measurement failed, 2 a mistake in the arguments,
     128 + n ended by signal n."""
     launch = Launch()
     try:
         launch = Launch.detect()
-        options = _parser().parse_args(arguments)
-        if options.command in ("train", "params") and options.groups is None:
-            options.groups = 1 if options.conv == "sc" else 4
+        options = parse(_parser(), sys.argv[1:] if arguments is None else arguments, launch.world)
         return int(options.run(options, launch))
     except UsageError as error:
         if launch.rank == 0:
@@ -327,7 +209,7 @@ def _launch(options: Any, launch: Launch) -> int:
     from tlgc_mp.training import restarts
 
     command = options.launch[1:] if options.launch[:1] == ["--"] else options.launch
-    return restarts.run(command, options.max_restarts, lambda words: _parser().parse_args(words))
+    return restarts.run(command, options.max_restarts, lambda words: parse(_parser(), words, launch.world))
 
 
 def _report(options: Any, launch: Launch) -> int:

@@ -28,7 +28,7 @@ RUN = {
     "learning_rate": 0.1,
 }
 PROGRESS = {
-    **{"epoch": 0, "step": 8, "seconds": 1.5, "train_seconds": 1.0, "data_seconds": 0.5},
+    **{"epoch": 0, "step": 8, "steps": 8, "seconds": 1.5, "train_seconds": 1.0, "data_seconds": 0.5},
     "learning_rate": 0.1,
 }
 TAG = "epoch-1"

@@ -59,6 +59,15 @@ def train(output_dir: str, *options: str, signal_at: tuple[int, int] | None = No
     return Outcome(status, out.getvalue(), err.getvalue())
 
 
+def tlgc_mp(*words: str) -> Outcome:
+    """The command with these words alone, as this rank of a launch."""
+    from tlgc_mp.cli import main
+
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        status = main(words)
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
 def train_until(signal_at: tuple[int, int], output_dir: str, *options: str) -> Outcome:
     return train(output_dir, *options, signal_at=signal_at)
 

@@ -182,8 +182,6 @@ def test_a_smaller_micro_batch_is_told(tmp_path: Path, whole_run: WholeRun) -> N
         (["--conv", "gc"], ["conv='gc-2l'", "'gc'"]),
         (["--groups", "8"], ["groups=4", "8"]),
         (["--seed", "1"], ["seed=0", "1"]),
-        (["--epochs", "5"], [f"epochs={EPOCHS}", "5"]),
-        (["--batch-size", "64"], ["batch_size=128", "64"]),
     ],
 )
 def test_checkpoint_of_another_run_is_refused(

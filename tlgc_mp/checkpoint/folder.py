@@ -168,7 +168,7 @@ def saved_run(folder: str, tag: str) -> dict[str, Any]:
 _COUNTED = ("groups", "batch_size", "accumulation", "tensor_parallel", "data_parallel")
 _TOLD = ("model", "conv", "zero_stage", "coarse_everywhere", "coarse_kernel_size", "coarse_init")
 _PROGRESS = {
-    **{"epoch": int, "step": int},
+    **{"epoch": int, "step": int, "steps": int},
     **dict.fromkeys(("seconds", "train_seconds", "data_seconds", "learning_rate"), float),
 }
 

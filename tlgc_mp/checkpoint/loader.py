@@ -37,7 +37,7 @@ def load_checkpoint(engine: Any, path: str, replica_state: dict[str, Tensor] | N
             optimizer. On every rank.
     """
     state = EngineState(engine)
-    ((folder, tag, names),) = _all_or_none(lambda: [_found(path)])
+    ((folder, tag, names),) = all_or_none(lambda: [_found(path)])
     where = f"the checkpoint {os.path.join(folder, tag)!r}: "
 
     def check() -> list[CheckpointReader]:
@@ -46,7 +46,7 @@ def load_checkpoint(engine: Any, path: str, replica_state: dict[str, Tensor] | N
             raise UsageError(f"{where}{problem}; {folders.offer(folder, tag)}")
         return [CheckpointReader(folder, tag)]
 
-    (reader,) = _all_or_none(check)
+    (reader,) = all_or_none(check)
 
     def fill() -> list[None]:
         try:
@@ -55,7 +55,7 @@ def load_checkpoint(engine: Any, path: str, replica_state: dict[str, Tensor] | N
             raise UsageError(f"{where}{told(error)}; {folders.offer(folder, tag)}") from error
         return []
 
-    _all_or_none(fill)
+    all_or_none(fill)
     state.publish()
     return dict(reader.description["client_state"])
 
@@ -136,7 +136,7 @@ def _family(optimizer: str) -> str:
     return "adam" if name in ("adam", "adamw") else name
 
 
-def _all_or_none(act: Callable[[], list[Any]]) -> list[Any]:
+def all_or_none(act: Callable[[], list[Any]]) -> list[Any]:
     """What ``act`` returns on this rank; where it raises UsageError on one of them, all raise it. Collective."""
     problems: list[str | None] = [None] * dist.get_world_size()
     problem, result = None, []

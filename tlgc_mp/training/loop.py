@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from tlgc_mp.checkpoint import CheckpointSaver, load_checkpoint
+from tlgc_mp.checkpoint import CheckpointSaver
 from tlgc_mp.checkpoint.folder import CHECKPOINTS
 from tlgc_mp.data import Datasets, EvaluationBatches, TrainingBatches, load_datasets
 from tlgc_mp.data.streams import stream_seed
@@ -26,6 +26,7 @@ from tlgc_mp.parallel.engine import start_distributed
 from tlgc_mp.parallel.plan import parameter_counts
 from tlgc_mp.parallel.sharding import effective_parameters
 from tlgc_mp.parallel.topology import Launch, usable_cores
+from tlgc_mp.training import optimization, options, resuming
 from tlgc_mp.training.claim import claimed
 from tlgc_mp.training.evaluation import (
     EVALUATION_BATCH,
@@ -36,7 +37,7 @@ from tlgc_mp.training.evaluation import (
     to_device,
 )
 from tlgc_mp.training.faults import NonFiniteError
-from tlgc_mp.training.headline import headline, respread
+from tlgc_mp.training.headline import headline
 from tlgc_mp.training.interrupt import StopRequest
 from tlgc_mp.training.meter import Meter, in_a_line, step_flops
 from tlgc_mp.training.metrics import Metrics, peak_memory_bytes, print_summary
@@ -48,7 +49,7 @@ from tlgc_mp.training.watchdog import Watchdog
 LOSS_CHECK_STEPS = 50
 """Steps between two looks at the loss on an accelerator, each of which waits for it; on a CPU every step is one."""
 
-FIRST_PROGRESS = {"epoch": 0, "step": 0, "seconds": 0.0, "train_seconds": 0.0, "data_seconds": 0.0}
+FIRST_PROGRESS: dict[str, Any] = {"epoch": 0, "step": 0, "seconds": 0.0, "train_seconds": 0.0, "data_seconds": 0.0}
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 
@@ -100,6 +101,8 @@ def train(settings: TrainSettings, launch: Launch, watchdog: Watchdog) -> None:
         start_distributed()
     watchdog.start()
     with claimed(settings.output_dir, settings.resume_from):
+        if speaks:
+            options.write(settings.options, settings.output_dir)
         _train(settings, watchdog, data, batches, tests, steps, model)
 
 
@@ -120,21 +123,22 @@ def _train(
     _say(speaks, headline(settings, counts))
     engine, _, _, _ = initialize(
         model=model,
-        optimizer=None if "optimizer" in settings.config else _optimizer(settings),
-        lr_scheduler=None if "scheduler" in settings.config else _scheduler(settings, steps),
+        optimizer=None if "optimizer" in settings.config else optimization.make_optimizer(settings),
+        lr_scheduler=None if "scheduler" in settings.config else optimization.make_scheduler(settings, steps),
         config=settings.config,
         seed=settings.seed,
         sample_inputs=torch.empty(settings.micro_batch, 3, data.image_size, data.image_size, device="meta"),
     )
-    progress = {**FIRST_PROGRESS, "learning_rate": float(engine.optimizer.param_groups[0]["lr"])}
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     meter = Meter(settings, step_flops(settings, data.num_classes, data.image_size), steps, engine.device)
-    if settings.resume_from is not None:
-        path = os.path.join(*settings.resume_from)
-        progress = load_checkpoint(engine, path, {"loss_sum": loss_sum, "interval": meter.interval})["progress"]
-        _say(speaks, f"Resuming in epoch {progress['epoch'] + 1}, after step {progress['step']}, from {path}")
-        if spread := respread(settings):
-            _say(speaks, spread)
+    if settings.resume_from is None:
+        for line in resuming.begin(settings, engine):
+            _say(speaks, line)
+        progress = {**FIRST_PROGRESS, "learning_rate": float(engine.optimizer.param_groups[0]["lr"])}
+    else:
+        progress, lines = resuming.resume(settings, engine, steps, loss_sum, meter)
+        for line in lines:
+            _say(speaks, line)
     run = _Run(settings, engine, batches, tests, steps, progress, loss_sum, meter, data.num_classes)
     with StopRequest(agreed=watchdog.workers.may_end) as stop:
         saved = run.train(stop)
@@ -317,6 +321,7 @@ class _Run:
         progress = {
             "epoch": epoch,
             "step": step,
+            "steps": self.steps,
             "seconds": time.monotonic() - began,
             "train_seconds": self.train_seconds,
             "data_seconds": self.data_seconds,
@@ -349,18 +354,6 @@ def _not_finite(what: str, epoch: int, step: int) -> str:
         f"{what} in epoch {epoch + 1} after step {step}; nothing of it is saved; lower --learning-rate, or --resume "
         "from an earlier checkpoint"
     )
-
-
-def _optimizer(settings: TrainSettings) -> Any:
-    recipe = settings.recipe
-    return lambda parameters: torch.optim.SGD(
-        parameters, lr=settings.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
-
-
-def _scheduler(settings: TrainSettings, steps: int) -> Any:
-    milestones = settings.recipe.milestone_steps(settings.epochs, steps)
-    return lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, settings.recipe.decay)
 
 
 def _use_cores(launch: Launch) -> None:

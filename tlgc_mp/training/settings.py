@@ -11,20 +11,18 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from tlgc_mp.checkpoint.folder import CHECKPOINTS, LATEST, find_checkpoint, newest_whole, saved_run, tags
+from tlgc_mp.checkpoint.folder import CHECKPOINTS, LATEST, find_checkpoint, saved_run, tags
 from tlgc_mp.data import check_dataset
 from tlgc_mp.errors import UsageError, is_count, shown
 from tlgc_mp.models.names import check_coarse_level, check_model, check_split, library_model
 from tlgc_mp.parallel.config import check_values, read_config, tensor_parallel_size, zero_stage
 from tlgc_mp.parallel.topology import Launch, Topology, default_tensor_parallel, usable_cores
+from tlgc_mp.training.changes import check_resumed, find_resumed, named_here
 from tlgc_mp.training.recipes import Recipe, default_recipe, find_recipe
 from tlgc_mp.training.runs import METRICS
 
 DEFAULT_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 """The DeepSpeed configuration where none is given."""
-
-RESUME_AUTO = "auto"
-"""With --resume: go on where the output folder holds a checkpoint, begin where it holds none."""
 
 LARGEST_COUNT = 1_000_000_000
 LARGEST_WORKERS = 256
@@ -32,9 +30,6 @@ LARGEST_SEED = 2**63 - 1
 LARGEST_IMAGE = 4096
 LONGEST_WAIT = 604_800
 """A week, in seconds."""
-
-_SPLIT = ("tensor_parallel", "data_parallel", "zero_stage", "accumulation")
-"""How a run is spread over ranks: a resumed one may be spread otherwise."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +47,8 @@ class TrainSettings:
         save_seconds, save_steps: how often to save between the ends of epochs; ``None`` for not at all.
         rank_timeout: seconds without a sign of life after which a rank is lost, and the run ends.
         resume_from: the checkpoint to go on from, as (folder of checkpoints, tag); ``None`` starts afresh.
+        init_from: the exported file or the run whose weights it begins with.
+        options: what this was made from.
     """
 
     model: str
@@ -85,6 +82,8 @@ class TrainSettings:
     config: dict[str, Any]
     background_save: bool
     resume_from: tuple[str, str] | None
+    init_from: str | None
+    options: Any
 
     @property
     def batch_size(self) -> int:
@@ -169,10 +168,11 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
     topology = _topology(options, config, launch)
     output_dir = output_folder(options)
     try:
-        resume_from = _resume_from(options, output_dir)
+        resume_from = None if options.resume is None else find_resumed(options.resume, output_dir)
         saved = None if resume_from is None else saved_run(*resume_from)
     except UsageError as error:
         raise UsageError(f"--resume: {error}") from None
+    named = named_here(options, config)
     micro_batch, accumulation = _batches(options, config, recipe, topology, saved)
     learning_rate = _learning_rate(options, config, recipe)
 
@@ -208,11 +208,14 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         config=config,
         background_save=not options.blocking_save,
         resume_from=resume_from,
+        init_from=None if options.init_from is None else os.path.abspath(options.init_from),
+        options=options,
     )
     if saved is None:
+        _check_weights(settings.init_from)
         _check_output(output_dir)
     else:
-        _check_resumed(settings, saved)
+        check_resumed(settings, saved, named)
     return settings
 
 
@@ -221,24 +224,6 @@ def output_folder(options: Any) -> str:
     model = options.model.replace(":", "-")
     named = os.path.join("runs", f"{model}-{options.conv}-{options.groups}-{options.dataset}")
     return options.output_dir or named
-
-
-def _resume_from(options: Any, output_dir: str) -> tuple[str, str] | None:
-    """The checkpoint that --resume means; ``None`` to begin."""
-    if options.resume is None:
-        return None
-    if options.resume != RESUME_AUTO:
-        return find_checkpoint(options.resume or output_dir)
-    folder = os.path.join(output_dir, CHECKPOINTS)
-    if not tags(folder):
-        return None
-    try:
-        return find_checkpoint(output_dir)
-    except UsageError:
-        tag = newest_whole(folder)
-        if tag is None:
-            raise
-        return folder, tag
 
 
 def _topology(options: Any, config: dict[str, Any], launch: Launch) -> Topology:
@@ -352,15 +337,13 @@ def _workers(options: Any, launch: Launch) -> int:
     return max(1, min(4, usable_cores() // launch.local_world))
 
 
-def _check_resumed(settings: TrainSettings, saved: dict[str, Any]) -> None:
-    """Refuses to go on with a run that is another one; how it is spread over ranks may change."""
-    assert settings.resume_from is not None
-    for key, value in settings.description().items():
-        if key not in _SPLIT and saved.get(key) != value:
-            raise UsageError(
-                f"--resume: the checkpoint in {os.path.join(*settings.resume_from)!r} is of a run with "
-                f"{key}={saved.get(key)!r}, not {value!r}; give the same, or another --output-dir"
-            )
+def _check_weights(init_from: str | None) -> None:
+    """Refuses what holds no weights to begin with, as far as can be seen from outside."""
+    if init_from is not None and not os.path.isfile(init_from):
+        try:
+            find_checkpoint(init_from)
+        except UsageError as error:
+            raise UsageError(f"--init-from: {error}, or a file that tlgc-mp export wrote") from None
 
 
 def _never_saved(checkpoints: str) -> bool:

@@ -1,0 +1,80 @@
+"""What a run goes on from, and what of it may be changed. Loads no torch."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from tlgc_mp.checkpoint.folder import CHECKPOINTS, find_checkpoint, newest_whole, tags
+from tlgc_mp.errors import UsageError
+
+if TYPE_CHECKING:
+    from tlgc_mp.training.settings import TrainSettings
+
+RESUME_AUTO = "auto"
+"""With --resume: go on where the output folder holds a checkpoint, begin where it holds none."""
+
+_SPLIT = ("tensor_parallel", "data_parallel", "zero_stage", "accumulation")
+"""How a run is spread over ranks: a resumed one may be spread otherwise."""
+
+_CHANGEABLE = {
+    "epochs": "--epochs",
+    "limit_steps": "--limit-steps",
+    "batch_size": "--batch-size",
+    "learning_rate": "--learning-rate",
+}
+"""What a resumed run may have otherwise, where it is asked for by name: -> how that is done."""
+
+
+def find_resumed(resume: str, output_dir: str) -> tuple[str, str] | None:
+    """The checkpoint that --resume means; ``None`` to begin."""
+    if resume != RESUME_AUTO:
+        return find_checkpoint(resume or output_dir)
+    folder = os.path.join(output_dir, CHECKPOINTS)
+    if not tags(folder):
+        return None
+    try:
+        return find_checkpoint(output_dir)
+    except UsageError:
+        tag = newest_whole(folder)
+        if tag is None:
+            raise
+        return folder, tag
+
+
+def named_here(options: Any, config: dict[str, Any]) -> set[str]:
+    """What of :data:`_CHANGEABLE` the options or the DeepSpeed configuration, as it was given, say by name."""
+    named = {key for key in _CHANGEABLE if getattr(options, key) is not None}
+    if "optimizer" in config:
+        named.add("learning_rate")
+    if {"train_batch_size", "train_micro_batch_size_per_gpu"} & config.keys():
+        named.add("batch_size")
+    return named
+
+
+def check_resumed(settings: TrainSettings, saved: dict[str, Any], named: set[str]) -> None:
+    """Refuses to go on with a run that is another one; how it is spread over ranks may change, and what is named."""
+    assert settings.resume_from is not None
+    for key, value in settings.description().items():
+        if key not in _SPLIT and key not in named and saved.get(key) != value:
+            hint = f", or ask for it by {_CHANGEABLE[key]}" if key in _CHANGEABLE else ""
+            raise UsageError(
+                f"--resume: the checkpoint in {os.path.join(*settings.resume_from)!r} is of a run with "
+                f"{key}={saved.get(key)!r}, not {value!r}; give the same, or another --output-dir{hint}"
+            )
+
+
+def changes(settings: TrainSettings, saved: dict[str, Any]) -> list[str]:
+    """What a resumed run has otherwise than the run that was saved, as ``epochs 2 -> 3``."""
+    now = settings.description()
+    return [f"{key} {saved[key]} -> {now[key]}" for key in _CHANGEABLE if saved[key] != now[key]]
+
+
+def place(settings: TrainSettings, saved: dict[str, Any], progress: dict[str, Any], steps: int) -> int:
+    """How many steps of its epoch a resumed run has behind it, where an epoch now has ``steps``.
+
+    Where the batch was changed, they are as many as its images fill: those that are left over come again.
+    """
+    if progress["step"] >= progress["steps"]:
+        return steps
+    return min(steps, progress["step"] * saved["batch_size"] // settings.batch_size)
