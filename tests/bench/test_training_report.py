@@ -200,3 +200,13 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert main(["report", source, "--output", source]) == 2
     assert "--output" in capsys.readouterr().err
     assert len(read_rows([source])) == 1
+
+
+def test_another_recipe_is_another_setting(tmp_path: Path) -> None:
+    """Runs with a flag of the recipe's are not seeds of those without."""
+    rows = [row("sc", 1, 0, 4.0), row("sc", 1, 1, 2.0, departures={"schedule": "onecycle", "ema": 0.999})]
+    assert main(["report", _write(tmp_path / "rows.jsonl", rows), "--output", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report/report.md").read_text()
+    assert "recipe cifar. Mean" in text
+    assert "recipe cifar with schedule onecycle, ema 0.999. Mean" in text
+    assert [cells[2:5:2] for cells in _cells(text, "SC", "1")] == [["1", "4.00"], ["1", "2.00"]]

@@ -25,7 +25,7 @@ RUN = {
     **{"model": "wrn-10-1", **{key: value for key, value in MODEL.items() if key not in ("name", "num_classes")}},
     **{"dataset": "synthetic", "image_size": 8, "recipe": "cifar", "epochs": 2, "limit_steps": None, "seed": 0},
     **{"tensor_parallel": 2, "data_parallel": 1, "zero_stage": 0, "batch_size": 128, "accumulation": 1},
-    "learning_rate": 0.1,
+    **{"learning_rate": 0.1, "departures": {}},
 }
 PROGRESS = {
     **{"epoch": 0, "step": 8, "steps": 8, "seconds": 1.5, "train_seconds": 1.0, "data_seconds": 0.5},

@@ -16,7 +16,7 @@ from tlgc_mp.training.runs import RESULT
 Row = dict[str, Any]
 
 SETTING = ("model", "dataset", "image_size", "recipe", "epochs", "batch_size", "learning_rate", "limit_steps")
-"""What rows that are compared have in common."""
+"""What rows that are compared have in common, beside what they have otherwise than the recipe."""
 
 LABELS = {
     "sc": "SC",
@@ -56,7 +56,7 @@ def read_rows(sources: Sequence[str]) -> list[Row]:
             raise UsageError(f"report: {source!r} does not exist; give folders of runs, or files of rows")
         for path in _files(source):
             for row in _read(path):
-                found.setdefault(json.dumps({key: row[key] for key in (*SETTING, *_IDENTITY)}), row)
+                found.setdefault(json.dumps([setting_of(row), *(row[key] for key in _IDENTITY)]), row)
     if not found:
         raise UsageError(f"report: no finished run (a {RESULT}) is in {', '.join(map(repr, sources))}")
     return list(found.values())
@@ -94,6 +94,8 @@ def _check(row: Any, path: str) -> None:
                 f"report: a row in {path!r} has {key}={shown(row[key])}, which is not {what}; give rows that tlgc-mp "
                 "train has written"
             )
+    if not isinstance(row.get("departures", {}), dict):
+        raise UsageError(f"report: a row in {path!r} has departures={shown(row['departures'])}, which is no object")
     if not _PERHAPS_COUNT[0](row.get("effective_parameters")):
         raise UsageError(
             f"report: a row in {path!r} has effective_parameters={shown(row['effective_parameters'])}; "
@@ -160,7 +162,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def setting_of(row: Row) -> tuple[Any, ...]:
-    return tuple(row[key] for key in SETTING)
+    return (*(row[key] for key in SETTING), json.dumps(row.get("departures") or {}, sort_keys=True))
 
 
 def variant_of(row: Row) -> Variant:

@@ -33,6 +33,7 @@ def export_checkpoint(path: str, output: str) -> dict[str, Any]:
     """Writes the weights and running statistics of a checkpoint as one safetensors file, for a single device.
 
     Its names are those of the model's ``state_dict``, its metadata say which model it is: :func:`load_model` makes one.
+    Where the run averaged its weights, it holds the averages.
 
     Args:
         path: a run's output folder, its folder of checkpoints, or one checkpoint, of ``tlgc-mp train``.
@@ -52,7 +53,7 @@ def export_checkpoint(path: str, output: str) -> dict[str, Any]:
     for kind in ("weights", "buffers"):
         for name in reader.names(kind):
             whole = Part(reader.whole_shape(f"{kind}/{name}"), None, 0, 1)
-            state[name] = reader.read_mean(f"{kind}/{name}", whole).contiguous()
+            state[name] = reader.read_mean(reader.judged_by(name, kind), whole).contiguous()
     state |= {name: state[first].clone() for name, first in _further_names(model).items()}
     metadata = {"format": "pt", _METADATA: json.dumps({**arguments, "checkpoint": os.path.basename(reader.where)})}
     partial = f"{output}{folders.PARTIAL}"

@@ -25,6 +25,9 @@ INDEX = "index"
 """The key of a file's metadata under which, as JSON, stands where each of its tensors belongs."""
 
 
+AVERAGE = "average"
+"""The key, in the optimizer's state of a weight, of that weight's moving average."""
+
 _OWN = ("buffers/", "replica/")
 """The kinds of tensors of which every replica keeps its own."""
 
@@ -210,6 +213,11 @@ class CheckpointReader:
             cut = take_share(shares[0], part.layout, Ranks(size=part.count, rank=part.index))
             flat = cut.flatten().narrow(0, start, length)
         return flat.view(part.shape) if numel is None and start == 0 else flat
+
+    def judged_by(self, name: str, kind: str) -> str:
+        """The tensor that the run is judged by: of a weight its moving average, where that was kept."""
+        averaged = f"optimizer/{AVERAGE}/{name}"
+        return averaged if kind == "weights" and averaged in self._pieces else f"{kind}/{name}"
 
     def read_replicas(self, tensor: str, part: Part, replica: int, replicas: int) -> Tensor:
         """What ``replica`` of ``replicas`` kept for itself; the mean over those who wrote, where they were not as many.

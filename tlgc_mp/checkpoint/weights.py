@@ -66,7 +66,7 @@ def _saved(path: str) -> Source:
     if problem is not None:
         raise UsageError(f"{problem}; {folders.offer(folder, tag)}")
     reader = CheckpointReader(folder, tag)
-    stored = {name: f"{kind}/{name}" for kind in ("weights", "buffers") for name in reader.names(kind)}
+    stored = {name: reader.judged_by(name, kind) for kind in ("weights", "buffers") for name in reader.names(kind)}
     shapes = {name: reader.whole_shape(key) for name, key in stored.items()}
     return shapes, lambda name: reader.read_mean(stored[name], Part(shapes[name], None, 0, 1))
 

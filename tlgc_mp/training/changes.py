@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlgc_mp.checkpoint.folder import CHECKPOINTS, find_checkpoint, newest_whole, tags
 from tlgc_mp.errors import UsageError
+from tlgc_mp.training.recipes import FLAGS, find_recipe
 
 if TYPE_CHECKING:
     from tlgc_mp.training.settings import TrainSettings
@@ -22,6 +23,7 @@ _CHANGEABLE = {
     "limit_steps": "--limit-steps",
     "batch_size": "--batch-size",
     "learning_rate": "--learning-rate",
+    "departures": "the flags of the recipe",
 }
 """What a resumed run may have otherwise, where it is asked for by name: -> how that is done."""
 
@@ -44,7 +46,9 @@ def find_resumed(resume: str, output_dir: str) -> tuple[str, str] | None:
 
 def named_here(options: Any, config: dict[str, Any]) -> set[str]:
     """What of :data:`_CHANGEABLE` the options or the DeepSpeed configuration, as it was given, say by name."""
-    named = {key for key in _CHANGEABLE if getattr(options, key) is not None}
+    named = {key for key in _CHANGEABLE if getattr(options, key, None) is not None}
+    if any(getattr(options, flag) is not None for flag in FLAGS):
+        named.add("departures")
     if "optimizer" in config:
         named.add("learning_rate")
     if {"train_batch_size", "train_micro_batch_size_per_gpu"} & config.keys():
@@ -67,7 +71,13 @@ def check_resumed(settings: TrainSettings, saved: dict[str, Any], named: set[str
 def changes(settings: TrainSettings, saved: dict[str, Any]) -> list[str]:
     """What a resumed run has otherwise than the run that was saved, as ``epochs 2 -> 3``."""
     now = settings.description()
-    return [f"{key} {saved[key]} -> {now[key]}" for key in _CHANGEABLE if saved[key] != now[key]]
+    changed = [
+        f"{key} {saved[key]} -> {now[key]}" for key in _CHANGEABLE if key != "departures" and saved[key] != now[key]
+    ]
+    before, after = saved["departures"], now["departures"]
+    flags = [flag for flag in FLAGS if before.get(flag) != after.get(flag)]
+    default = find_recipe(settings.recipe_name)
+    return changed + [f"{f} {before.get(f, getattr(default, f))} -> {getattr(settings.recipe, f)}" for f in flags]
 
 
 def place(settings: TrainSettings, saved: dict[str, Any], progress: dict[str, Any], steps: int) -> int:

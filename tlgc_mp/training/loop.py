@@ -12,7 +12,6 @@ from typing import Any, NoReturn, TypeAlias
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,6 +26,7 @@ from tlgc_mp.parallel.plan import parameter_counts
 from tlgc_mp.parallel.sharding import effective_parameters
 from tlgc_mp.parallel.topology import Launch, usable_cores
 from tlgc_mp.training import optimization, options, resuming
+from tlgc_mp.training.averaging import Average
 from tlgc_mp.training.claim import claimed
 from tlgc_mp.training.evaluation import (
     EVALUATION_BATCH,
@@ -189,6 +189,8 @@ class _Run:
         self.progress = progress
         self.loss_sum = loss_sum  # of this replica, over the steps of the epoch under way
         self.meter = meter
+        self.loss = optimization.Loss(settings, num_classes)
+        self.average = Average(engine, settings.recipe.ema)
         self.num_classes = num_classes
         folder = os.path.join(settings.output_dir, CHECKPOINTS)
         self.saver = CheckpointSaver(engine, folder, keep=settings.keep, background=settings.background_save)
@@ -250,12 +252,14 @@ class _Run:
                 self.rate = float(engine.optimizer.param_groups[0]["lr"])
                 before = loss_sum.clone()
                 for number, (images, labels) in enumerate(islice(self._timed(stream), accumulation)):
-                    self._seed_dropout((epoch * self.steps + step) * accumulation + number)
-                    images, labels = to_device(images, labels, engine)
-                    loss = F.cross_entropy(engine(images).float(), labels)
+                    draws = self._number((epoch * self.steps + step) * accumulation + number)
+                    torch.manual_seed(stream_seed(self.settings.seed, "micro-batch", draws))
+                    images, labels = self.loss.mixed(*to_device(images, labels, engine), draws)
+                    loss = self.loss(engine(images).float(), labels)
                     engine.backward(loss)
                     engine.step()
                     loss_sum += loss.detach() / accumulation
+                self.average.step()
                 if on_cpu or step % LOSS_CHECK_STEPS == LOSS_CHECK_STEPS - 1:
                     _check_finite(float(loss_sum), epoch, step + 1)
                 step_seconds = time.perf_counter() - step_began
@@ -282,9 +286,10 @@ class _Run:
                 self._leave(stop)
 
         began = time.perf_counter()
-        found = evaluate(
-            self.engine, self.tests, between=leave_if_asked, limit=self.settings.limit_steps, speaks=self.speaks
-        )
+        with self.average.in_place():
+            found = evaluate(
+                self.engine, self.tests, between=leave_if_asked, limit=self.settings.limit_steps, speaks=self.speaks
+            )
         self.meter.evaluation_seconds = time.perf_counter() - began
         return found
 
@@ -298,12 +303,11 @@ class _Run:
                 return
             yield batch
 
-    def _seed_dropout(self, micro_batch: int) -> None:
-        """Seeds what a micro-batch draws by itself, from its number over all replicas: so a resumed run draws the
-        same, with more or fewer replicas too, and replicas draw differently."""
+    def _number(self, micro_batch: int) -> int:
+        """That of a micro-batch over all replicas, from which what it draws by itself follows: so a resumed run draws
+        the same, with more or fewer replicas too, and replicas draw differently."""
         topology = self.settings.topology
-        number = micro_batch * topology.data_parallel + topology.dp_rank
-        torch.manual_seed(stream_seed(self.settings.seed, "micro-batch", number))
+        return micro_batch * topology.data_parallel + topology.dp_rank
 
     def _newest(self) -> str:
         """The path of the checkpoint that stands for where this run is."""

@@ -17,7 +17,7 @@ from tlgc_mp.files import replace_file
 from tlgc_mp.models.names import COARSE_INITS, CONVOLUTIONS, IMAGENET_WIDE_RESNET, MOBILENET_V2
 from tlgc_mp.parallel.config import read_config
 from tlgc_mp.training.changes import RESUME_AUTO
-from tlgc_mp.training.recipes import RECIPES
+from tlgc_mp.training.recipes import OPTIMIZERS, RECIPES, SCHEDULES
 from tlgc_mp.training.runs import OPTIONS
 from tlgc_mp.training.settings import output_folder
 
@@ -61,7 +61,30 @@ def add_train_parser(commands: Any, run: Callable[..., int]) -> None:
         help="report loss, rate, speed and remaining time every K steps (default: %(default)s)",
     )
     train.add_argument("--batch-size", type=int, help="samples a step over all replicas (default: the recipe's)")
-    train.add_argument("--learning-rate", type=float, metavar="RATE", help="the initial one (default: the recipe's)")
+    train.add_argument(
+        "--learning-rate",
+        "--lr",
+        type=float,
+        metavar="RATE",
+        help="the initial one, the largest of onecycle (default: the recipe's; 0.001 for adamw)",
+    )
+    train.add_argument("--optimizer", metavar="NAME", help=f"{', '.join(OPTIMIZERS)} (default: the recipe's, sgd)")
+    train.add_argument("--momentum", type=float, metavar="M", help="of sgd (default: the recipe's, 0.9)")
+    train.add_argument("--weight-decay", type=float, metavar="D", help="default: the recipe's; 0.01 for adamw")
+    train.add_argument("--schedule", metavar="NAME", help=f"{', '.join(SCHEDULES)} (default: the recipe's, step)")
+    train.add_argument(
+        "--warmup-epochs", type=int, metavar="K", help="in which the rate rises to the initial one (default: none)"
+    )
+    train.add_argument("--label-smoothing", type=float, metavar="SHARE", help="default: 0")
+    train.add_argument("--mixup", type=float, metavar="ALPHA", help="mix images in pairs (default: not)")
+    train.add_argument(
+        "--ema",
+        nargs="?",
+        const=0.999,
+        type=float,
+        metavar="DECAY",
+        help="evaluate and export a moving average of the weights (default: not; 0.999 where no DECAY is given)",
+    )
     train.add_argument(
         "--tp",
         type=int,

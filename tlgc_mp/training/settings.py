@@ -18,7 +18,7 @@ from tlgc_mp.models.names import check_coarse_level, check_model, check_split, l
 from tlgc_mp.parallel.config import check_values, read_config, tensor_parallel_size, zero_stage
 from tlgc_mp.parallel.topology import Launch, Topology, default_tensor_parallel, usable_cores
 from tlgc_mp.training.changes import check_resumed, find_resumed, named_here
-from tlgc_mp.training.recipes import Recipe, default_recipe, find_recipe
+from tlgc_mp.training.recipes import Recipe, default_recipe, departures, find_recipe, with_flags
 from tlgc_mp.training.runs import METRICS
 
 DEFAULT_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 1}}
@@ -106,6 +106,7 @@ class TrainSettings:
             "data_parallel": self.topology.data_parallel,
             "zero_stage": zero_stage(self.config),
             "recipe": self.recipe_name,
+            "departures": departures(self.recipe_name, self.recipe),
             "epochs": self.epochs,
             "limit_steps": self.limit_steps,
             "learning_rate": self.learning_rate,
@@ -165,6 +166,9 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
     config = dict(DEFAULT_CONFIG) if options.deepspeed_config is None else read_config(options.deepspeed_config)
     zero_stage(config)
     check_values(config)
+    recipe = with_flags(recipe, options, config)
+    if recipe.warmup_epochs >= epochs:
+        raise UsageError(f"--warmup-epochs must be less than the {epochs} epochs, got {recipe.warmup_epochs}")
     topology = _topology(options, config, launch)
     output_dir = output_folder(options)
     try:
