@@ -100,6 +100,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (convert(where=lambda: True), "cannot be called with (name, layer); give a function of those two"),
     (convert(where="["), "where='[': none of its 2 convolutions can be replaced"),
     (convert(where=lambda name, layer: []), "none of its 2 convolutions can be replaced"),
+    (lambda: tlgc_mp.fold("network"), "model: a str is none; give a torch.nn.Module"),  # type: ignore[arg-type]
     (lambda: tlgc_mp.shard(None), "model: a NoneType is none; give a torch.nn.Module"),  # type: ignore[arg-type]
     (lambda: tlgc_mp.shard(network()), "shard: torch.distributed is not initialized; call "),
     (lambda: tlgc_mp.shard(network(), device="gpu"), "device='gpu' is none"),

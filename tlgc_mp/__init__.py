@@ -9,7 +9,7 @@ from tlgc_mp.errors import UsageError
 
 if TYPE_CHECKING:
     from tlgc_mp.checkpoint import load_checkpoint, load_model, save_checkpoint
-    from tlgc_mp.models import convert, create_model
+    from tlgc_mp.models import convert, create_model, fold
     from tlgc_mp.parallel import initialize, shard
 
 __version__ = "0.1.0"
@@ -17,6 +17,7 @@ __all__ = [
     "UsageError",
     "convert",
     "create_model",
+    "fold",
     "initialize",
     "load_checkpoint",
     "load_model",
@@ -29,6 +30,7 @@ __getattr__ = lazy.attributes(
     {
         "convert": "tlgc_mp.models",
         "create_model": "tlgc_mp.models",
+        "fold": "tlgc_mp.models",
         "initialize": "tlgc_mp.parallel",
         "load_checkpoint": "tlgc_mp.checkpoint",
         "load_model": "tlgc_mp.checkpoint",

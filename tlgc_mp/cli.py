@@ -63,6 +63,11 @@ def _parser() -> Parser:
     )
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, or one of its checkpoints")
     export.add_argument("output", metavar="OUT", help="the file to write")
+    export.add_argument(
+        "--fold",
+        action="store_true",
+        help="for inference: two-level layers as torch's own convolutions, BatchNorm folded into them",
+    )
     export.set_defaults(run=_export)
     reshard = commands.add_parser(
         "reshard",
@@ -192,8 +197,9 @@ def _export(options: Any, launch: Launch) -> int:
     find_checkpoint(options.checkpoint)  # before torch is loaded
     from tlgc_mp.checkpoint.offline import export_checkpoint
 
-    arguments = export_checkpoint(options.checkpoint, options.output)
-    print(f"Wrote {arguments['name']}, {arguments['conv']}, {arguments['groups']} groups, to {options.output}")
+    arguments = export_checkpoint(options.checkpoint, options.output, folded=options.fold)
+    folded = ", folded" if options.fold else ""
+    print(f"Wrote {arguments['name']}, {arguments['conv']}, {arguments['groups']} groups{folded}, to {options.output}")
     return 0
 
 

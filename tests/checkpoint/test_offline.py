@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from tests.checkpoint import written
 from tests.ranks import run_ranks
@@ -18,6 +20,7 @@ from tlgc_mp.checkpoint import export_checkpoint, load_model, reshard_checkpoint
 from tlgc_mp.checkpoint.folder import damage
 from tlgc_mp.cli import main
 from tlgc_mp.errors import UsageError
+from tlgc_mp.nn import TwoLevelConv2d
 
 TEST_LOSS_WITHOUT_DEEPSPEED = """
 import sys
@@ -78,6 +81,25 @@ def test_torch_export_and_onnx_agree(weights: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(240)
+def test_the_folded_model_computes_the_same(run: Path, weights: Path, tmp_path: Path) -> None:
+    path = str(tmp_path / "folded.safetensors")
+    assert main(["export", str(run), path, "--fold"]) == 0
+    model, folded = load_model(str(weights)), load_model(path)
+    assert not any(isinstance(module, TwoLevelConv2d) for module in folded.modules())
+    norms = [sum(isinstance(module, nn.BatchNorm2d) for module in each.modules()) for each in (model, folded)]
+    assert norms[1] < norms[0] and not folded.training
+    images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(folded(images), model(images), rtol=1e-5, atol=1e-5)
+    with pytest.raises(UsageError, match="does not hold the weights of its model"):
+        state = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        save_file({name: value for name, value in state.items() if name != "head.bias"}, path, metadata=metadata)
+        load_model(path)
+
+
+@pytest.mark.timeout(240)
 def test_cut_for_other_ranks(run: Path, weights: Path, tmp_path: Path) -> None:
     for ranks in (1, 4):
         output = tmp_path / str(ranks)
@@ -135,8 +157,6 @@ def test_a_damaged_file_is_not_exported(run: Path, tmp_path: Path, weights: Path
         shard.write_bytes(content)
     assert not list(tmp_path.iterdir())
     not_ours = tmp_path / "other.safetensors"
-    from safetensors.torch import save_file
-
     save_file({"x": torch.zeros(1)}, not_ours)
     with pytest.raises(UsageError, match="does not say which model"):
         load_model(str(not_ours))
@@ -153,4 +173,8 @@ def test_layers_that_have_two_names_are_exported_under_both(tmp_path: Path) -> N
     model = load_model(output)
     assert len(state) > len([*model.parameters(), *model.buffers()])
     assert [name for name, value in model.state_dict().items() if not torch.equal(value, state[name])] == []
+    export_checkpoint(str(tmp_path), output, folded=True)
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(output)(images), model(images), rtol=1e-4, atol=1e-4)
     assert reshard_checkpoint(str(tmp_path), str(tmp_path / "again"), 1)

@@ -28,7 +28,7 @@ def _two_level_oracle(layer: Any, x: Tensor) -> Tensor:
     window = {"stride": layer.stride, "groups": GROUPS}
     fine = F.conv2d(x, layer.weight, layer.bias, padding=layer.padding, **window)
     given = F.conv2d(x, layer.restriction, None, padding=tuple(k // 2 for k in layer.coarse_kernel_size), **window)
-    return fine + torch.einsum("mg,...ghw->...mhw", layer._prolongation_matrix(), given)
+    return fine + torch.einsum("mg,...ghw->...mhw", layer.prolongation_matrix(), given)
 
 
 def _shuffle_oracle(layer: Any, x: Tensor) -> Tensor:

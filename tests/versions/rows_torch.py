@@ -370,3 +370,20 @@ class _Counting(nn.Module):
 def extra_state() -> None:
     """The name under which a state dict holds what ``get_extra_state`` gives."""
     assert nn.Sequential(_Counting()).state_dict() == {"0._extra_state": 7}
+
+
+@relies_on("torch._C._are_functorch_transforms_active")
+def transforms_of_torch_func() -> None:
+    """Says whether a call is within a transform of torch.func, for each of them."""
+    active = torch._C._are_functorch_transforms_active
+    seen = []
+
+    def square(x: Tensor) -> Tensor:
+        seen.append(active())
+        return x.square().sum()
+
+    x = torch.ones(2)
+    torch.func.vmap(square)(x)
+    torch.func.grad(square)(x)
+    torch.func.jvp(square, (x,), (x,))
+    assert seen == [True, True, True] and not active()

@@ -18,7 +18,7 @@ from tlgc_mp.checkpoint import folder as folders
 from tlgc_mp.checkpoint.reader import INDEX, CheckpointReader, Part, Piece
 from tlgc_mp.errors import UsageError
 from tlgc_mp.files import as_path
-from tlgc_mp.models import create_model
+from tlgc_mp.models import create_model, fold
 from tlgc_mp.models.factory import create_meta_model
 from tlgc_mp.models.names import check_split, library_model
 from tlgc_mp.nn.arguments import check_device
@@ -29,7 +29,7 @@ _ARGUMENTS = ("conv", "groups", "coarse_everywhere", "coarse_kernel_size", "coar
 _METADATA = "tlgc_mp"
 
 
-def export_checkpoint(path: str, output: str) -> dict[str, Any]:
+def export_checkpoint(path: str, output: str, *, folded: bool = False) -> dict[str, Any]:
     """Writes the weights and running statistics of a checkpoint as one safetensors file, for a single device.
 
     Its names are those of the model's ``state_dict``, its metadata say which model it is: :func:`load_model` makes one.
@@ -38,6 +38,7 @@ def export_checkpoint(path: str, output: str) -> dict[str, Any]:
     Args:
         path: a run's output folder, its folder of checkpoints, or one checkpoint, of ``tlgc-mp train``.
         output: the file; replaced where it is there.
+        folded: writes the weights of the model that :func:`tlgc_mp.fold` makes of it, for inference.
 
     Returns:
         The arguments of :func:`tlgc_mp.create_model` for this model.
@@ -55,7 +56,12 @@ def export_checkpoint(path: str, output: str) -> dict[str, Any]:
             whole = Part(reader.whole_shape(f"{kind}/{name}"), None, 0, 1)
             state[name] = reader.read_mean(reader.judged_by(name, kind), whole).contiguous()
     state |= {name: state[first].clone() for name, first in _further_names(model).items()}
-    metadata = {"format": "pt", _METADATA: json.dumps({**arguments, "checkpoint": os.path.basename(reader.where)})}
+    description = {**arguments, "checkpoint": os.path.basename(reader.where)}
+    if folded:
+        state = fold(_filled(arguments, state, "cpu")).state_dict()
+        state = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+        description["folded"] = True
+    metadata = {"format": "pt", _METADATA: json.dumps(description)}
     partial = f"{output}{folders.PARTIAL}"
     try:
         os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
@@ -84,8 +90,9 @@ def load_model(path: str, device: torch.device | str = "cpu") -> nn.Module:
     try:
         with safe_open(path, framework="pt") as file:
             arguments = json.loads((file.metadata() or {})[_METADATA])
-            if set(arguments) - {"checkpoint"} != {"name", "num_classes", *_ARGUMENTS}:
+            if set(arguments) - {"checkpoint", "folded"} != {"name", "num_classes", *_ARGUMENTS}:
                 raise KeyError(_METADATA)
+            folded = bool(arguments.pop("folded", False))
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path!r} cannot be read: {error}") from None
@@ -94,16 +101,27 @@ def load_model(path: str, device: torch.device | str = "cpu") -> nn.Module:
     arguments.pop("checkpoint", None)
     try:
         model = create_meta_model(**arguments)
+        model = fold(model) if folded else model
     except UsageError as error:
         raise UsageError(f"{path!r} is of no model that there is: {error}") from None
     if odd := _difference(model, {name: tuple(value.shape) for name, value in state.items()}):
         raise UsageError(f"{path!r} does not hold the weights of its model: {odd}; export it again")
+    return _filled(arguments, state, device, folded=folded).eval()
+
+
+def _filled(
+    arguments: dict[str, Any], state: dict[str, Tensor], device: torch.device | str, *, folded: bool = False
+) -> nn.Module:
+    """The model of these arguments with the tensors of ``state``."""
+    model = create_meta_model(**arguments)
+    if library_model(arguments["name"]) is not None:
+        # What no state dict holds, an index of positions, say, only the library's code can compute.
+        model = create_model(**arguments, device=device)
+    model = fold(model) if folded else model
     if library_model(arguments["name"]) is None:
         model.to_empty(device=device)
-    else:  # what no state dict holds, an index of positions, say, only the library's code can compute
-        model = create_model(**arguments, device=device)
     model.load_state_dict(state)
-    return model.eval()
+    return model
 
 
 def reshard_checkpoint(path: str, output: str, tensor_parallel: int) -> str:

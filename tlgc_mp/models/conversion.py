@@ -133,16 +133,21 @@ def convert(
         _fill(new, found.layer, init)
     replaced = {found.names[0]: (_count(found.layer), _count(new)) for found, new in planned}
     for found, new in planned:
-        _become(found.layer, new)
+        become(found.layer, new)
     model.conversion = Conversion(conv, groups, replaced, left)  # type: ignore[assignment]
     return model
 
 
-def _become(layer: nn.Module, new: nn.Module) -> None:
+def become(layer: nn.Module, new: nn.Module) -> None:
     """Makes ``layer`` what ``new`` is, in place: a list that holds it beside the model holds the new layer, too."""
     layer.__class__ = type(new)
     vars(layer).clear()
     vars(layer).update(vars(new))
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether something else is to run when ``layer`` does."""
+    return any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks))
 
 
 def _check_arguments(conv: str, groups: int, where: Where | None, init: str) -> None:
@@ -234,8 +239,7 @@ def _obstacle(layer: nn.Module, groups: int, owners: Counter[int]) -> str | None
         return f"grouped already: groups={layer.groups}"
     if layer.padding_mode != "zeros":
         return f"padding is not of zeros: padding_mode={layer.padding_mode!r}"
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    if any(hooks) or set(layer._parameters) != {"weight", "bias"} or layer._buffers or layer._modules:
+    if has_hooks(layer) or set(layer._parameters) != {"weight", "bias"} or layer._buffers or layer._modules:
         return "hooks or a parametrization would be lost"
     shared = [key for key, param in layer._parameters.items() if param is not None and owners[id(param)] > 1]
     if shared:

@@ -83,6 +83,13 @@ class Window(NamedTuple):
         )
         return height, width
 
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
+        """torch's convolution of ``x`` in this window."""
+        padding = self.padding
+        if min(padding) < 0:
+            x, padding = self.pad(x, 1), (0, 0)
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
+
     def views(self, planes: Tensor, height: int, width: int) -> Tensor:
         """Padded (G, d * d, B, H, W), a plane a tap -> a view (G, d, d, B, h, w): what each tap reads, or writes."""
         groups, _, batch, rows, columns = planes.shape
@@ -300,12 +307,11 @@ class Fused(torch.autograd.Function):
         return grad_x, grad_weight, grad_restriction, grad_prolongation, grad_bias, None, None, None
 
 
-def _composed(weight: Tensor, restriction: Tensor, prolongation: Tensor) -> Tensor:
+def composed(weight: Tensor, restriction: Tensor, prolongation: Tensor) -> Tensor:
     """The dense filters (m, n, d, d) of a whole layer, channels_last: A_k on the diagonal, and S_k R_0 everywhere."""
     groups, width, kernel_h, kernel_w = restriction.shape
     taps = restriction.permute(2, 3, 0, 1)  # d, d, N, n/N
-    filters = taps.new_empty(prolongation.shape[0], *taps.shape)  # m, d, d, N, n/N
-    torch.mul(prolongation.view(-1, 1, 1, groups, 1), taps, out=filters)
+    filters = (prolongation.view(-1, 1, 1, groups, 1) * taps).contiguous()  # m, d, d, N, n/N
     diagonal = filters.unflatten(0, (groups, -1)).diagonal(dim1=0, dim2=4)  # m/N, d, d, n/N, N
     diagonal.add_(weight.unflatten(0, (groups, -1)).permute(1, 3, 4, 2, 0))
     return filters.view(-1, kernel_h, kernel_w, groups * width).permute(0, 3, 1, 2)
@@ -332,7 +338,7 @@ class Dense(torch.autograd.Function):
     ) -> Tensor:
         ctx.memory_format = _memory_format(x)
         x = x.contiguous(memory_format=torch.channels_last)
-        filters = _composed(weight, restriction, prolongation).to(x.dtype)
+        filters = composed(weight, restriction, prolongation).to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
         out = F.conv2d(x, filters, bias, fine.stride, fine.padding, fine.dilation)
         ctx.save_for_backward(x, filters, restriction, prolongation)

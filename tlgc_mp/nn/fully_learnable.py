@@ -21,6 +21,8 @@ from tlgc_mp.nn.arguments import (
     padding_pair,
     positive_pair,
 )
+from tlgc_mp.nn.capture import is_captured
+from tlgc_mp.nn.fusing import NotFusedByTorch
 
 
 class FullyLearnableGroupConv2d(nn.Module):
@@ -148,7 +150,7 @@ class FullyLearnableGroupConv2d(nn.Module):
         return text + f", bias={self.bias is not None}"
 
 
-class PermutedGroupConv2d(nn.Module):
+class PermutedGroupConv2d(NotFusedByTorch):
     """A group convolution of picked input channels, of which output channels are picked.
 
     (B, n, H, W) -> (B, len(output_order), h, w).
@@ -200,6 +202,11 @@ class PermutedGroupConv2d(nn.Module):
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_captured(x):
+            picked = x.index_select(-3, self.input_order)
+            y = F.conv2d(picked, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+            y = y.index_select(-3, self.output_order)
+            return y if self.bias is None else y + self.bias[:, None, None]
         last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
         memory_format = torch.channels_last if last else torch.contiguous_format
         picked = x.index_select(-3, self.input_order).contiguous(memory_format=memory_format)

@@ -33,7 +33,7 @@ class TwoLevelPrototypeConv2d(TwoLevelConv2d):
     def _coarse_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"coarse": (self.groups, self.groups), "spread": (self.out_channels,)}
 
-    def _prolongation_matrix(self) -> Tensor:
+    def prolongation_matrix(self) -> Tensor:
         by_group = self.spread.view(self.local_groups, -1, 1)  # G, m/N, 1
         return (by_group * self.coarse.unsqueeze(1)).flatten(0, 1)
 

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tlgc_mp.nn.arguments import check_device, check_dtype, check_groups, check_weights, padding_pair, positive_pair
+from tlgc_mp.nn.capture import is_captured
+from tlgc_mp.nn.fusing import NotFusedByTorch
 
 
-class ShuffleConv2d(nn.Conv2d):
+class ShuffleConv2d(NotFusedByTorch, nn.Conv2d):
     """(B, in_channels, H, W) -> (B, out_channels, h, w): a group convolution, then output channel k of the N groups one
     after the other, for k = 1, ..., m/N. The next group convolution so reads from every group of this one.
 
@@ -50,6 +52,8 @@ class ShuffleConv2d(nn.Conv2d):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_captured(x):
+            return super().forward(x).unflatten(-3, (self.groups, -1)).transpose(-4, -3).flatten(-4, -3)
         if x.dim() == 3:  # as Conv2d takes it
             return self.forward(x.unsqueeze(0)).squeeze(0)
         return self._shuffled(super().forward(x))

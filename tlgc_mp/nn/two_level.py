@@ -20,6 +20,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tlgc_mp.errors import UsageError, one_of
@@ -31,7 +32,9 @@ from tlgc_mp.nn.arguments import (
     padding_pair,
     positive_pair,
 )
-from tlgc_mp.nn.coarse_level import Dense, Exchange, Fused, Overlapped, WholeExchange, Window, autocasts
+from tlgc_mp.nn.capture import is_captured
+from tlgc_mp.nn.coarse_level import Dense, Exchange, Fused, Overlapped, WholeExchange, Window, autocasts, composed
+from tlgc_mp.nn.fusing import NotFusedByTorch
 
 WIDE_GROUP = 128
 """Output channels of a group from which on the restriction is computed on its own; measured in docs/performance.md."""
@@ -51,7 +54,7 @@ the fine one. docs/reproduction.md compares them.
 """
 
 
-class TwoLevelConv2d(nn.Module):
+class TwoLevelConv2d(NotFusedByTorch):
     """Two-level group convolution of (B, in_channels, H, W) to (B, out_channels, h, w), Equation (3.5).
 
     Arguments are those of :class:`torch.nn.Conv2d`; h and w are those of the convolution with ``kernel_size``.
@@ -124,8 +127,8 @@ class TwoLevelConv2d(nn.Module):
         )
         windows = zip(self.padding, self.kernel_size, self.coarse_kernel_size, self.dilation, strict=True)
         vertical, horizontal = (_coarse_padding(p, d, d0, step) for p, d, d0, step in windows)
-        self._fine = Window(self.kernel_size, self.stride, self.padding, self.dilation)
-        self._coarse = Window(self.coarse_kernel_size, self.stride, (vertical, horizontal), self.dilation)
+        self.fine_window = Window(self.kernel_size, self.stride, self.padding, self.dilation)
+        self.coarse_window = Window(self.coarse_kernel_size, self.stride, (vertical, horizontal), self.dilation)
         self._assigned_mode: str | None = None
         self.exchange: Exchange = WholeExchange()
         if coarse_init not in COARSE_INITS:
@@ -149,7 +152,7 @@ class TwoLevelConv2d(nn.Module):
         """Of the parameters that make the prolongation."""
         return {"prolongation": (self.out_channels, self.groups)}
 
-    def _prolongation_matrix(self) -> Tensor:
+    def prolongation_matrix(self) -> Tensor:
         """(G m/N, N), the rows of S_k of the groups held here."""
         return self.prolongation
 
@@ -172,7 +175,7 @@ class TwoLevelConv2d(nn.Module):
         if self._assigned_mode in modes:  # the layer may have been split since
             return self._assigned_mode
         width = self.out_channels // self.groups
-        if "dense" in modes and width < DENSE_BELOW and self.weight.device.type not in ("cpu", "meta"):
+        if "dense" in modes and width < DENSE_BELOW and self._device_type() not in ("cpu", "meta"):
             return "dense"
         return "fused" if "fused" in modes and width < WIDE_GROUP else "overlapped"
 
@@ -186,6 +189,10 @@ class TwoLevelConv2d(nn.Module):
                 f"use {one_of(modes)}"
             )
         self._assigned_mode = mode
+
+    def _device_type(self) -> str:
+        weight = self._parameters.get("weight")  # which torch.fx does not put a proxy in the place of
+        return (self.weight if weight is None else weight).device.type
 
     def _coarse_modes(self) -> tuple[str, ...]:
         if self.coarse_kernel_size != self.kernel_size:
@@ -201,22 +208,34 @@ class TwoLevelConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, H, W) -> (B, m, h, w), in the memory format of ``x``; (n, H, W) -> (m, h, w)."""
+        if self.local_groups == self.groups and is_captured(x):
+            return self._in_torch(x)
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         groups = self.local_groups
         channels = self.in_channels * groups // self.groups
-        if x.dim() != 4 or x.shape[1] != channels or min(self._fine.output_size(x.shape[2], x.shape[3])) < 1:
+        if x.dim() != 4 or x.shape[1] != channels or min(self.fine_window.output_size(x.shape[2], x.shape[3])) < 1:
             raise UsageError(
                 f"input of shape {tuple(x.shape)} does not fit; give (B, {channels}, H, W), H x W at least the kernel"
             )
         mode = self.coarse_mode
         if mode == "dense":
-            tensors = (self.weight, self.restriction, self._prolongation_matrix(), self.bias)
-            return Dense.apply(*_computed_in(x), *tensors, self._fine)
-        tensors = _computed_in(x, self.weight, self.restriction, self._prolongation_matrix(), self.bias)
+            tensors = (self.weight, self.restriction, self.prolongation_matrix(), self.bias)
+            return Dense.apply(*_computed_in(x), *tensors, self.fine_window)
+        tensors = _computed_in(x, self.weight, self.restriction, self.prolongation_matrix(), self.bias)
         if mode == "fused":
-            return Fused.apply(*tensors, self._fine, groups, self.exchange)
-        return Overlapped.apply(*tensors, self._fine, self._coarse, groups, self.exchange)
+            return Fused.apply(*tensors, self.fine_window, groups, self.exchange)
+        return Overlapped.apply(*tensors, self.fine_window, self.coarse_window, groups, self.exchange)
+
+    def _in_torch(self, x: Tensor) -> Tensor:
+        """The same in torch's own functions, for tools that know no others."""
+        prolongation = self.prolongation_matrix()
+        if self.coarse_mode == "dense":
+            filters = composed(self.weight, self.restriction, prolongation)
+            return self.fine_window.convolve(x, filters, self.bias)
+        fine = self.fine_window.convolve(x, self.weight, self.bias, self.groups)
+        coarse = self.coarse_window.convolve(x, self.restriction, None, self.groups)
+        return fine + F.conv2d(coarse, prolongation[:, :, None, None])
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"

@@ -1,0 +1,247 @@
+"""A model for inference: its two-level layers in plain torch, with BatchNorm folded into its convolutions.
+
+*Two-level Group Convolution* (https://arxiv.org/abs/2110.05060), Equation (3.5), is linear: y = (A + S R_0) x. In
+evaluation BatchNorm is a factor and a summand for each channel, which go into A, S and the bias.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from tlgc_mp.errors import UsageError, told
+from tlgc_mp.models.conversion import become, has_hooks
+from tlgc_mp.nn import TwoLevelConv2d
+from tlgc_mp.nn.arguments import check_module
+from tlgc_mp.nn.coarse_level import Window, composed
+
+NARROW = 256
+"""Weights of a filter and input channel's group, n/N * d * d, below which one convolution is as fast, or nearly."""
+
+PASS_INPUT, PASS_OUTPUT, GROUP_WIDTH = 20, 60, 32
+"""Of the two levels apart, in multiplications of a dense convolution: what restricting an input channel costs for each
+tap, what adding up an output channel costs, and the width at which a group convolution takes twice its arithmetic. One
+thread of a Xeon, 1x1 and 3x3, 16 to 1024 channels, N = 2 to 16; docs/inference.md."""
+
+
+@dataclass(frozen=True)
+class Folding:
+    """What :func:`fold` did to a model; printed, it is a table.
+
+    Attributes:
+        layers: name of each two-level layer -> what it is now.
+        batch_norms: name of each BatchNorm that is folded into the convolution before it.
+        left: name of each that is not -> why.
+    """
+
+    layers: dict[str, str]
+    batch_norms: list[str]
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        rows = dict(self.layers) | {name: f"left: {reason}" for name, reason in self.left.items()}
+        width = max(map(len, rows), default=0)
+        total = f"{len(self.layers)} two-level layers and {len(self.batch_norms)} of BatchNorm folded"
+        return "\n".join([*(f"{name:{width}}  {text}" for name, text in rows.items()), total])
+
+
+class SumOfLevels(nn.Module):
+    """A two-level layer as three convolutions: fine(x) + prolongation(restriction(x))."""
+
+    def __init__(self, fine: nn.Conv2d, restriction: nn.Module, prolongation: nn.Conv2d) -> None:
+        super().__init__()
+        self.fine = fine
+        self.restriction = restriction
+        self.prolongation = prolongation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, n, H, W) -> (B, m, h, w)."""
+        return self.fine(x).add_(self.prolongation(self.restriction(x)))
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` for inference, which computes the same in evaluation mode.
+
+    Every two-level layer becomes one :class:`torch.nn.Conv2d` with the filters A_k + S_k R_0 where that is about as
+    fast, else a group convolution, a restriction and a 1x1 prolongation. Each BatchNorm that takes the output of one
+    convolution, and is the only one to take it, goes into that convolution. What follows what is read from the graph
+    that torch.fx makes of the model; where it makes none, BatchNorm stays.
+
+    Args:
+        model: any model on one device, as of :func:`tlgc_mp.create_model`, :func:`tlgc_mp.convert` or
+            :func:`tlgc_mp.load_model`. It stays as it is.
+
+    Returns:
+        The copy, in evaluation mode, none of whose parameters asks for gradients. Its attribute ``folding`` is the
+        :class:`Folding`.
+
+    Raises:
+        UsageError: a model that is split over ranks, or a two-level layer with hooks or code of its own.
+    """
+    check_module("model", model)
+    for name, module in model.named_modules():
+        _check(name, module)
+    folded = copy.deepcopy(model).eval().requires_grad_(False)
+    layers = {}
+    for name, module in list(folded.named_modules()):
+        if isinstance(module, TwoLevelConv2d):
+            become(module, plain := _plain(module))
+            layers[name] = repr(plain).partition("(")[0]
+    batch_norms, left = _fold_batch_norms(folded)
+    folded.folding = Folding(layers, batch_norms, left)  # type: ignore[assignment]
+    return folded
+
+
+def _check(name: str, module: nn.Module) -> None:
+    if "region" in vars(module):
+        raise UsageError(
+            "model must be on one device, got one that is split over ranks; fold what tlgc_mp.load_model makes of its "
+            "exported checkpoint"
+        )
+    if not isinstance(module, TwoLevelConv2d):
+        return
+    if has_hooks(module):
+        raise UsageError(f"model must have two-level layers without hooks, got some at {name!r}; remove them first")
+    if type(module).forward is not TwoLevelConv2d.forward:
+        raise UsageError(
+            f"model must have two-level layers of this package, got a {type(module).__name__} with a forward of its "
+            f"own at {name!r}; put a TwoLevelConv2d in its place"
+        )
+
+
+@torch.no_grad()
+def _plain(layer: TwoLevelConv2d) -> nn.Module:
+    """The function of a layer as one convolution, or as three."""
+    fine, coarse, groups = layer.fine_window, layer.coarse_window, layer.groups
+    weight, restriction = layer.weight.double(), layer.restriction.double()
+    prolongation = layer.prolongation_matrix().double()
+    bias = None if layer.bias is None else layer.bias.double()
+    both = _around(fine, coarse)
+    if both is not None and not _levels_are_faster(layer, both):
+        filters = composed(_grown(weight, both), _grown(restriction, both), prolongation)
+        return _convolution(layer, filters, bias, both)
+    if min(coarse.padding) >= 0:
+        restricting: nn.Module = _convolution(layer, restriction, None, coarse, groups)
+    else:  # it reads less far than the fine filters
+        vertical, horizontal = coarse.padding
+        cropped = Window(coarse.kernel, coarse.stride, (0, 0), coarse.dilation)
+        inner = _convolution(layer, restriction, None, cropped, groups)
+        restricting = nn.Sequential(nn.ZeroPad2d((horizontal, horizontal, vertical, vertical)), inner)
+    prolonging = _convolution(layer, prolongation[:, :, None, None], None, Window((1, 1), (1, 1), (0, 0), (1, 1)))
+    return SumOfLevels(_convolution(layer, weight, bias, fine, groups), restricting, prolonging)
+
+
+def _around(fine: Window, coarse: Window) -> Window | None:
+    """The least window that holds both; ``None`` where their taps lie between each other's."""
+    if any((d0 - d) % 2 for d, d0 in zip(fine.kernel, coarse.kernel, strict=True)):
+        return None
+    (kernel_h, padding_h), (kernel_w, padding_w) = (
+        max((fine.kernel[axis], fine.padding[axis]), (coarse.kernel[axis], coarse.padding[axis])) for axis in (0, 1)
+    )
+    return Window((kernel_h, kernel_w), fine.stride, (padding_h, padding_w), fine.dilation)
+
+
+def _grown(filters: Tensor, window: Window) -> Tensor:
+    """``filters`` with zeros around them, up to the kernel of ``window``."""
+    vertical, horizontal = ((d - d0) // 2 for d, d0 in zip(window.kernel, filters.shape[2:], strict=True))
+    return F.pad(filters, (horizontal, horizontal, vertical, vertical))
+
+
+def _levels_are_faster(layer: TwoLevelConv2d, both: Window) -> bool:
+    """Whether the two levels apart clearly beat one convolution over the window ``both``."""
+    n, m, groups = layer.in_channels, layer.out_channels, layer.groups
+    taps, coarse_taps = math.prod(layer.kernel_size), math.prod(layer.coarse_kernel_size)
+    if min(n, m) // groups * taps < NARROW:
+        return False
+    apart = n * m * taps / groups * (1 + GROUP_WIDTH * groups / n) + PASS_INPUT * n * coarse_taps
+    return apart + m * (PASS_OUTPUT + groups) < n * m * math.prod(both.kernel)
+
+
+def _convolution(
+    layer: TwoLevelConv2d, filters: Tensor, bias: Tensor | None, window: Window, groups: int = 1
+) -> nn.Conv2d:
+    """A convolution with these weights, in the type and memory format of the layer's."""
+    convolution = nn.Conv2d(
+        filters.shape[1] * groups, filters.shape[0], *window, groups, bias is not None, device="meta"
+    )
+    last = layer.weight.is_contiguous(memory_format=torch.channels_last) and not layer.weight.is_contiguous()
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    weights = filters.to(layer.weight.dtype).contiguous(memory_format=memory_format)
+    convolution.weight = nn.Parameter(weights, requires_grad=False)
+    if bias is not None:
+        convolution.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=False)
+    return convolution.eval()
+
+
+class _Tracer(fx.Tracer):
+    """Goes into no sum of levels, which is folded as a whole."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, SumOfLevels) or super().is_leaf_module(module, name)
+
+
+def _fold_batch_norms(model: nn.Module) -> tuple[list[str], dict[str, str]]:
+    """Folds what can be; the names of what has been, and name -> reason of the rest."""
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    if not norms:
+        return [], {}
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # the model's own code may raise anything
+        reason = f"torch.fx makes no graph of the model: {told(error)}"
+        return [], dict.fromkeys(norms, reason)
+    calls = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
+    counts = Counter(id(module) for module in calls.values())
+    read = {id(model.get_submodule(str(n.target).rpartition(".")[0])) for n in graph.nodes if n.op == "get_attr"}
+    before: dict[int, nn.Module] = {}
+    for node, norm in calls.items():
+        source = node.args[0] if node.args else None
+        convolution = calls.get(source) if isinstance(source, fx.Node) and list(source.users) == [node] else None
+        pair = (convolution, norm)
+        if convolution is not None and all(counts[id(each)] == 1 and id(each) not in read for each in pair):
+            before[id(norm)] = convolution
+    done, left = [], {}
+    for name, norm in norms.items():
+        convolution = before.get(id(norm))
+        if convolution is None or not _is_plain(convolution):
+            left[name] = "it does not follow one convolution alone"
+        elif type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or norm.running_mean is None or has_hooks(norm):
+            left[name] = "it has hooks, code of its own or no running statistics"
+        else:
+            _fold_batch_norm(convolution, norm)
+            become(norm, nn.Identity().eval())
+            done.append(name)
+    return done, left
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) in (nn.Conv2d, SumOfLevels) and not has_hooks(module)
+
+
+@torch.no_grad()
+def _fold_batch_norm(convolution: nn.Module, norm: nn.BatchNorm2d) -> None:
+    """norm(A x + b) = (factor A) x + factor (b - mean) + norm.bias, factor = norm.weight / sqrt(variance + eps)."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight.double()
+    summand = -norm.running_mean.double()
+    first = convolution.fine if isinstance(convolution, SumOfLevels) else convolution
+    assert isinstance(first, nn.Conv2d)
+    if first.bias is not None:
+        summand = summand + first.bias.double()
+    summand = factor * summand
+    if norm.bias is not None:
+        summand = summand + norm.bias.double()
+    first.bias = nn.Parameter(summand.to(first.weight.dtype), requires_grad=False)
+    scaled = (first, convolution.prolongation) if isinstance(convolution, SumOfLevels) else (first,)
+    for each in scaled:
+        each.weight = nn.Parameter(
+            (each.weight.double() * factor.view(-1, 1, 1, 1)).to(each.weight.dtype), requires_grad=False
+        )
