@@ -1,8 +1,8 @@
 """No parameter crosses tensor-parallel ranks: every collective of a training step, its kind and its bytes.
 
 Counted by a hook on each process group, below torch.distributed and DeepSpeed alike, and counted again by the
-profiler's record of the same calls, so that none is missed. Groups of one rank, such as D = 1 has for data
-parallelism, send nothing and are left out.
+profiler's record of the same calls in another run, so that none is missed: torch 2.14 may crash where hook and profiler
+meet in one send. Groups of one rank, such as D = 1 has for data parallelism, send nothing and are left out.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def _sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
 
 
-def _steps(config_name: str) -> tuple[list[list[Collective]], list[bool], list[int]]:
-    """What ran in each of 3 steps, whether the profiler saw as many, and the bytes of each parameter's share."""
+def _training(config_name: str) -> tuple[Any, nn.Module]:
+    """A function that takes a training step, and the model that it trains."""
     model = seeded_model("gc-2l", GROUPS, torch.float32, "meta")
     images, labels = _batch()
     config = CONFIGS[config_name]
@@ -102,15 +102,36 @@ def _steps(config_name: str) -> tuple[list[list[Collective]], list[bool], list[i
             engine.backward(F.cross_entropy(engine(images), labels))
             engine.step()
 
+    return step, model
+
+
+def _steps(config_name: str) -> tuple[list[list[Collective]], list[int], list[int]]:
+    """What ran in each of 3 steps, how many calls in groups of any size, and the bytes of each parameter's share."""
+    step, model = _training(config_name)
     recorder = Recorder()
-    steps, seen_by_profiler = [], []
+    steps, calls = [], []
     for _ in range(3):
         recorder.collectives, recorder.calls = [], 0
+        step()
+        steps.append(recorder.collectives)
+        calls.append(recorder.calls)
+    return steps, calls, [_bytes([param]) for param in model.parameters()]
+
+
+def _profiled(config_name: str) -> list[int]:
+    """How many collectives the profiler sees in each of 3 steps."""
+    step, _ = _training(config_name)
+    seen = []
+    for _ in range(3):
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             step()
-        steps.append(recorder.collectives)
-        seen_by_profiler.append(sum(e.name.startswith("c10d::") for e in profiler.events()) == recorder.calls)
-    return steps, seen_by_profiler, [_bytes([param]) for param in model.parameters()]
+        seen.append(sum(event.name.startswith("c10d::") for event in profiler.events()))
+    return seen
+
+
+def _swap(size: int) -> list[Collective]:
+    """What a rank does to give each other ``size`` bytes, and to get as many."""
+    return [Collective("RECV", 0, size)] * (RANKS - 1) + [Collective("SEND", size, 0)] * (RANKS - 1)
 
 
 def _expected_activations() -> tuple[list[Collective], list[Collective]]:
@@ -119,15 +140,15 @@ def _expected_activations() -> tuple[list[Collective], list[Collective]]:
 
     def note(layer: nn.Module, inputs: Any, output: Tensor) -> None:
         share = BATCH * (GROUPS // RANKS) * output.shape[2] * output.shape[3] * FLOAT
-        forward.append(Collective("ALLGATHER", share, RANKS * share))
-        backward.append(Collective("REDUCE_SCATTER", RANKS * share, share))
+        for sent in (forward, backward):
+            sent.extend(_swap(share))
 
     model = seeded_model("gc-2l", GROUPS, torch.float32, "cpu")
     layers = [module for module in model.modules() if isinstance(module, TwoLevelConv2d)]
     for layer in layers:
         layer.register_forward_hook(note)
     model(_batch()[0])
-    assert len(forward) == len(layers) == 9
+    assert len(forward) == 2 * (RANKS - 1) * len(layers) == 18
     return forward, backward
 
 
@@ -180,11 +201,13 @@ def test_no_payload_is_of_a_parameters_size(config: str) -> None:
         sizes = {part * size for size in parameter_bytes for part in (1, RANKS)}
         sizes |= {sum(parameter_bytes), RANKS * sum(parameter_bytes)}
         sent = {size for collectives in steps[1:] for c in collectives for size in c[1:]}
-        assert len(sent) > 5
+        assert len(sent) > 4
         assert not sent & sizes
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_the_profiler_counts_as_many(config: str) -> None:
-    for _, seen_by_profiler, _ in run_ranks_once(RANKS, _steps, config):
-        assert seen_by_profiler == [True, True, True]
+    for (_, calls, _), seen in zip(
+        run_ranks_once(RANKS, _steps, config), run_ranks_once(RANKS, _profiled, config), strict=True
+    ):
+        assert seen == calls

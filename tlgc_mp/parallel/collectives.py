@@ -34,6 +34,8 @@ reports and tests."""
 
 _REDUCED_AS = {torch.bool: torch.uint8, torch.int16: torch.int32}
 """Types that Gloo does not reduce, and what they are reduced as."""
+_SWAPS = ("coarse_gather", "coarse_reduce_scatter", "all_gather", "reduce_scatter")
+_TAGS = {name: tag for tag, name in enumerate(_SWAPS)}
 _GATHERED = {
     torch.float64,
     torch.float32,
@@ -92,19 +94,44 @@ def _start_gather(share: Tensor, ranks: int, group_name: str) -> Callable[[], Te
     """Starts :func:`coarse_gather`; the function returned waits for its result."""
     share = share.contiguous()
     full = share.new_empty(ranks * share.shape[0], *share.shape[1:])
-    if share.is_meta:
+    if share.is_meta or not share.numel():
         _note("coarse_gather", share)
         return lambda: full
-    group = resolve_group(group_name)
-    call = _begin("coarse_gather", share, group)
-    if dist.get_backend(group) == "gloo":
-        by_rank = full.view(ranks, *share.shape)
-        by_rank[dist.get_rank(group)] = share
-        arrived = _start_swap(call, share.expand_as(by_rank), by_rank, group)
-        return lambda: arrived().view(full.shape)
-    start = _comm("all_gather_into_tensor", "all_gather_single")
-    work = complete(call, start, full, share, group=group, async_op=True)
-    return _arrival(call, work, full, share)
+    stacked = full.view(ranks, *share.shape)
+    arrived = _gather("coarse_gather", share, stacked, resolve_group(group_name))
+    return lambda: arrived().view(full.shape)
+
+
+def _gather(
+    name: str, share: Tensor, stacked: Tensor, group: dist.ProcessGroup, of_pass: bool = True
+) -> Callable[[], Tensor]:
+    """Starts gathering ``share`` of each rank in ``stacked``, P of them; the function returned waits for it."""
+    call = _begin(name, share, group)
+    if _is_gloo(group) and of_pass:
+        share = share.detach()
+        stacked[dist.get_rank(group)] = share
+        return _start_swap(call, share.expand_as(stacked), stacked, group)
+    names = ("all_gather_into_tensor", "all_gather_single")
+    start = _comm(*names) if of_pass else getattr(dist, names[1], None) or getattr(dist, names[0])
+    work = complete(call, start, stacked.view(-1), share.view(-1), group=group, async_op=True)
+    return _arrival(call, work, stacked, share)
+
+
+def _scatter_sum(name: str, stacked: Tensor, row: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Starts summing ``stacked``, one part for each of P ranks, into ``row``; the function returned waits for it."""
+    call = _begin(name, stacked, group)
+    if _is_gloo(group):
+        stacked, received = stacked.detach(), torch.empty_like(stacked)
+        received[dist.get_rank(group)] = stacked[dist.get_rank(group)]
+        arrived = _start_swap(call, stacked, received, group)
+        return lambda: torch.sum(arrived(), 0, dtype=row.dtype, out=row)
+    start = _comm("reduce_scatter_tensor", "reduce_scatter_single")
+    work = complete(call, start, row.view(-1), stacked.view(-1), group=group, async_op=True)
+    return _arrival(call, work, row, stacked)
+
+
+def _is_gloo(group: dist.ProcessGroup) -> bool:
+    return bool(group.name() == "gloo")
 
 
 def _start_swap(call: Call, sent: Tensor, received: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
@@ -117,9 +144,9 @@ def _start_swap(call: Call, sent: Tensor, received: Tensor, group: dist.ProcessG
     ranks, own = dist.get_process_group_ranks(group), dist.get_rank(group)
     others = [(own + distance) % len(ranks) for distance in range(1, len(ranks))]
     receive, send = _comm("irecv", "irecv"), _comm("isend", "isend")
-    number = call[2]
-    works = [complete(call, receive, received[rank], ranks[rank], group=group, tag=number) for rank in others]
-    works += [complete(call, send, sent[rank], ranks[rank], group=group, tag=number) for rank in others]
+    tag = _TAGS[call[0]] + len(_TAGS) * (call[2] % 2**28)  # no other collective reads it
+    works = [complete(call, receive, received[rank], ranks[rank], group=group, tag=tag) for rank in others]
+    works += [complete(call, send, sent[rank], ranks[rank], group=group, tag=tag) for rank in others]
 
     def wait(sent: Tensor = sent) -> Tensor:
         for work in works:
@@ -159,20 +186,10 @@ def _start_reduce_scatter(full: Tensor, ranks: int, group_name: str) -> Callable
     """Starts :func:`coarse_reduce_scatter`; the function returned waits for its result."""
     full = full.contiguous()
     share = full.new_empty(full.shape[0] // ranks, *full.shape[1:])
-    if full.is_meta:
+    if full.is_meta or not share.numel():
         _note("coarse_reduce_scatter", full)
         return lambda: share
-    group = resolve_group(group_name)
-    call = _begin("coarse_reduce_scatter", full, group)
-    if dist.get_backend(group) == "gloo":
-        by_rank = full.view(ranks, *share.shape)
-        received = torch.empty_like(by_rank)
-        received[dist.get_rank(group)] = by_rank[dist.get_rank(group)]
-        arrived = _start_swap(call, by_rank, received, group)
-        return lambda: arrived().sum(0)
-    start = _comm("reduce_scatter_tensor", "reduce_scatter_single")
-    work = complete(call, start, share, full, group=group, async_op=True)
-    return _arrival(call, work, share, full)
+    return _scatter_sum("coarse_reduce_scatter", full.view(ranks, *share.shape), share, resolve_group(group_name))
 
 
 def _gather_context(ctx: Any, inputs: tuple[Tensor, int, str], output: Tensor) -> None:
@@ -282,15 +299,17 @@ def start_all_gather(share: Tensor, ranks: TensorParallelRanks, *, of_pass: bool
         return lambda: stacked
     if share.is_conj() or share.is_neg():
         share = share.resolve_conj().resolve_neg()
-    sent, received = share.contiguous().view(-1), stacked.view(-1)
+    sent, received = share.contiguous().view(-1), stacked.view(ranks.size, -1)
     if share.dtype not in _GATHERED:
         sent = sent.as_strided(sent.shape, (1,))  # a single element may have any stride
         sent, received = sent.view(torch.uint8), received.view(torch.uint8)
-    call = _begin("all_gather", sent, ranks.group)
-    names = ("all_gather_into_tensor", "all_gather_single")
-    start = _comm(*names) if of_pass else getattr(dist, names[1], None) or getattr(dist, names[0])
-    work = complete(call, start, received, sent, group=ranks.group, async_op=True)
-    return _arrival(call, work, stacked, sent)
+    arrived = _gather("all_gather", sent, received, ranks.group, of_pass)
+
+    def wait() -> Tensor:
+        arrived()
+        return stacked
+
+    return wait
 
 
 def all_reduce(tensor: Tensor, ranks: TensorParallelRanks, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
@@ -330,13 +349,19 @@ def start_reduce_scatter(stacked: Tensor, ranks: TensorParallelRanks) -> Callabl
         _note("reduce_scatter", stacked)
         return lambda: row
     as_type = _REDUCED_AS.get(stacked.dtype, stacked.dtype)
-    given, kept = stacked.contiguous().to(as_type).view(-1), row.to(as_type).view(-1)
-    if given.is_complex():
-        given, kept = torch.view_as_real(given), torch.view_as_real(kept)
-    call = _begin("reduce_scatter", given, ranks.group)
-    start = _comm("reduce_scatter_tensor", "reduce_scatter_single")
-    arrived = _arrival(call, complete(call, start, kept, given, group=ranks.group, async_op=True), row, given)
-    return arrived if as_type == row.dtype else lambda: arrived().copy_(kept.view(row.shape))
+    given, kept = stacked.contiguous().to(as_type), row.to(as_type)
+    arrived = _scatter_sum(
+        "reduce_scatter",
+        torch.view_as_real(given) if given.is_complex() else given,
+        torch.view_as_real(kept) if kept.is_complex() else kept,
+        ranks.group,
+    )
+
+    def wait() -> Tensor:
+        arrived()
+        return row if kept is row else row.copy_(kept)
+
+    return wait
 
 
 def _is_traced(tensor: Tensor) -> bool:
