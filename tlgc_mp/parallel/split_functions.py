@@ -256,3 +256,11 @@ FUNCTIONS.update(
         Tensor.retain_grad: _of_held(lambda tensor, held: None),
     }
 )
+
+
+def in_place(func: Any) -> bool:
+    """Whether ``func`` changes its first argument, which must then stay the tensor that it is."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
+    return name.endswith("_")

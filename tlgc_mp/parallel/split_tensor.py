@@ -17,15 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tlgc_mp.parallel.containers import map_leaves
-from tlgc_mp.parallel.layout import (
-    WHOLE,
-    Layout,
-    Ranks,
-    change_segments,
-    gather_shares,
-    take_share,
-    whole_geometry,
-)
+from tlgc_mp.parallel.layout import WHOLE, Layout, Ranks, change_segments, gather_shares, take_share, whole_geometry
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
@@ -227,20 +219,12 @@ def _entered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     Its gradient then comes back plain and whole.
     """
     ranks = next(t.ranks for t in tree_leaves((args, kwargs)) if type(t) is SplitTensor)
-    if _in_place(func) and args:
+    if split_functions.in_place(func) and args:
         if isinstance(args[0], Tensor) and type(args[0]) is not SplitTensor and args[0].requires_grad:
             args[0].register_hook(plain_gradient)  # of its value before it changes, which may get a split gradient
         rest, named = enter_leaves((args[1:], kwargs), ranks)
         return (args[0], *rest), named
     return enter_leaves((args, kwargs), ranks)
-
-
-def _in_place(func: Any) -> bool:
-    """Whether ``func`` changes its first argument, which must then stay the tensor that it is."""
-    name = getattr(func, "__name__", "")
-    if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
-    return name.endswith("_")
 
 
 def _holds_plain(tree: Any) -> bool:
@@ -405,4 +389,4 @@ def whole(tree: Any) -> Any:
     return map_leaves(lambda leaf: _Leave.apply(leaf) if type(leaf) is SplitTensor else leaf, tree)
 
 
-from tlgc_mp.parallel import split_functions, whole_tensors  # noqa: E402, F401  (they need what stands above)
+from tlgc_mp.parallel import split_functions, whole_tensors  # noqa: E402  (they need what stands above)
