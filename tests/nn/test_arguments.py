@@ -10,7 +10,7 @@ from torch import nn
 
 from tlgc_mp.errors import UsageError
 from tlgc_mp.nn import TwoLevelConv2d
-from tlgc_mp.nn.two_level import COARSE_MODES, WIDE_GROUP
+from tlgc_mp.nn.two_level import COARSE_MODES, WIDE_GROUP, WIDE_SHARE
 
 SEED = 7
 
@@ -76,11 +76,21 @@ def test_dtype_and_device() -> None:
 
 
 @pytest.mark.parametrize(
-    ("group_width", "coarse_kernel_size", "mode"),
-    [(WIDE_GROUP - 1, None, "fused"), (WIDE_GROUP, None, "overlapped"), (3, 1, "overlapped"), (3, (3, 1), "fused")],
+    ("group_width", "coarse_kernel_size", "local_groups", "mode"),
+    [
+        (WIDE_GROUP - 1, None, 4, "fused"),
+        (WIDE_GROUP, None, 4, "overlapped"),
+        (WIDE_SHARE - 1, None, 2, "fused"),
+        (WIDE_SHARE, None, 2, "overlapped"),
+        (3, 1, 4, "overlapped"),
+        (3, (3, 1), 4, "fused"),
+    ],
 )
-def test_narrow_groups_are_fused(group_width: int, coarse_kernel_size: int | None, mode: str) -> None:
+def test_narrow_groups_are_fused(
+    group_width: int, coarse_kernel_size: int | None, local_groups: int, mode: str
+) -> None:
     layer = TwoLevelConv2d(8, 4 * group_width, (3, 1), groups=4, coarse_kernel_size=coarse_kernel_size, device="meta")
+    layer.local_groups = local_groups
     assert layer.coarse_mode == mode
 
 

@@ -38,6 +38,8 @@ from tlgc_mp.nn.fusing import NotFusedByTorch
 
 WIDE_GROUP = 128
 """Output channels of a group from which on the restriction is computed on its own; measured in docs/performance.md."""
+WIDE_SHARE = 32
+"""The same in a layer whose groups are split over ranks, where the collectives then run under the fine convolution."""
 
 DENSE_BELOW = 256
 """The same on an accelerator that holds all groups: below it the composed dense convolution is faster."""
@@ -80,8 +82,8 @@ class TwoLevelConv2d(NotFusedByTorch):
             the restriction on its own and first, and the collectives run under the fine convolution. ``"fused"``:
             the restriction as one more filter of each group's fine convolution, d0 = d only. ``"dense"``: one dense
             convolution with the composed filters A_k + S_k R_0, d0 = d and all groups on this device only. Chosen by
-            the width of a group and the device that its parameters are on, and may be assigned; a mode that is none
-            raises UsageError.
+            the width of a group, whether all groups are here, and the device that its parameters are on, and may be
+            assigned; a mode that is none raises UsageError.
 
     Raises:
         UsageError: a count that is not positive, ``groups`` that does not divide both channel counts, or a padding or
@@ -177,7 +179,8 @@ class TwoLevelConv2d(NotFusedByTorch):
         width = self.out_channels // self.groups
         if "dense" in modes and width < DENSE_BELOW and self._device_type() not in ("cpu", "meta"):
             return "dense"
-        return "fused" if "fused" in modes and width < WIDE_GROUP else "overlapped"
+        wide = WIDE_GROUP if self.local_groups == self.groups else WIDE_SHARE
+        return "fused" if "fused" in modes and width < wide else "overlapped"
 
     @coarse_mode.setter
     def coarse_mode(self, mode: str) -> None:
