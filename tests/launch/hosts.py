@@ -1,4 +1,5 @@
-"""Two hosts on one machine: each a namespace of network, host name, processes and mounts, joined by a bridge."""
+"""Two hosts on one machine: each a namespace of network, host name, processes and mounts, joined by a bridge, and each
+with an ssh server where one is asked for."""
 
 from __future__ import annotations
 
@@ -18,6 +19,20 @@ from tests.launch.jobs import BIN, ROOT
 BRIDGE = "tlgcbr"
 NETWORK = "10.78.0"
 _TOOLS = ("ip", "unshare", "nsenter")
+_SSH_TOOLS = ("ssh", "ssh-keygen", "sshd")
+_SYSTEM_PATH = f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin{os.pathsep}/sbin"
+_SSH_CONFIG = """
+Host *
+    IdentityFile {folder}/key
+    StrictHostKeyChecking no
+    UserKnownHostsFile /dev/null
+    LogLevel ERROR
+"""
+_SSH_SERVER = (
+    "mount --bind {folder}/ssh_config /etc/ssh/ssh_config; mount -t tmpfs tmpfs /run; mkdir -p /run/sshd; "
+    "{sshd} -h {folder}/key -o AuthorizedKeysFile={folder}/key.pub -o StrictModes=no -o UsePAM=no "
+    "-o PermitRootLogin=yes -o MaxStartups=100 -o PidFile=none; "
+)
 
 
 class Host:
@@ -47,14 +62,16 @@ class Host:
 
 
 @contextlib.contextmanager
-def two_hosts(names: dict[str, str] | None = None) -> Iterator[tuple[Host, Host]]:
+def two_hosts(names: dict[str, str] | None = None, *, ssh: bool = False) -> Iterator[tuple[Host, Host]]:
     """Skips the test where this user may not make them.
 
     Args:
         names: the address of each host's name on that host itself; its address in the network where not given.
+        ssh: whether each reaches the other through ssh, without a password.
     """
-    if os.getuid() != 0 or not all(shutil.which(tool) for tool in _TOOLS):
-        pytest.skip(f"needs root and {', '.join(_TOOLS)}")
+    tools = (*_TOOLS, *_SSH_TOOLS) if ssh else _TOOLS
+    if os.getuid() != 0 or not all(shutil.which(tool, path=_SYSTEM_PATH) for tool in tools):
+        pytest.skip(f"needs root and {', '.join(tools)}")
     made = subprocess.run(["ip", "link", "add", BRIDGE, "type", "bridge"], capture_output=True, text=True)
     if made.returncode:
         pytest.skip(f"no network can be made here: {made.stderr.strip()}")
@@ -62,6 +79,9 @@ def two_hosts(names: dict[str, str] | None = None) -> Iterator[tuple[Host, Host]
         stack.callback(_run, "ip", "link", "delete", BRIDGE)
         _run("ip", "link", "set", BRIDGE, "up")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if ssh:
+            _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key"))
+            (folder / "ssh_config").write_text(_SSH_CONFIG.format(folder=folder))
         yield tuple(_host(number, names or {}, folder, stack) for number in (1, 2))  # type: ignore[misc]
 
 
@@ -74,8 +94,11 @@ def _host(number: int, names: dict[str, str], folder: Path, stack: contextlib.Ex
     ready = folder / f"{name}.ready"
     script = (
         f"hostname {name}; mount --make-rprivate /; mount --bind {folder}/{name}.hosts /etc/hosts; "
-        f"mount -t tmpfs tmpfs /dev/shm; ip link set lo up; touch {ready}; exec sleep infinity"
+        f"mount -t tmpfs tmpfs /dev/shm; ip link set lo up; "
     )
+    if (folder / "key").exists():
+        script += _SSH_SERVER.format(folder=folder, sshd=shutil.which("sshd", path=_SYSTEM_PATH))
+    script += f"touch {ready}; exec sleep infinity"
     unshare = ["unshare", "--uts", "--pid", "--mount", "--net", "--fork", "--mount-proc", "--kill-child"]
     outer = subprocess.Popen([*unshare, "sh", "-ec", script])
     stack.callback(outer.wait)
