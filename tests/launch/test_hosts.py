@@ -61,6 +61,7 @@ def test_hosts_whose_own_names_are_loopback_addresses_train_as_one_does(tmp_path
 FAULTS: dict[str, Any] = {
     "kill": "rank 1: process {} on node2 has not answered for 6 s and its connections are closed: killed, or crashed",
     "cut": "rank 1: process {} on node2 has not answered for 1",
+    "stop": "rank 1: process {} on node2 has not answered for 1",
 }
 
 
@@ -77,7 +78,12 @@ def test_rank_that_was_alone_on_its_host_is_named(tmp_path: Path, fault: str) ->
         else:
             hosts[1].plug("down")
         assert ranks[0].wait(60.0) == 1, told(tmp_path)
-        lines = told(tmp_path)
+        check_named(tmp_path, fault)
+
+
+def check_named(folder: Path, fault: str) -> None:
+    """That the rank on the other host is the one that is named, and how it went."""
+    lines = told(folder)
     before, _, after = FAULTS[fault].partition("{}")
     first = next(line for line in lines if line.startswith("tlgc-mp: rank 1: process"))
     assert first.startswith(f"tlgc-mp: {before}") and after in first, lines

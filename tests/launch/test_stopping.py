@@ -15,6 +15,8 @@ from tests.launch.jobs import Job, free_port, started
 
 LAUNCHERS = ("deepspeed", "torchrun", "train_mpi.sh")
 MOMENTS = ("training", "evaluation", "save")
+TAGS = {"training": "epoch-2-step-", "evaluation": "epoch-1", "save": "epoch-"}
+"""Moment -> how the name of the checkpoint begins that is saved then."""
 EVERY_RUN = {("deepspeed", "evaluation"), ("torchrun", "save"), ("train_mpi.sh", "training")}
 OPTIONS = [*SHORT, "--workers", "1"]
 SECONDS = 30.0
@@ -44,7 +46,7 @@ def test_ctrl_c_with_data_workers_saves(
     with lingering(launcher, tmp_path, moment) as job:
         wait_for(tmp_path / "there", job)
         job.ctrl_c()
-        check_stopped(job, {"training": "epoch-2-step-", "evaluation": "epoch-1", "save": "epoch-"}[moment])
+        check_stopped(job, TAGS[moment])
     check_resumed(tmp_path / "run", undisturbed)
 
 
