@@ -17,14 +17,17 @@ from typing import Any, NoReturn
 from tlgc_mp import __version__
 from tlgc_mp.bench.commands import add_bench_parser
 from tlgc_mp.checkpoint.folder import find_checkpoint
-from tlgc_mp.errors import UsageError
+from tlgc_mp.data.catalog import DATASETS, check_dataset
+from tlgc_mp.errors import UsageError, one_of
+from tlgc_mp.files import replace_file
 from tlgc_mp.models.names import (
     check_coarse_level,
     check_model,
     check_split,
 )
 from tlgc_mp.parallel.topology import Launch
-from tlgc_mp.training.options import Parser, add_model_arguments, add_train_parser, parse
+from tlgc_mp.training.options import Parser, add_model_arguments, add_train_parser, data_of_run, parse
+from tlgc_mp.training.settings import LARGEST_WORKERS, default_workers
 from tlgc_mp.training.verdicts import Failed, leave_verdict
 
 
@@ -69,6 +72,30 @@ def _parser() -> Parser:
         help="for inference: two-level layers as torch's own convolutions, BatchNorm folded into them",
     )
     export.set_defaults(run=_export)
+    evaluation = commands.add_parser(
+        "evaluate",
+        help="test a trained network on a data set: error, loss, accuracy of each class",
+        description="Test the network of a run or an exported file on the test images of a data set, by default those "
+        "of the run.",
+        allow_abbrev=False,
+    )
+    evaluation.add_argument("network", metavar="RUN|FILE", help="a run, one of its checkpoints or an exported file")
+    evaluation.add_argument("--dataset", help=f"{', '.join(DATASETS)} (default: the run's)")
+    evaluation.add_argument("--data-dir", metavar="DIR", help="where the images are (default: the run's)")
+    evaluation.add_argument("--val-split", metavar="NAME", help="folder in DIR to test on (default: the run's)")
+    evaluation.add_argument("--workers", type=int, metavar="W", help="data worker processes (default: by data set)")
+    evaluation.add_argument("--output", metavar="JSON", help="a file to write the figures to, too")
+    evaluation.set_defaults(run=_evaluate)
+    predict = commands.add_parser(
+        "predict",
+        help="say which classes a trained network sees in pictures",
+        description="Print the likeliest classes of each picture, as the network of a run or an exported file sees it.",
+        allow_abbrev=False,
+    )
+    predict.add_argument("network", metavar="RUN|FILE", help="a run, one of its checkpoints or an exported file")
+    predict.add_argument("pictures", nargs="+", metavar="IMAGE", help="files")
+    predict.add_argument("--top", type=int, default=3, metavar="K", help="classes to name (default: %(default)s)")
+    predict.set_defaults(run=_predict)
     reshard = commands.add_parser(
         "reshard",
         help="cut a checkpoint for another number of tensor-parallel ranks",
@@ -198,8 +225,58 @@ def _export(options: Any, launch: Launch) -> int:
     from tlgc_mp.checkpoint.offline import export_checkpoint
 
     arguments = export_checkpoint(options.checkpoint, options.output, folded=options.fold)
-    folded = ", folded" if options.fold else ""
-    print(f"Wrote {arguments['name']}, {arguments['conv']}, {arguments['groups']} groups{folded}, to {options.output}")
+    if arguments is None:
+        print(f"Wrote the weights to {options.output}; the model is your own code's, which loads them")
+    else:
+        folded = ", folded" if options.fold else ""
+        described = f"{arguments['name']}, {arguments['conv']}, {arguments['groups']} groups{folded}"
+        print(f"Wrote {described}, to {options.output}")
+    return 0
+
+
+def _evaluate(options: Any, launch: Launch) -> int:
+    known = data_of_run(options.network)
+    dataset, data_dir = options.dataset or known.get("dataset"), options.data_dir
+    if dataset is None:
+        raise UsageError(f"--dataset must be given for an exported file, got none; use {one_of(DATASETS)}")
+    same = known if dataset == known.get("dataset") and data_dir in (None, known.get("data_dir")) else {}
+    data_dir, val_split = data_dir or same.get("data_dir"), options.val_split or same.get("val_split")
+    check_dataset(dataset, data_dir, val_split)  # before torch is loaded
+    if options.workers is not None and not 0 <= options.workers <= LARGEST_WORKERS:
+        raise UsageError(f"--workers must be 0 to {LARGEST_WORKERS}, got {options.workers}")
+    from tlgc_mp import inference
+
+    workers = default_workers(dataset, 1) if options.workers is None else options.workers
+    further = {key: same[key] for key in ("image_size", "num_classes") if key in same}
+    found = inference.score(
+        options.network, dataset, data_dir, workers=workers, val_split=val_split, seed=same.get("seed", 0), **further
+    )
+    accuracies = found["class_accuracy_percent"]
+    width = max(len(name) for name in ("top-5 error", *accuracies)) + 2
+    rows = [("images", f"{found['images']:,}"), ("loss", f"{found['loss']:.4f}")]
+    rows += [("top-1 error", f"{found['error_percent']:.2f} %")]
+    if found["top5_error_percent"] is not None:
+        rows += [("top-5 error", f"{found['top5_error_percent']:.2f} %")]
+    rows += [(name, "no images" if value is None else f"{value:.2f} % right") for name, value in accuracies.items()]
+    print("\n".join(f"{name:<{width}}{value}" for name, value in rows))
+    if options.output is not None:
+        try:
+            replace_file(options.output, json.dumps(found) + "\n")
+        except OSError as error:
+            raise UsageError(f"--output must be a file to write, got {options.output!r}: {error.strerror}") from None
+    return 0
+
+
+def _predict(options: Any, launch: Launch) -> int:
+    if options.top < 1:
+        raise UsageError(f"--top must be 1 or more, got {options.top}")
+    for picture in options.pictures:
+        if not os.path.isfile(picture):
+            raise UsageError(f"IMAGE must be a file, got {picture!r}")
+    from tlgc_mp import inference
+
+    for picture, classes in inference.label(options.network, options.pictures, options.top):
+        print(f"{picture}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in classes), flush=True)
     return 0
 
 

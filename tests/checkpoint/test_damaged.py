@@ -190,7 +190,7 @@ DESCRIPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a size as text": (_put("files", "scheduler.pt", {"bytes": "1", "sha256": ""}), "it tells no size and sum"),
     "a file elsewhere": (_put("files", "../../x", {"bytes": 1, "sha256": ""}), "it tells no size and sum"),
     "client state null": (_put("client_state", None), "it has no client_state"),
-    "no run": (_put("client_state", {}), "is not a checkpoint of tlgc-mp train"),
+    "no run": (_put("client_state", "run", None), "is not a checkpoint of tlgc-mp train"),
     "a run without a model": (_drop("client_state", "run", "model"), "its model is not told"),
     "no batch": (_put("client_state", "run", "batch_size", 0), "its batch_size is not told"),
     "a batch that does not divide": (_put("client_state", "run", "accumulation", 3), "its batch_size is not told"),

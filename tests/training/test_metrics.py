@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -167,20 +168,18 @@ def test_running_statistics_are_averaged_over_the_replicas(world: int, tensor_pa
             torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0, msg=f"{name}, seed {SEED}")
 
 
-def _evaluate() -> tuple[float, float]:
-    """The (loss, error) of a model of random weights on the 360 test images of digits, as one of so many replicas."""
+def _evaluate() -> dict[str, Any]:
+    """The figures of a model of random weights on the 360 test images of digits, as one of so many replicas."""
     from tlgc_mp.data import EvaluationBatches, load_datasets
     from tlgc_mp.training.evaluation import EVALUATION_BATCH, evaluate
 
-    engine = _model()
-    vars(engine).update(module=engine, device=torch.device("cpu"))  # as an engine holds the model
     tests = EvaluationBatches(
         load_datasets("digits", None, seed=0).test,
         batch_size=EVALUATION_BATCH,
         rank=int(os.environ["RANK"]),
         replicas=int(os.environ["WORLD_SIZE"]),
     )
-    return evaluate(engine, tests, between=lambda: None, speaks=False)
+    return evaluate(_model(), tests, classes=10, device=torch.device("cpu"))
 
 
 def _model() -> torch.nn.Module:
@@ -198,12 +197,18 @@ def test_each_image_counts_once_however_many_replicas() -> None:
     images, labels = zip(*(test[index] for index in range(len(test))), strict=True)
     with torch.no_grad():
         logits = _model().eval()(torch.stack(images))
-    expected_loss = float(F.cross_entropy(logits.double(), torch.tensor(labels)))
-    expected_error = 100 * float((logits.argmax(1) != torch.tensor(labels)).double().mean())
-
-    for loss, error in run_ranks(3, _evaluate):
-        assert error == pytest.approx(expected_error, rel=1e-12), f"seed {SEED}"
-        assert loss == pytest.approx(expected_loss, rel=1e-5), f"seed {SEED}"
+    truth = torch.tensor(labels)
+    right = logits.argmax(1) == truth
+    ranked = logits.argsort(1, descending=True).tolist()
+    among = torch.tensor([label in row[:5] for row, label in zip(ranked, labels, strict=True)])
+    for found in run_ranks(3, _evaluate):
+        assert found["images"] == 360
+        assert found["loss"] == pytest.approx(float(F.cross_entropy(logits.double(), truth)), rel=1e-5), f"seed {SEED}"
+        assert found["error_percent"] == pytest.approx(100 - 100 * float(right.double().mean()), rel=1e-12)
+        assert found["top5_error_percent"] == pytest.approx(100 - 100 * float(among.double().mean()), rel=1e-12)
+        assert found["class_accuracy_percent"] == pytest.approx(
+            [100 * float(right[truth == label].double().mean()) for label in range(10)], rel=1e-12
+        )
 
 
 def _told(output_dir: Path) -> dict[str, list[tuple[int, float]]]:

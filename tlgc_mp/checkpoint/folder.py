@@ -39,8 +39,8 @@ _BLOCK = 1 << 22
 def find_checkpoint(path: str) -> tuple[str, str]:
     """The newest checkpoint of the run in ``path``, as (folder of checkpoints, tag); its files are all there.
 
-    ``path`` is a run's output folder, its folder of checkpoints, or one checkpoint in it. Sizes are compared,
-    contents are not: see :func:`damage`.
+    ``path`` is a run's output folder, its folder of checkpoints, or one checkpoint in it, ``best`` and ``latest`` by
+    these names too. Sizes are compared, contents are not: see :func:`damage`.
 
     Raises:
         UsageError: there is no checkpoint, or the newest is damaged; the message names the newest whole one before it.
@@ -48,6 +48,8 @@ def find_checkpoint(path: str) -> tuple[str, str]:
     path = os.path.normpath(as_path("checkpoint", path))
     if os.path.isfile(os.path.join(path, DESCRIPTION)):
         folder, tag = os.path.dirname(os.path.abspath(path)), os.path.basename(path)
+    elif os.path.basename(path) in (BEST, LATEST) and (tag := _tag_in(path)):
+        folder = os.path.dirname(os.path.abspath(path))
     else:
         places = (os.path.join(path, CHECKPOINTS), path)
         folder = next((place for place in places if _tag_in(os.path.join(place, LATEST)) or tags(place)), "")
@@ -134,6 +136,12 @@ def _sum_of(content: Any) -> str:
 
 def _is_sealed(entry: dict[str, Any]) -> bool:
     return is_count(entry.get("bytes"), 0) and isinstance(entry.get("sha256"), str)
+
+
+def is_own(description: dict[str, Any]) -> bool:
+    """Whether ``tlgc-mp train`` saved a checkpoint, as far as what it keeps can be seen; else other code did."""
+    state = description.get("client_state")
+    return not isinstance(state, dict) or bool({"run", "progress"} & state.keys())
 
 
 def saved_run(folder: str, tag: str) -> dict[str, Any]:

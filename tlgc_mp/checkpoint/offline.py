@@ -29,39 +29,42 @@ _ARGUMENTS = ("conv", "groups", "coarse_everywhere", "coarse_kernel_size", "coar
 _METADATA = "tlgc_mp"
 
 
-def export_checkpoint(path: str, output: str, *, folded: bool = False) -> dict[str, Any]:
+def export_checkpoint(path: str, output: str, *, folded: bool = False) -> dict[str, Any] | None:
     """Writes the weights and running statistics of a checkpoint as one safetensors file, for a single device.
 
-    Its names are those of the model's ``state_dict``, its metadata say which model it is: :func:`load_model` makes one.
-    Where the run averaged its weights, it holds the averages.
+    Its names are those of the model's ``state_dict``. Of a run of ``tlgc-mp train``, its metadata say which model it
+    is, :func:`load_model` makes one, and how images are prepared for it; of a checkpoint that other code has saved,
+    that code's model loads it. Where the run averaged its weights, it holds the averages.
 
     Args:
-        path: a run's output folder, its folder of checkpoints, or one checkpoint, of ``tlgc-mp train``.
+        path: a run's output folder, its folder of checkpoints, or one checkpoint.
         output: the file; replaced where it is there.
         folded: writes the weights of the model that :func:`tlgc_mp.fold` makes of it, for inference.
 
     Returns:
-        The arguments of :func:`tlgc_mp.create_model` for this model.
+        The arguments of :func:`tlgc_mp.create_model` for this model; ``None`` for that of other code.
 
     Raises:
         UsageError: there is no whole checkpoint, or the file cannot be written.
     """
     output = as_path("output", output)
-    reader, run = _open(path)
-    arguments = _arguments(run, reader)
-    model = _check_model(arguments, reader)
-    state: dict[str, Tensor] = {}
-    for kind in ("weights", "buffers"):
-        for name in reader.names(kind):
-            whole = Part(reader.whole_shape(f"{kind}/{name}"), None, 0, 1)
-            state[name] = reader.read_mean(reader.judged_by(name, kind), whole).contiguous()
-    state |= {name: state[first].clone() for name, first in _further_names(model).items()}
-    description = {**arguments, "checkpoint": os.path.basename(reader.where)}
-    if folded:
+    reader = _reader(path)
+    arguments, metadata = None, {"format": "pt"}
+    own = folders.is_own(reader.description)
+    if folded and not own:
+        raise UsageError(
+            f"folded must be left out for {path!r}, got a checkpoint of other code; tlgc_mp.fold its model"
+        )
+    if own:
+        arguments = _arguments(folders.saved_run(*os.path.split(reader.where)), reader)
+        told = {**arguments, "checkpoint": os.path.basename(reader.where), **({"folded": True} if folded else {})}
+        if "images" in reader.description["client_state"]:
+            told["images"] = reader.description["client_state"]["images"]
+        metadata[_METADATA] = json.dumps(told)
+    state = _state(reader, None if arguments is None else _check_model(arguments, reader))
+    if folded and arguments is not None:
         state = fold(_filled(arguments, state, "cpu")).state_dict()
         state = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-        description["folded"] = True
-    metadata = {"format": "pt", _METADATA: json.dumps(description)}
     partial = f"{output}{folders.PARTIAL}"
     try:
         os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
@@ -87,10 +90,15 @@ def load_model(path: str, device: torch.device | str = "cpu") -> nn.Module:
     """
     path = as_path("path", path)
     check_device(device)
+    return load_exported(path, device)[0]
+
+
+def load_exported(path: str, device: torch.device | str) -> tuple[nn.Module, Any]:
+    """(the model of :func:`load_model`, what the file says of its images; ``None`` where it says nothing)"""
     try:
         with safe_open(path, framework="pt") as file:
             arguments = json.loads((file.metadata() or {})[_METADATA])
-            if set(arguments) - {"checkpoint", "folded"} != {"name", "num_classes", *_ARGUMENTS}:
+            if set(arguments) - {"checkpoint", "folded", "images"} != {"name", "num_classes", *_ARGUMENTS}:
                 raise KeyError(_METADATA)
             folded = bool(arguments.pop("folded", False))
         state = load_file(path)
@@ -99,6 +107,7 @@ def load_model(path: str, device: torch.device | str = "cpu") -> nn.Module:
     except (KeyError, ValueError, TypeError, RecursionError):
         raise UsageError(f"{path!r} does not say which model it holds; give a file that tlgc-mp export wrote") from None
     arguments.pop("checkpoint", None)
+    images = arguments.pop("images", None)
     try:
         model = create_meta_model(**arguments)
         model = fold(model) if folded else model
@@ -106,7 +115,15 @@ def load_model(path: str, device: torch.device | str = "cpu") -> nn.Module:
         raise UsageError(f"{path!r} is of no model that there is: {error}") from None
     if odd := _difference(model, {name: tuple(value.shape) for name, value in state.items()}):
         raise UsageError(f"{path!r} does not hold the weights of its model: {odd}; export it again")
-    return _filled(arguments, state, device, folded=folded).eval()
+    return _filled(arguments, state, device, folded=folded).eval(), images
+
+
+def load_saved(path: str, device: torch.device | str) -> tuple[nn.Module, Any]:
+    """As :func:`load_exported`, of a checkpoint of ``tlgc-mp train``."""
+    reader = _reader(path)
+    arguments = _arguments(folders.saved_run(*os.path.split(reader.where)), reader)
+    state = _state(reader, _check_model(arguments, reader))
+    return _filled(arguments, state, device).eval(), reader.description["client_state"].get("images")
 
 
 def _filled(
@@ -124,6 +141,17 @@ def _filled(
     return model
 
 
+def _state(reader: CheckpointReader, model: nn.Module | None) -> dict[str, Tensor]:
+    """The state dict of a checkpoint, of what its run is judged by; ``model`` says what has several names."""
+    state: dict[str, Tensor] = {}
+    for kind in ("weights", "buffers"):
+        for name in reader.names(kind):
+            whole = Part(reader.whole_shape(f"{kind}/{name}"), None, 0, 1)
+            state[name] = reader.read_mean(reader.judged_by(name, kind), whole).contiguous()
+    further = {} if model is None else _further_names(model)
+    return state | {name: state[first].clone() for name, first in further.items()}
+
+
 def reshard_checkpoint(path: str, output: str, tensor_parallel: int) -> str:
     """Cuts a checkpoint for other tensor-parallel ranks and one replica. ``--resume`` does as much by itself.
 
@@ -139,7 +167,8 @@ def reshard_checkpoint(path: str, output: str, tensor_parallel: int) -> str:
         UsageError: there is no whole checkpoint, the model cannot be split over P ranks, or nothing can be written.
     """
     output = as_path("output", output)
-    reader, run = _open(path)
+    reader = _reader(path)
+    run = folders.saved_run(*os.path.split(reader.where))
     check_split(run["model"], run["conv"], run["groups"], tensor_parallel)
     arguments = _arguments(run, reader)
     model = _check_model(arguments, reader)
@@ -181,14 +210,15 @@ def reshard_checkpoint(path: str, output: str, tensor_parallel: int) -> str:
     return os.path.join(folder, tag)
 
 
-def _open(path: str) -> tuple[CheckpointReader, dict[str, Any]]:
-    """The newest whole checkpoint in ``path``, and the run that saved it."""
+def _reader(path: str) -> CheckpointReader:
+    """Of the newest whole checkpoint in ``path``."""
     folder, tag = folders.find_checkpoint(path)
-    run = folders.saved_run(folder, tag)
+    if folders.is_own(folders.read_description(folder, tag)):
+        folders.saved_run(folder, tag)  # before all of its bytes are read
     problem = folders.damage(folder, tag)
     if problem is not None:
         raise UsageError(f"{problem}; {folders.offer(folder, tag)}")
-    return CheckpointReader(folder, tag), run
+    return CheckpointReader(folder, tag)
 
 
 def _check_model(arguments: dict[str, Any], reader: CheckpointReader) -> nn.Module:

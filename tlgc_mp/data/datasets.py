@@ -6,7 +6,7 @@ items are never random.
 """
 
 import fcntl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -23,6 +23,7 @@ from torchvision import transforms
 from tlgc_mp.data.catalog import check_dataset, refusing_unreadable, split_folders
 from tlgc_mp.data.folders import Images, class_folders, find_images
 from tlgc_mp.data.pictures import read_image
+from tlgc_mp.data.preparation import Preparation
 from tlgc_mp.data.streams import stream
 from tlgc_mp.errors import UsageError, is_count
 
@@ -55,15 +56,22 @@ class Datasets:
     """A training and a test set of square images.
 
     An item is ``(image, label)``: float32 3 x ``image_size`` x ``image_size``, normalized by channel, and an
-    int in ``0..num_classes - 1``. ``notes`` are lines for the user: which folder is tested on where there are two, and
-    which files are left out.
+    int in ``0..num_classes - 1``. ``preparation`` is what a test image has gone through. ``notes`` are lines for the
+    user: which folder is tested on where there are two, and which files are left out.
     """
 
     train: ImageDataset
     test: ImageDataset
-    num_classes: int
-    image_size: int
+    preparation: Preparation
     notes: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.preparation.classes)
+
+    @property
+    def image_size(self) -> int:
+        return self.preparation.image_size
 
 
 def load_datasets(
@@ -114,9 +122,9 @@ def load_datasets(
     else:
         assert data_dir is not None  # check_dataset has refused it
         if name == "cifar10":
-            datasets = _cifar(name, torchvision.datasets.CIFAR10, Path(data_dir), 10, _CIFAR10_STATISTICS)
+            datasets = _cifar(name, torchvision.datasets.CIFAR10, Path(data_dir), _CIFAR10_STATISTICS)
         elif name == "cifar100":
-            datasets = _cifar(name, torchvision.datasets.CIFAR100, Path(data_dir), 100, _CIFAR100_STATISTICS)
+            datasets = _cifar(name, torchvision.datasets.CIFAR100, Path(data_dir), _CIFAR100_STATISTICS)
         else:
             datasets = _image_folders(name, Path(data_dir), image_size, val_split)
 
@@ -150,14 +158,14 @@ def _digits() -> Datasets:
     images = torch.from_numpy(digits.images).float().div(16).unsqueeze(1).repeat(1, 3, 1, 1)  # N x 3 x 8 x 8
     labels = digits.target.tolist()
     train, test = train_test_split(range(len(labels)), test_size=_DIGITS_TEST_LENGTH, stratify=labels, random_state=0)
-    normalize = transforms.Normalize(*_DIGITS_STATISTICS)
+    preparation = Preparation(tuple(map(str, range(10))), 8, 8, *_DIGITS_STATISTICS)
+    normalize = preparation.to_tensor()[-1]
     # No flip: a mirrored digit is another sign.
     shift = transforms.Compose([transforms.RandomCrop(8, padding=1), normalize])
     return Datasets(
         train=_Labelled(images[train], [labels[i] for i in train], shift),
         test=_Labelled(images[test], [labels[i] for i in test], normalize),
-        num_classes=10,
-        image_size=8,
+        preparation=preparation,
     )
 
 
@@ -189,21 +197,18 @@ def _synthetic(seed: int, image_size: int, num_classes: int, length: int) -> Dat
     return Datasets(
         train=_Synthetic(seed, "train", length, image_size, num_classes),
         test=_Synthetic(seed, "test", max(1, length // 4), image_size, num_classes),
-        num_classes=num_classes,
-        image_size=image_size,
+        preparation=Preparation(
+            tuple(map(str, range(num_classes))), image_size, image_size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        ),
     )
 
 
-def _cifar(name: str, dataset: Any, data_dir: Path, num_classes: int, statistics: Statistics) -> Datasets:
-    train, test = _small_image_transforms(32, statistics)
-
+def _cifar(name: str, dataset: Any, data_dir: Path, statistics: Statistics) -> Datasets:
     def load(*, download: bool) -> Datasets:
-        return Datasets(
-            train=dataset(data_dir, train=True, transform=train, download=download),
-            test=dataset(data_dir, train=False, transform=test),
-            num_classes=num_classes,
-            image_size=32,
-        )
+        train, test = dataset(data_dir, train=True, download=download), dataset(data_dir, train=False)
+        preparation = _small_images(train.classes, 32, statistics)
+        train.transform, test.transform = _small_image_augmentation(preparation), preparation.transform()
+        return Datasets(train, test, preparation)
 
     try:
         return load(download=False)
@@ -247,15 +252,16 @@ def _image_folders(name: str, data_dir: Path, image_size: int | None, val_split:
         shorter_side = min(read_image(train.samples[0][0]).size)
         image_size = shorter_side if name == "imagefolder" and shorter_side <= _LARGEST_SMALL_IMAGE else 224
     small = name == "imagefolder" and image_size <= _LARGEST_SMALL_IMAGE
-    make_transforms = _small_image_transforms if small else _large_image_transforms
+    preparation = (_small_images if small else _large_images)(classes, image_size, _IMAGENET_STATISTICS)
+    augmentation = (_small_image_augmentation if small else _large_image_augmentation)(preparation)
     train_set, test_set = (
         _Folders(images, _KeptImages(image_size) if small else read_image, transform)
-        for images, transform in zip((train, test), make_transforms(image_size, _IMAGENET_STATISTICS), strict=True)
+        for images, transform in ((train, augmentation), (test, preparation.transform()))
     )
     notes = [_passed_over(folder, images) for folder, images in zip(folders, (train, test), strict=True)]
     if name == "imagefolder" and val_split is None and all((data_dir / other).is_dir() for other in ("test", "val")):
         notes.append(f"Testing on {folders[1]}; --val-split NAME takes another folder")
-    return Datasets(train_set, test_set, len(classes), image_size, tuple(filter(None, notes)))
+    return Datasets(train_set, test_set, preparation, tuple(filter(None, notes)))
 
 
 def _passed_over(folder: Path, images: Images) -> str:
@@ -285,21 +291,28 @@ class _KeptImages:
         return image
 
 
-def _small_image_transforms(size: int, statistics: Statistics) -> tuple[Transform, Transform]:
-    """The paper's augmentation for CIFAR, and none; images whose shorter side is not ``size`` are resized to it."""
-    end = [transforms.ToTensor(), transforms.Normalize(*statistics)]
-    train = [
+def _small_images(classes: Sequence[str], size: int, statistics: Statistics) -> Preparation:
+    """Images whose shorter side is not ``size`` are resized to it."""
+    return Preparation(tuple(classes), size, size, *statistics)
+
+
+def _small_image_augmentation(preparation: Preparation) -> Transform:
+    """The paper's for CIFAR."""
+    size = preparation.image_size
+    steps = [
         transforms.Resize(size),
         transforms.RandomCrop(size, padding=size // 8),  # the paper's 4 pixels at size 32
         transforms.RandomHorizontalFlip(),
     ]
-    test = [transforms.Resize(size), transforms.CenterCrop(size)]
-    return transforms.Compose(train + end), transforms.Compose(test + end)
+    return transforms.Compose([*steps, *preparation.to_tensor()])
 
 
-def _large_image_transforms(size: int, statistics: Statistics) -> tuple[Transform, Transform]:
-    """The paper's augmentation for ImageNet, and the centre crop: 224 of a shorter side of 256, or in proportion."""
-    end = [transforms.ToTensor(), transforms.Normalize(*statistics)]
-    train = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
-    test = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
-    return transforms.Compose(train + end), transforms.Compose(test + end)
+def _large_images(classes: Sequence[str], size: int, statistics: Statistics) -> Preparation:
+    """The centre crop: 224 of a shorter side of 256, or in proportion."""
+    return Preparation(tuple(classes), size, round(size * 256 / 224), *statistics)
+
+
+def _large_image_augmentation(preparation: Preparation) -> Transform:
+    """The paper's for ImageNet."""
+    steps = [transforms.RandomResizedCrop(preparation.image_size), transforms.RandomHorizontalFlip()]
+    return transforms.Compose([*steps, *preparation.to_tensor()])

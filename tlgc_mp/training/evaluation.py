@@ -1,4 +1,4 @@
-"""Evaluation over the test set, of a run's engine."""
+"""Evaluation over a test set, of a run's engine or of a network alone."""
 
 from __future__ import annotations
 
@@ -15,32 +15,75 @@ from tqdm import tqdm
 from tlgc_mp.data import EvaluationBatches
 
 EVALUATION_BATCH = 250
+TOP = 5
+"""Of how many guesses one must be right, where not the first."""
+
+
+class Scores:
+    """How a network does on labelled images, added up batch by batch.
+
+    Args:
+        classes: how many there are.
+        device: of the logits.
+    """
+
+    def __init__(self, classes: int, device: torch.device | str) -> None:
+        self._classes = classes
+        self._totals = torch.zeros(3 + 2 * classes, dtype=torch.float64, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor, weights: Tensor) -> None:
+        """Counts images of weight 1, and not those of weight 0."""
+        weights = weights.double()
+        losses = F.cross_entropy(logits, labels, reduction="none").double()
+        ranked = logits.topk(min(TOP, self._classes)).indices  # B x TOP
+        first, among = ranked[:, 0] == labels, (ranked == labels[:, None]).any(1)
+        self._totals[:3] += torch.stack([(losses * weights).sum(), ((~among) * weights).sum(), weights.sum()])
+        for start, counted in ((3, first * weights), (3 + self._classes, weights)):
+            self._totals[start : start + self._classes].index_add_(0, labels, counted)
+
+    def read(self) -> dict[str, Any]:
+        """``loss``, ``error_percent``, ``top5_error_percent`` (of more than five classes), ``images``, and
+        ``class_accuracy_percent`` in the order of the classes, ``None`` of one without images. Collective where
+        torch.distributed is up."""
+        totals = reduced(self._totals) if dist.is_initialized() else self._totals
+        loss, missed, images = totals[:3].tolist()
+        right, held = totals[3:].view(2, self._classes).tolist()
+        return {
+            "images": int(images),
+            "loss": loss / images,
+            "error_percent": 100.0 * (images - sum(right)) / images,
+            "top5_error_percent": 100.0 * missed / images if self._classes > TOP else None,
+            "class_accuracy_percent": [100.0 * r / h if h else None for r, h in zip(right, held, strict=True)],
+        }
 
 
 @torch.no_grad()
 def evaluate(
-    engine: Any, batches: EvaluationBatches, *, between: Callable[[], None], limit: int | None = None, speaks: bool
-) -> tuple[float, float]:
-    """(mean loss, error in percent) over the test set, each image counted once. Collective.
+    network: Any,
+    batches: EvaluationBatches,
+    *,
+    classes: int,
+    device: torch.device,
+    between: Callable[[], None] = lambda: None,
+    limit: int | None = None,
+    speaks: bool = True,
+) -> dict[str, Any]:
+    """The figures of :class:`Scores` over the test set, each image counted once. Collective.
 
     Args:
+        network: an engine or a module, which is left in evaluation mode.
         between: called before each batch, on every rank.
         limit: batches after which it ends, where it is not over before.
         speaks: whether this rank shows a bar, where standard error is a terminal.
     """
-    engine.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
+    network.eval()
+    scores = Scores(classes, device)
     count = len(batches) if limit is None else min(limit, len(batches))
     for images, labels, weights in progress_bar(islice(batches, count), count, "evaluation", "batch", speaks):
         between()
-        images, labels = to_device(images, labels, engine)
-        weights = weights.to(engine.device)
-        logits = engine(images).float()
-        wrong = (logits.argmax(1) != labels).float()
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        totals += torch.stack([(losses * weights).sum(), (wrong * weights).sum(), weights.sum()])
-    loss, errors, images_seen = reduced(totals).tolist()
-    return loss / images_seen, 100.0 * errors / images_seen
+        images, labels = to_device(images, labels, network, device)
+        scores.add(network(images).float(), labels, weights.to(device))
+    return scores.read()
 
 
 @torch.no_grad()
@@ -70,11 +113,11 @@ def reduced(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
     return tensor
 
 
-def to_device(images: Tensor, labels: Tensor, engine: Any) -> tuple[Tensor, Tensor]:
-    """A batch on the engine's device; images in the type of the weights, which DeepSpeed's bf16 and fp16 change."""
-    dtype = next(engine.module.parameters()).dtype
-    images = images.to(engine.device, dtype, memory_format=torch.channels_last, non_blocking=True)
-    return images, labels.to(engine.device, non_blocking=True)
+def to_device(images: Tensor, labels: Tensor, network: torch.nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch on ``device``; images in the type of the weights, which DeepSpeed's bf16 and fp16 change."""
+    dtype = next(network.parameters()).dtype
+    images = images.to(device, dtype, memory_format=torch.channels_last, non_blocking=True)
+    return images, labels.to(device, non_blocking=True)
 
 
 def progress_bar(items: Any, total: int, description: str, unit: str, speaks: bool, initial: int = 0) -> Any:

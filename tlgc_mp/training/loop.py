@@ -18,6 +18,7 @@ from tqdm import tqdm
 from tlgc_mp.checkpoint import CheckpointSaver
 from tlgc_mp.checkpoint.folder import CHECKPOINTS
 from tlgc_mp.data import Datasets, EvaluationBatches, TrainingBatches, load_datasets
+from tlgc_mp.data.preparation import Preparation
 from tlgc_mp.data.streams import stream_seed
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel import checkpoint_activations, initialize
@@ -139,7 +140,7 @@ def _train(
         progress, lines = resuming.resume(settings, engine, steps, loss_sum, meter)
         for line in lines:
             _say(speaks, line)
-    run = _Run(settings, engine, batches, tests, steps, progress, loss_sum, meter, data.num_classes)
+    run = _Run(settings, engine, batches, tests, steps, progress, loss_sum, meter, data.preparation)
     with StopRequest(agreed=watchdog.workers.may_end) as stop:
         saved = run.train(stop)
     watchdog.workers.may_end()
@@ -182,16 +183,16 @@ class _Run:
         progress: dict[str, Any],
         loss_sum: Tensor,
         meter: Meter,
-        num_classes: int,
+        images: Preparation,
     ) -> None:
         self.settings, self.engine, self.batches, self.tests = settings, engine, batches, tests
         self.steps = steps
         self.progress = progress
         self.loss_sum = loss_sum  # of this replica, over the steps of the epoch under way
         self.meter = meter
-        self.loss = optimization.Loss(settings, num_classes)
+        self.loss = optimization.Loss(settings, len(images.classes))
         self.average = Average(engine, settings.recipe.ema)
-        self.num_classes = num_classes
+        self.images = images
         folder = os.path.join(settings.output_dir, CHECKPOINTS)
         self.saver = CheckpointSaver(engine, folder, keep=settings.keep, background=settings.background_save)
         self.train_seconds, self.data_seconds = progress["train_seconds"], progress["data_seconds"]
@@ -254,7 +255,7 @@ class _Run:
                 for number, (images, labels) in enumerate(islice(self._timed(stream), accumulation)):
                     draws = self._number((epoch * self.steps + step) * accumulation + number)
                     torch.manual_seed(stream_seed(self.settings.seed, "micro-batch", draws))
-                    images, labels = self.loss.mixed(*to_device(images, labels, engine), draws)
+                    images, labels = self.loss.mixed(*to_device(images, labels, engine.module, engine.device), draws)
                     loss = self.loss(engine(images).float(), labels)
                     engine.backward(loss)
                     engine.step()
@@ -288,10 +289,16 @@ class _Run:
         began = time.perf_counter()
         with self.average.in_place():
             found = evaluate(
-                self.engine, self.tests, between=leave_if_asked, limit=self.settings.limit_steps, speaks=self.speaks
+                self.engine,
+                self.tests,
+                classes=len(self.images.classes),
+                device=self.engine.device,
+                between=leave_if_asked,
+                limit=self.settings.limit_steps,
+                speaks=self.speaks,
             )
         self.meter.evaluation_seconds = time.perf_counter() - began
-        return found
+        return found["loss"], found["error_percent"]
 
     def _timed(self, stream: Iterator[Batch]) -> Iterator[Batch]:
         """The batches of ``stream``; the time in which this rank waits for them is added up."""
@@ -331,7 +338,10 @@ class _Run:
             "data_seconds": self.data_seconds,
             "learning_rate": self.rate,
         }
-        client_state = {"run": self.settings.description(), "num_classes": self.num_classes, "progress": progress}
+        client_state = {
+            **{"run": self.settings.description(), "progress": progress},
+            **{"num_classes": len(self.images.classes), "images": self.images.entry()},
+        }
         self.saver.save(tag, client_state, {"loss_sum": self.loss_sum, "interval": self.meter.interval})
         self.schedule.saved()
         self.saves += 1

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from tlgc_mp.checkpoint.folder import CHECKPOINTS, DESCRIPTION
+from tlgc_mp.checkpoint.folder import BEST, CHECKPOINTS, DESCRIPTION, LATEST
 from tlgc_mp.data.catalog import DATASETS
 from tlgc_mp.errors import UsageError, shown
 from tlgc_mp.files import replace_file
@@ -21,6 +21,7 @@ from tlgc_mp.training.recipes import OPTIMIZERS, RECIPES, SCHEDULES
 from tlgc_mp.training.runs import OPTIONS
 from tlgc_mp.training.settings import output_folder
 
+_DATA = ("dataset", "data_dir", "val_split", "image_size", "num_classes", "seed")
 _OF_A_START = ("command", "config", "local_rank", "output_dir", "resume", "run")
 """What is said at each start, and stands in no file that a run writes."""
 
@@ -234,8 +235,20 @@ def _of_run(options: Any) -> str | None:
     """The file of the run that is resumed, where there is one."""
     if options.resume is None:
         return None
-    folder = output_folder(options) if options.resume in ("", RESUME_AUTO) else os.path.abspath(options.resume)
-    if os.path.isfile(os.path.join(folder, DESCRIPTION)):
+    return _beside(output_folder(options) if options.resume in ("", RESUME_AUTO) else options.resume)
+
+
+def data_of_run(path: str) -> dict[str, Any]:
+    """What the run in ``path``, or that of the checkpoint ``path``, was trained on, by the names of flags."""
+    file = _beside(path)
+    entries = {} if file is None else _read(file)
+    return {key: entries[key] for key in _DATA if key in entries}
+
+
+def _beside(path: str) -> str | None:
+    """The file of options of the run in ``path``, or of that whose checkpoint it is, where there is one."""
+    folder = os.path.abspath(path)
+    if os.path.isfile(os.path.join(folder, DESCRIPTION)) or os.path.basename(folder) in (BEST, LATEST):
         folder = os.path.dirname(folder)
     if os.path.basename(folder) == CHECKPOINTS:
         folder = os.path.dirname(folder)

@@ -201,7 +201,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         micro_batch=micro_batch,
         accumulation=accumulation,
         seed=options.seed,
-        workers=_workers(options, launch),
+        workers=default_workers(options.dataset, launch.local_world) if options.workers is None else options.workers,
         activation_checkpointing=options.activation_checkpointing,
         output_dir=output_dir,
         keep=options.keep,
@@ -331,14 +331,12 @@ def _learning_rate(options: Any, config: dict[str, Any], recipe: Recipe) -> floa
     return configured
 
 
-def _workers(options: Any, launch: Launch) -> int:
-    """Data worker processes a rank: as asked for; else none where drawing a sample costs next to nothing, and as many
-    as the node's cores allow, four at most, where images are decoded."""
-    if options.workers is not None:
-        return int(options.workers)
-    if options.dataset in ("digits", "synthetic"):
+def default_workers(dataset: str, ranks: int) -> int:
+    """Data worker processes for each of a node's ``ranks``: none where drawing a sample costs next to nothing, and as
+    many as the node's cores allow, four at most, where images are decoded."""
+    if dataset in ("digits", "synthetic"):
         return 0
-    return max(1, min(4, usable_cores() // launch.local_world))
+    return max(1, min(4, usable_cores() // ranks))
 
 
 def _check_weights(init_from: str | None) -> None:
