@@ -6,7 +6,9 @@ Loads no torch.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -27,10 +29,24 @@ _OF_A_START = ("command", "config", "local_rank", "output_dir", "resume", "run")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises what it finds wrong, instead of printing a usage text on every rank."""
+    """An argument parser that raises what it finds wrong, instead of printing a usage text on every rank, and knows
+    which flag was meant. Without a word where it has commands, it prints its help."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        if not words and self._subparsers is not None:
+            self.print_help()
+            self.exit()
+        options, further = super().parse_known_args(words, namespace)
+        flags = [word.partition("=")[0] for word in further if word.startswith("--") and word != "--"]
+        for flag in flags:
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            if near:
+                self.error(f"unrecognized arguments: {' '.join(further)}; {near[0]} may be meant")
+        return options, further
 
 
 def add_train_parser(commands: Any, run: Callable[..., int]) -> None:
