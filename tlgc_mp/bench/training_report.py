@@ -60,11 +60,12 @@ def _section(rows: list[Row], name: str) -> list[str]:
     first = rows[0]
     size = "" if first["image_size"] is None else f" at {first['image_size']} x {first['image_size']} pixels"
     limit = "" if first["limit_steps"] is None else f" of {count(first['limit_steps'], 'step')}"
+    folder = f" ({first['data_dir']}, {first['data_fingerprint']})" if first.get("data_fingerprint") else ""
     told = [f"{key} {value}" for key, value in (first.get("departures") or {}).items()]
     departures = f" with {', '.join(told)}" if told else ""
     variants = variants_of(rows)
     parts = [
-        f"## {first['model']} on {first['dataset']}{size}",
+        f"## {first['model']} on {first['dataset']}{folder}{size}",
         "",
         f"{count(first['epochs'], 'epoch')}{limit}, batch {first['batch_size']}, learning rate "
         f"{first['learning_rate']}, recipe {first['recipe']}{departures}. Mean and standard deviation over the seeds. "

@@ -16,7 +16,7 @@ from tlgc_mp.training.runs import RESULT
 Row = dict[str, Any]
 
 SETTING = ("model", "dataset", "image_size", "recipe", "epochs", "batch_size", "learning_rate", "limit_steps")
-"""What rows that are compared have in common, beside what they have otherwise than the recipe."""
+"""What rows that are compared have in common, beside what they have otherwise than the recipe, and the images."""
 
 LABELS = {
     "sc": "SC",
@@ -94,6 +94,8 @@ def _check(row: Any, path: str) -> None:
                 f"report: a row in {path!r} has {key}={shown(row[key])}, which is not {what}; give rows that tlgc-mp "
                 "train has written"
             )
+    if not isinstance(row.get("data_fingerprint"), str | None):
+        raise UsageError(f"report: a row in {path!r} has data_fingerprint={shown(row['data_fingerprint'])}: no text")
     if not isinstance(row.get("departures", {}), dict):
         raise UsageError(f"report: a row in {path!r} has departures={shown(row['departures'])}, which is no object")
     if not _PERHAPS_COUNT[0](row.get("effective_parameters")):
@@ -162,7 +164,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def setting_of(row: Row) -> tuple[Any, ...]:
-    return (*(row[key] for key in SETTING), json.dumps(row.get("departures") or {}, sort_keys=True))
+    departures = json.dumps(row.get("departures") or {}, sort_keys=True)
+    return (*(row[key] for key in SETTING), departures, row.get("data_fingerprint"))
 
 
 def variant_of(row: Row) -> Variant:

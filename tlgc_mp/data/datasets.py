@@ -6,6 +6,7 @@ items are never random.
 """
 
 import fcntl
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -56,13 +57,15 @@ class Datasets:
     """A training and a test set of square images.
 
     An item is ``(image, label)``: float32 3 x ``image_size`` x ``image_size``, normalized by channel, and an
-    int in ``0..num_classes - 1``. ``preparation`` is what a test image has gone through. ``notes`` are lines for the
-    user: which folder is tested on where there are two, and which files are left out.
+    int in ``0..num_classes - 1``. ``preparation`` is what a test image has gone through. ``fingerprint`` tells
+    folders of images from others: it is of names, classes and sizes. ``notes`` are lines for the user: which folder is
+    tested on where there are two, and which files are left out.
     """
 
     train: ImageDataset
     test: ImageDataset
     preparation: Preparation
+    fingerprint: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -261,7 +264,10 @@ def _image_folders(name: str, data_dir: Path, image_size: int | None, val_split:
     notes = [_passed_over(folder, images) for folder, images in zip(folders, (train, test), strict=True)]
     if name == "imagefolder" and val_split is None and all((data_dir / other).is_dir() for other in ("test", "val")):
         notes.append(f"Testing on {folders[1]}; --val-split NAME takes another folder")
-    return Datasets(train_set, test_set, preparation, tuple(filter(None, notes)))
+    fingerprint = hashlib.sha256("\0".join([train.digest, test.digest, *classes]).encode(errors="surrogateescape"))
+    return Datasets(
+        train_set, test_set, preparation, fingerprint.hexdigest()[:16], tuple(note for note in notes if note)
+    )
 
 
 def _passed_over(folder: Path, images: Images) -> str:

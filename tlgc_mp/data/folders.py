@@ -3,6 +3,7 @@
 Nothing is opened here, and neither torch nor Pillow is loaded.
 """
 
+import hashlib
 import os
 import stat
 from collections import Counter
@@ -65,11 +66,14 @@ class Images:
     Attributes:
         classes: the names of its class folders, sorted.
         samples: (path, number of the class) of each image, by class, folder and name.
-    X"""
+        passed_over: suffix, or what is odd about a file -> how many are left out for it.
+        digest: of names, classes and sizes of the images, by which one folder of them is told from another.
+    """
 
     classes: list[str]
     samples: list[tuple[str, int]]
     passed_over: Counter[str]
+    digest: str
 
 
 def class_folders(split: Path) -> list[str]:
@@ -96,6 +100,7 @@ def find_images(split: Path, classes: Sequence[str]) -> Images:
     with os.scandir(split) as entries:
         passed_over = Counter({"outside the class folders": sum(_is_image(e.name) and e.is_file() for e in entries)})
     wrong: dict[str, list[str]] = {}
+    told = hashlib.sha256()
     for number, name in enumerate(classes):
         for folder, files in sorted(_files(split / name)):
             for file in sorted(files):
@@ -109,15 +114,18 @@ def find_images(split: Path, classes: Sequence[str]) -> Images:
                     wrong.setdefault(_OTHER_FORMAT, []).append(path)
                 elif suffix not in IMAGE_SUFFIXES:
                     passed_over[suffix or "without a suffix"] += 1
-                elif problem := _problem(path):
-                    wrong.setdefault(problem, []).append(path)
                 else:
+                    size, problem = _look(path)
+                    if problem is not None:
+                        wrong.setdefault(problem, []).append(path)
+                        continue
                     samples.append((path, number))
+                    told.update(f"{path[len(str(split)) :]}\0{number}\0{size}\n".encode(errors="surrogateescape"))
     for problem, paths in wrong.items():
         what, hint = _PROBLEMS[problem]
         files_are = "1 file is" if len(paths) == 1 else f"{len(paths)} files are"
         raise UsageError(f"--data-dir {split.parent}: {files_are} {what}, {paths[0]} first; {hint}")
-    return Images(list(classes), samples, +passed_over)
+    return Images(list(classes), samples, +passed_over, told.hexdigest())
 
 
 _APPLE_DOUBLE, _OTHER_FORMAT, _EMPTY, _NO_FILE, _BROKEN = "AppleDouble", "format", "empty", "no file", "broken"
@@ -130,14 +138,15 @@ _PROBLEMS = {
 }
 
 
-def _problem(path: str) -> str | None:
+def _look(path: str) -> tuple[int, str | None]:
+    """(the size of a file, what is wrong with it)"""
     try:
         found = os.stat(path)
     except OSError:
-        return _BROKEN
+        return 0, _BROKEN
     if not stat.S_ISREG(found.st_mode):
-        return _NO_FILE
-    return None if found.st_size else _EMPTY
+        return 0, _NO_FILE
+    return found.st_size, None if found.st_size else _EMPTY
 
 
 def _files(folder: Path) -> Iterator[tuple[str, list[str]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from tlgc_mp.checkpoint.folder import CHECKPOINTS, find_checkpoint, newest_whole, tags
+from tlgc_mp.checkpoint.folder import CHECKPOINTS, find_checkpoint, newest_whole, saved_run, tags
 from tlgc_mp.errors import UsageError
 from tlgc_mp.training.recipes import FLAGS, find_recipe
 
@@ -17,6 +17,9 @@ RESUME_AUTO = "auto"
 
 _SPLIT = ("tensor_parallel", "data_parallel", "zero_stage", "accumulation")
 """How a run is spread over ranks: a resumed one may be spread otherwise."""
+
+_OF_DATA = ("data_dir", "data_fingerprint")
+"""Where the images are, which may change, and which they are, known once they were read: :func:`check_data`."""
 
 _CHANGEABLE = {
     "epochs": "--epochs",
@@ -60,12 +63,24 @@ def check_resumed(settings: TrainSettings, saved: dict[str, Any], named: set[str
     """Refuses to go on with a run that is another one; how it is spread over ranks may change, and what is named."""
     assert settings.resume_from is not None
     for key, value in settings.description().items():
-        if key not in _SPLIT and key not in named and saved.get(key) != value:
+        if key not in (*_SPLIT, *_OF_DATA, *named) and saved.get(key) != value:
             hint = f", or ask for it by {_CHANGEABLE[key]}" if key in _CHANGEABLE else ""
             raise UsageError(
                 f"--resume: the checkpoint in {os.path.join(*settings.resume_from)!r} is of a run with "
                 f"{key}={saved.get(key)!r}, not {value!r}; give the same, or another --output-dir{hint}"
             )
+
+
+def check_data(settings: TrainSettings) -> None:
+    """Refuses to go on with other images than the run was trained on, once they were read."""
+    if settings.resume_from is None:
+        return
+    saved = saved_run(*settings.resume_from)
+    if saved.get("data_fingerprint") != settings.fingerprint:
+        raise UsageError(
+            f"--resume: --data-dir must hold the images that the run was trained on, {saved.get('data_dir')!r}, got "
+            f"{settings.data_dir!r}, whose files, classes or sizes are others; give those, or another --output-dir"
+        )
 
 
 def changes(settings: TrainSettings, saved: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NoReturn, TypeAlias
 
@@ -28,6 +29,7 @@ from tlgc_mp.parallel.sharding import effective_parameters
 from tlgc_mp.parallel.topology import Launch, usable_cores
 from tlgc_mp.training import optimization, options, resuming
 from tlgc_mp.training.averaging import Average
+from tlgc_mp.training.changes import check_data
 from tlgc_mp.training.claim import claimed
 from tlgc_mp.training.evaluation import (
     EVALUATION_BATCH,
@@ -79,6 +81,8 @@ def train(settings: TrainSettings, launch: Launch, watchdog: Watchdog) -> None:
         num_classes=settings.num_classes,
         val_split=settings.val_split,
     )
+    settings = replace(settings, fingerprint=data.fingerprint)
+    check_data(settings)
     for note in data.notes:
         _say(speaks, note)
     share = {

@@ -121,7 +121,11 @@ def add_train_parser(commands: Any, run: Callable[..., int]) -> None:
         metavar="YAML",
         help="a file of these options, as run.yaml in a run's output folder is one: flags win over it",
     )
-    train.add_argument("--output-dir", metavar="DIR", help="default: runs/MODEL-CONV-GROUPS-DATASET")
+    train.add_argument(
+        "--output-dir",
+        metavar="DIR",
+        help="default: runs/MODEL-CONV-GROUPS-DATASET, with a folder's name and a digest of its path for imagefolder",
+    )
     train.add_argument(
         "--resume",
         nargs="?",

@@ -6,6 +6,7 @@ do not, the run is refused before it starts.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class TrainSettings:
         resume_from: the checkpoint to go on from, as (folder of checkpoints, tag); ``None`` starts afresh.
         init_from: the exported file or the run whose weights it begins with.
         options: what this was made from.
+        fingerprint: of the folder of images, where they are in one and once it was read.
     """
 
     model: str
@@ -84,6 +86,7 @@ class TrainSettings:
     resume_from: tuple[str, str] | None
     init_from: str | None
     options: Any
+    fingerprint: str | None = None
 
     @property
     def batch_size(self) -> int:
@@ -100,6 +103,8 @@ class TrainSettings:
             "coarse_kernel_size": self.coarse_kernel_size,
             "coarse_init": self.coarse_init,
             "dataset": self.dataset,
+            "data_dir": None if self.data_dir is None else os.path.abspath(self.data_dir),
+            "data_fingerprint": self.fingerprint,
             "val_split": self.val_split,
             "image_size": self.image_size,
             "tensor_parallel": self.topology.tensor_parallel,
@@ -225,9 +230,14 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
 
 def output_folder(options: Any) -> str:
     """Where a run with the parsed ``options`` writes."""
-    model = options.model.replace(":", "-")
-    named = os.path.join("runs", f"{model}-{options.conv}-{options.groups}-{options.dataset}")
-    return options.output_dir or named
+    if options.output_dir:
+        return str(options.output_dir)
+    data = options.dataset
+    if data == "imagefolder" and isinstance(options.data_dir, str):  # of which there are many
+        place = os.path.realpath(options.data_dir)
+        digest = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()[:6]
+        data = f"{data}-{os.path.basename(place)}-{digest}"
+    return os.path.join("runs", f"{options.model.replace(':', '-')}-{options.conv}-{options.groups}-{data}")
 
 
 def _topology(options: Any, config: dict[str, Any], launch: Launch) -> Topology:
