@@ -76,20 +76,24 @@ def test_dtype_and_device() -> None:
 
 
 @pytest.mark.parametrize(
-    ("group_width", "coarse_kernel_size", "local_groups", "mode"),
+    ("group_width", "kernel_size", "coarse_kernel_size", "local_groups", "mode"),
     [
-        (WIDE_GROUP - 1, None, 4, "fused"),
-        (WIDE_GROUP, None, 4, "overlapped"),
-        (WIDE_SHARE - 1, None, 2, "fused"),
-        (WIDE_SHARE, None, 2, "overlapped"),
-        (3, 1, 4, "overlapped"),
-        (3, (3, 1), 4, "fused"),
+        (WIDE_GROUP - 1, 3, None, 4, "fused"),
+        (WIDE_GROUP, 3, None, 4, "overlapped"),
+        (WIDE_SHARE - 1, 3, None, 2, "fused"),
+        (WIDE_SHARE, 3, None, 2, "overlapped"),
+        (3, 3, 1, 4, "overlapped"),
+        (26, 3, (3, 3), 4, "fused"),
+        (3, 1, None, 4, "dense"),
+        (3, 1, None, 2, "fused"),
+        (16, 1, 3, 4, "overlapped"),
     ],
 )
-def test_narrow_groups_are_fused(
-    group_width: int, coarse_kernel_size: int | None, local_groups: int, mode: str
+def test_which_mode_is_chosen(
+    group_width: int, kernel_size: int, coarse_kernel_size: Any, local_groups: int, mode: str
 ) -> None:
-    layer = TwoLevelConv2d(8, 4 * group_width, (3, 1), groups=4, coarse_kernel_size=coarse_kernel_size, device="meta")
+    shape = (256, 4 * group_width, kernel_size)
+    layer = TwoLevelConv2d(*shape, groups=4, coarse_kernel_size=coarse_kernel_size, device="meta")
     layer.local_groups = local_groups
     assert layer.coarse_mode == mode
 

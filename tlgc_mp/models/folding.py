@@ -19,7 +19,8 @@ from tlgc_mp.errors import UsageError, told
 from tlgc_mp.models.conversion import become, has_hooks
 from tlgc_mp.nn import TwoLevelConv2d
 from tlgc_mp.nn.arguments import check_module
-from tlgc_mp.nn.coarse_level import Window, composed
+from tlgc_mp.nn.coarse_level import Window
+from tlgc_mp.nn.composed import composed
 
 NARROW = 256
 """Weights of a filter and input channel's group, n/N * d * d, below which one convolution is as fast, or nearly."""

@@ -1,4 +1,6 @@
-"""The computation of a two-level group convolution: forward and backward passes, in three ways that give the same.
+"""The computation of a two-level group convolution: forward and backward passes, in two ways that give the same.
+
+A third is in :mod:`tlgc_mp.nn.composed`.
 
     y_k = A_k x_k + S_k [R_0 x_1, ..., R_0 x_N]
 
@@ -52,11 +54,11 @@ class WholeExchange:
         return lambda: full
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
+def memory_format_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """(B, C, h, w), channels_last -> (L, C), a view."""
     return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
@@ -118,7 +120,7 @@ def autocasts(tensor: Tensor) -> bool:
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
-def _without_autocast(method: Method) -> Method:
+def without_autocast(method: Method) -> Method:
     """A pass of an autograd function in the types that its tensors have: on accelerators autocast would sum in float32
     what is to be multiplied in bfloat16."""
 
@@ -132,7 +134,7 @@ def _without_autocast(method: Method) -> Method:
     return cast(Method, run)
 
 
-def _taps(restriction: Tensor) -> Tensor:
+def taps_of(restriction: Tensor) -> Tensor:
     """(G, n/N, d0, d0) -> (G, d0 * d0, n/N); a view where it is channels_last."""
     return restriction.permute(0, 2, 3, 1).flatten(1, 2)
 
@@ -150,7 +152,7 @@ def _restrict(x: Tensor, restriction: Tensor, window: Window, height: int, width
     A convolution with one output channel a group would cost what one with 16 costs.
     """
     groups, (batch, _, rows, columns) = restriction.shape[0], x.shape
-    planes = _taps(restriction) @ _grouped(x, groups).transpose(1, 2)  # G, d0 * d0, B * H * W
+    planes = taps_of(restriction) @ _grouped(x, groups).transpose(1, 2)  # G, d0 * d0, B * H * W
     planes = window.pad(planes.unflatten(2, (batch, rows, columns)), 1)
     return window.views(planes, height, width).sum((1, 2)).flatten(1)
 
@@ -177,7 +179,7 @@ def _sum_over_positions(taps: Tensor, x: Tensor) -> Tensor:
     return (by_part @ x.unflatten(1, (parts, -1))).sum(1)
 
 
-def _convolution_backward(
+def convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, window: Window, groups: int, needed: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of a group convolution's input and weight, as far as they are ``needed``."""
@@ -196,7 +198,7 @@ class Overlapped(torch.autograd.Function):
     """
 
     @staticmethod
-    @_without_autocast
+    @without_autocast
     def forward(
         ctx: Any,
         x: Tensor,
@@ -209,34 +211,34 @@ class Overlapped(torch.autograd.Function):
         groups: int,
         exchange: Exchange,
     ) -> Tensor:
-        ctx.memory_format = _memory_format(x)
+        ctx.memory_format = memory_format_of(x)
         x = x.contiguous(memory_format=torch.channels_last)
         height, width = fine.output_size(x.shape[2], x.shape[3])
         arrival = exchange.gather(_restrict(x, restriction, coarse, height, width))  # in flight
         out = F.conv2d(x, weight, bias, fine.stride, fine.padding, fine.dilation, groups)
         out = out.contiguous(memory_format=torch.channels_last)
         gathered = arrival()  # N, L
-        _rows(out).addmm_(gathered.t(), prolongation.t())
+        rows_of(out).addmm_(gathered.t(), prolongation.t())
         ctx.save_for_backward(x, weight, restriction, prolongation, gathered)
         ctx.fine, ctx.coarse, ctx.groups, ctx.exchange = fine, coarse, groups, exchange
         return out.contiguous(memory_format=ctx.memory_format)
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, restriction, prolongation, gathered = ctx.saved_tensors
         groups = ctx.groups
         grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_rows = _rows(grad)  # L, m
+        grad_rows = rows_of(grad)  # L, m
         arrival = ctx.exchange.reduce_scatter(prolongation.t() @ grad_rows.t())  # in flight
-        grad_x, grad_weight = _convolution_backward(grad, x, weight, ctx.fine, groups, ctx.needs_input_grad[:2])
+        grad_x, grad_weight = convolution_backward(grad, x, weight, ctx.fine, groups, ctx.needs_input_grad[:2])
         grad_prolongation = (gathered @ grad_rows).t() if ctx.needs_input_grad[3] else None
         grad_bias = grad_rows.sum(0) if ctx.needs_input_grad[4] else None
         taps = _restrict_transposed(arrival(), x, groups, ctx.coarse, grad.shape[2], grad.shape[3])
         if grad_x is not None:
             grad_x = grad_x.contiguous(memory_format=torch.channels_last)
-            _grouped(grad_x, groups).baddbmm_(taps.transpose(1, 2), _taps(restriction))
+            _grouped(grad_x, groups).baddbmm_(taps.transpose(1, 2), taps_of(restriction))
             grad_x = grad_x.contiguous(memory_format=ctx.memory_format)
         grad_restriction = None
         if ctx.needs_input_grad[2]:
@@ -249,7 +251,7 @@ class Fused(torch.autograd.Function):
     """The same with the restriction as one more filter of each group's fine convolution (Section 3.2, d0 = d)."""
 
     @staticmethod
-    @_without_autocast
+    @without_autocast
     def forward(
         ctx: Any,
         x: Tensor,
@@ -261,17 +263,17 @@ class Fused(torch.autograd.Function):
         groups: int,
         exchange: Exchange,
     ) -> Tensor:
-        ctx.memory_format = _memory_format(x)
+        ctx.memory_format = memory_format_of(x)
         x = x.contiguous(memory_format=torch.channels_last)
         filters = torch.cat((weight.unflatten(0, (groups, -1)), restriction.unsqueeze(1)), 1).flatten(0, 1)
         both = F.conv2d(x, filters, None, fine.stride, fine.padding, fine.dilation, groups)
         both = both.contiguous(memory_format=torch.channels_last)
-        both_rows = _rows(both).unflatten(1, (groups, -1))  # L, G, m/N + 1
+        both_rows = rows_of(both).unflatten(1, (groups, -1))  # L, G, m/N + 1
         gathered = exchange.gather(both_rows[:, :, -1].t().contiguous())()  # N, L
         size = (both.shape[0], weight.shape[0], *both.shape[2:])
         # Not a view of its rows: an in-place activation may follow, which autograd refuses on a view made here.
         out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        rows = _rows(out)
+        rows = rows_of(out)
         fine_rows, out_groups = both_rows[:, :, :-1], rows.unflatten(1, (groups, -1))
         if bias is None:
             out_groups.copy_(fine_rows)
@@ -284,11 +286,11 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, filters, prolongation, gathered = ctx.saved_tensors
         groups = ctx.groups
-        grad_rows = _rows(grad.contiguous(memory_format=torch.channels_last))  # L, m
+        grad_rows = rows_of(grad.contiguous(memory_format=torch.channels_last))  # L, m
         arrival = ctx.exchange.reduce_scatter(prolongation.t() @ grad_rows.t())  # in flight
         grad_prolongation = (gathered @ grad_rows).t() if ctx.needs_input_grad[3] else None
         grad_bias = grad_rows.sum(0) if ctx.needs_input_grad[4] else None
@@ -297,7 +299,7 @@ class Fused(torch.autograd.Function):
         both[:, :, -1].copy_(arrival().t())
         needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         grad_both = _image(both.flatten(1), grad)
-        grad_x, grad_filters = _convolution_backward(grad_both, x, filters, ctx.fine, groups, needed)
+        grad_x, grad_filters = convolution_backward(grad_both, x, filters, ctx.fine, groups, needed)
         if grad_x is not None:
             grad_x = grad_x.contiguous(memory_format=ctx.memory_format)
         grad_weight = grad_restriction = None
@@ -305,69 +307,3 @@ class Fused(torch.autograd.Function):
             by_group = grad_filters.unflatten(0, (groups, -1))
             grad_weight, grad_restriction = by_group[:, :-1].flatten(0, 1), by_group[:, -1]
         return grad_x, grad_weight, grad_restriction, grad_prolongation, grad_bias, None, None, None
-
-
-def composed(weight: Tensor, restriction: Tensor, prolongation: Tensor) -> Tensor:
-    """The dense filters (m, n, d, d) of a whole layer, channels_last: A_k on the diagonal, and S_k R_0 everywhere."""
-    groups, width, kernel_h, kernel_w = restriction.shape
-    taps = restriction.permute(2, 3, 0, 1)  # d, d, N, n/N
-    filters = (prolongation.view(-1, 1, 1, groups, 1) * taps).contiguous()  # m, d, d, N, n/N
-    diagonal = filters.unflatten(0, (groups, -1)).diagonal(dim1=0, dim2=4)  # m/N, d, d, n/N, N
-    diagonal.add_(weight.unflatten(0, (groups, -1)).permute(1, 3, 4, 2, 0))
-    return filters.view(-1, kernel_h, kernel_w, groups * width).permute(0, 3, 1, 2)
-
-
-class Dense(torch.autograd.Function):
-    """The same as one dense convolution with the filters A_k + S_k R_0 (d0 = d, all groups on one device).
-
-    It does N times the arithmetic. Where groups are narrow an accelerator is faster all the same: a group's few
-    channels do not fill its matrix units, and there is nothing left to do beside the convolution. The filters are
-    composed in the type of the parameters and rounded once, to that of ``x``.
-    """
-
-    @staticmethod
-    @_without_autocast
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        restriction: Tensor,
-        prolongation: Tensor,
-        bias: Tensor | None,
-        fine: Window,
-    ) -> Tensor:
-        ctx.memory_format = _memory_format(x)
-        x = x.contiguous(memory_format=torch.channels_last)
-        filters = composed(weight, restriction, prolongation).to(x.dtype)
-        bias = None if bias is None else bias.to(x.dtype)
-        out = F.conv2d(x, filters, bias, fine.stride, fine.padding, fine.dilation)
-        ctx.save_for_backward(x, filters, restriction, prolongation)
-        ctx.fine = fine
-        return out.contiguous(memory_format=ctx.memory_format)
-
-    @staticmethod
-    @once_differentiable
-    @_without_autocast
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, filters, restriction, prolongation = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        needed = (ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4]))
-        grad_x, grad_filters = _convolution_backward(grad, x, filters, ctx.fine, 1, needed)
-        if grad_x is not None:
-            grad_x = grad_x.contiguous(memory_format=ctx.memory_format)
-        grad_weight = grad_restriction = grad_prolongation = None
-        if grad_filters is not None:
-            groups, width, *kernel = restriction.shape
-            dtype = restriction.dtype
-            by_group = grad_filters.to(dtype).permute(0, 2, 3, 1).reshape(filters.shape[0], -1, groups, width)
-            blocks = by_group.unflatten(0, (groups, -1)).diagonal(dim1=0, dim2=3)  # m/N, d * d, n/N, N
-            grad_weight = blocks.permute(3, 0, 1, 2).reshape(-1, *kernel, width).permute(0, 3, 1, 2)
-            by_group = by_group.permute(2, 0, 1, 3).flatten(2)  # N, m, d * d * n/N
-            taps = _taps(restriction).flatten(1).unsqueeze(2)  # N, d * d * n/N, 1
-            grad_prolongation = (by_group @ taps).squeeze(2).t()
-            sums = prolongation.t().unsqueeze(1) @ by_group  # N, 1, d * d * n/N
-            grad_restriction = sums.view(groups, *kernel, width).permute(0, 3, 1, 2)
-        grad_bias = None
-        if ctx.needs_input_grad[4]:
-            grad_bias = _rows(grad).sum(0, dtype=restriction.dtype)
-        return grad_x, grad_weight, grad_restriction, grad_prolongation, grad_bias, None

@@ -1,8 +1,8 @@
 """Two-level group convolution (GC-2L) on one device.
 
 *Two-level Group Convolution*, Y. Lee, J. Park, C.-O. Lee, https://arxiv.org/abs/2110.05060, Equations (3.3) to (3.5),
-with the fused fine-and-restriction convolution of Section 3.2 where groups are narrow; on an accelerator that holds all
-of them, narrow groups are composed with the coarse level into one dense convolution.
+with the fused fine-and-restriction convolution of Section 3.2 where groups are narrow; on a device that holds all of
+them, narrow groups are composed with the coarse level into one dense convolution.
 
 A group convolution keeps the diagonal blocks A_k of a convolution. The two-level form adds a coarse level: every group
 restricts its channels to one representative (R_0), the N representatives are shared, and every group prolongs all of
@@ -33,16 +33,24 @@ from tlgc_mp.nn.arguments import (
     positive_pair,
 )
 from tlgc_mp.nn.capture import is_captured
-from tlgc_mp.nn.coarse_level import Dense, Exchange, Fused, Overlapped, WholeExchange, Window, autocasts, composed
+from tlgc_mp.nn.coarse_level import Exchange, Fused, Overlapped, WholeExchange, Window, autocasts
+from tlgc_mp.nn.composed import Dense, KeptFilters, composed
 from tlgc_mp.nn.fusing import NotFusedByTorch
 
-WIDE_GROUP = 128
+WIDE_GROUP = 48
 """Output channels of a group from which on the restriction is computed on its own; measured in docs/performance.md."""
 WIDE_SHARE = 32
 """The same in a layer whose groups are split over ranks, where the collectives then run under the fine convolution."""
 
+WIDE_GROUP_OF_ACCELERATOR = 128
+"""The same on an accelerator, which has to be given fewer and larger pieces of work."""
+
 DENSE_BELOW = 256
-"""The same on an accelerator that holds all groups: below it the composed dense convolution is faster."""
+"""Output channels of a group below which an accelerator that holds all groups is faster with the dense convolution."""
+
+PASS_INPUT, PASS_OUTPUT = 20, 120
+"""On a CPU that holds all groups: what the coarse level costs beside its arithmetic, in multiplications of a dense
+convolution, for a tap of an input channel and for an output channel; measured in docs/performance.md."""
 
 COARSE_MODES = ("overlapped", "fused", "dense")
 
@@ -81,9 +89,10 @@ class TwoLevelConv2d(NotFusedByTorch):
         coarse_mode: how the coarse level is computed; the results are the same but for rounding. ``"overlapped"``:
             the restriction on its own and first, and the collectives run under the fine convolution. ``"fused"``:
             the restriction as one more filter of each group's fine convolution, d0 = d only. ``"dense"``: one dense
-            convolution with the composed filters A_k + S_k R_0, d0 = d and all groups on this device only. Chosen by
-            the width of a group, whether all groups are here, and the device that its parameters are on, and may be
-            assigned; a mode that is none raises UsageError.
+            convolution with the composed filters A_k + S_k R_0, d0 = d and all groups on this device only; in
+            evaluation on a CPU they are composed anew only when a parameter has changed. Chosen by the layer's
+            channels, groups and kernel, whether all groups are here, and the device that its parameters are on, never
+            by a clock, so that a run can be repeated; it may be assigned, and a mode that is none raises UsageError.
 
     Raises:
         UsageError: a count that is not positive, ``groups`` that does not divide both channel counts, or a padding or
@@ -132,6 +141,7 @@ class TwoLevelConv2d(NotFusedByTorch):
         self.fine_window = Window(self.kernel_size, self.stride, self.padding, self.dilation)
         self.coarse_window = Window(self.coarse_kernel_size, self.stride, (vertical, horizontal), self.dilation)
         self._assigned_mode: str | None = None
+        self._kept = KeptFilters()
         self.exchange: Exchange = WholeExchange()
         if coarse_init not in COARSE_INITS:
             raise UsageError(f"coarse_init={coarse_init!r} is unknown; use {one_of(COARSE_INITS)}")
@@ -176,11 +186,16 @@ class TwoLevelConv2d(NotFusedByTorch):
         modes = self._coarse_modes()
         if self._assigned_mode in modes:  # the layer may have been split since
             return self._assigned_mode
-        width = self.out_channels // self.groups
-        if "dense" in modes and width < DENSE_BELOW and self._device_type() not in ("cpu", "meta"):
+        n, m, groups, taps = self.in_channels, self.out_channels, self.groups, math.prod(self.kernel_size)
+        weight = self._parameters.get("weight")  # in the place of which torch.fx puts no proxy
+        if (self.weight if weight is None else weight).device.type in ("cpu", "meta"):
+            wide = WIDE_GROUP if self.local_groups == groups else WIDE_SHARE
+            prefers_dense = n * m * taps * (groups - 1) < groups * (PASS_INPUT * n * taps + PASS_OUTPUT * m)
+        else:
+            wide, prefers_dense = WIDE_GROUP_OF_ACCELERATOR, m // groups < DENSE_BELOW
+        if prefers_dense and "dense" in modes:
             return "dense"
-        wide = WIDE_GROUP if self.local_groups == self.groups else WIDE_SHARE
-        return "fused" if "fused" in modes and width < wide else "overlapped"
+        return "fused" if "fused" in modes and m // groups < wide else "overlapped"
 
     @coarse_mode.setter
     def coarse_mode(self, mode: str) -> None:
@@ -192,10 +207,6 @@ class TwoLevelConv2d(NotFusedByTorch):
                 f"use {one_of(modes)}"
             )
         self._assigned_mode = mode
-
-    def _device_type(self) -> str:
-        weight = self._parameters.get("weight")  # which torch.fx does not put a proxy in the place of
-        return (self.weight if weight is None else weight).device.type
 
     def _coarse_modes(self) -> tuple[str, ...]:
         if self.coarse_kernel_size != self.kernel_size:
@@ -223,12 +234,25 @@ class TwoLevelConv2d(NotFusedByTorch):
             )
         mode = self.coarse_mode
         if mode == "dense":
-            tensors = (self.weight, self.restriction, self.prolongation_matrix(), self.bias)
-            return Dense.apply(*_computed_in(x), *tensors, self.fine_window)
+            (x,) = _computed_in(x)
+            tensors = (self.weight, self.restriction, self.prolongation_matrix())
+            kept = self._kept.filters(x.dtype, *tensors) if self._keeps(x) else None
+            return Dense.apply(x, *tensors, self.bias, self.fine_window, kept)
         tensors = _computed_in(x, self.weight, self.restriction, self.prolongation_matrix(), self.bias)
         if mode == "fused":
             return Fused.apply(*tensors, self.fine_window, groups, self.exchange)
         return Overlapped.apply(*tensors, self.fine_window, self.coarse_window, groups, self.exchange)
+
+    def _keeps(self, x: Tensor) -> bool:
+        """Whether this call may take filters that an earlier one composed: on a CPU, which need not wait to compare."""
+        if self.training or type(x) is not Tensor or x.device.type != "cpu":
+            return False
+        return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            self._kept.clear()
+        return super().train(mode)
 
     def _in_torch(self, x: Tensor) -> Tensor:
         """The same in torch's own functions, for tools that know no others."""
