@@ -125,6 +125,18 @@ def test_nearly_all_of_common_networks_is_split() -> None:
         assert report.parameters_split > 0.99 and report.activations_split > 0.9, make.__name__
 
 
+def test_frozen_filters_need_no_input_for_backward() -> None:
+    sent = []
+    for frozen in (False, True):
+        model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 32, 1), nn.Conv2d(32, 8, 1))
+        model[1].weight.requires_grad_(not frozen)
+        report = layout_report(model, torch.empty(2, 4, 8, 8), tensor_parallel=2)
+        sent.append({layer.name: layer.sent["all_gather"] for layer in report.layers})
+    gather = 2 * 4 * 8 * 8 * 4  # this rank's 4 channels of the input
+    assert sent[0]["1"] == 2 * gather, "once forward, once for the gradient of the filters"
+    assert sent[1]["1"] == gather
+
+
 class Reads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
