@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from tlgc_mp.errors import UsageError
 from tlgc_mp.training.faults import Cause, NonFiniteError, cause_of
-from tlgc_mp.training.loop import _check_weights
+from tlgc_mp.training.finite import check_weights
 
 GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242"
 TAKEN = (
@@ -67,8 +67,8 @@ def test_long_messages_are_cut() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weight_that_is_not_finite(value: float) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
-    _check_weights(model, epoch=0, step=7)
+    check_weights(model, epoch=0, step=7)
     with torch.no_grad():
         model[1].weight[0, 1] = value
     with pytest.raises(NonFiniteError, match=r"the weights 1.weight are not finite in epoch 1 after step 7"):
-        _check_weights(model, epoch=0, step=7)
+        check_weights(model, epoch=0, step=7)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
+import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from tlgc_mp.checkpoint.folder import saved_run
+from tlgc_mp.data import Datasets
+from tlgc_mp.parallel.config import zero_stage
 from tlgc_mp.parallel.topology import across_hosts
 from tlgc_mp.training.settings import TrainSettings
 
@@ -28,14 +33,44 @@ def respread(settings: TrainSettings) -> str:
     return "; ".join(said)
 
 
-def headline(settings: TrainSettings, counts: dict[str, int]) -> str:
-    """What the run is, and where its ranks lie. Collective."""
+def headline(settings: TrainSettings, counts: dict[str, int], data: Datasets, steps: int) -> str:
+    """What the run is, where its ranks lie, and what it trains on in epochs of ``steps`` steps. Collective."""
     hosts = [""] * settings.topology.world
     dist.all_gather_object(hosts, socket.gethostname())
     topology = settings.topology
     groups = "" if settings.conv == "sc" else f", {settings.groups} groups"
+    shares = [
+        f"{count} {what}"
+        for count, what in ((topology.data_parallel, "replicas"), (settings.accumulation, "micro-batches"))
+        if count > 1
+    ]
+    divided = f" ({' x '.join([*shares, str(settings.micro_batch)])})" if shares else ""
     return (
         f"{settings.model}, {settings.conv}{groups}, {counts['total']:,} parameters on {topology.world} rank(s): "
         f"{topology.tensor_parallel} tensor-parallel x {topology.data_parallel} data-parallel"
-        f"{', activation checkpointing' if settings.activation_checkpointing else ''}{across_hosts(topology, hosts)}"
+        f"{', activation checkpointing' if settings.activation_checkpointing else ''}{across_hosts(topology, hosts)}\n"
+        f"{len(data.train):,} images of {data.num_classes} classes, {data.image_size} x {data.image_size} pixels, "
+        f"batch {settings.batch_size}{divided}, {count_of(steps, 'step')} an epoch, "
+        f"{count_of(settings.epochs, 'epoch')}; {_device()}, {_dtype(settings.config)}, ZeRO {zero_stage(settings.config)}; output in {settings.output_dir}"
     )
+
+
+def count_of(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def _device() -> str:
+    """What rank 0 trains on, by name."""
+    name = str(get_accelerator().device_name())
+    return f"{name} ({torch.cuda.get_device_name()})" if name == "cuda" else name
+
+
+def _dtype(config: dict[str, Any]) -> str:
+    """In what the network computes."""
+    autocast = config.get("torch_autocast")
+    if isinstance(autocast, dict) and autocast.get("enabled"):
+        return f"float32 with autocast to {autocast.get('dtype', 'bfloat16')}"
+    for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if isinstance(config.get(section), dict) and config[section].get("enabled"):
+            return dtype
+    return "float32"

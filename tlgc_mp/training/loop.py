@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
 import sys
 import time
@@ -39,18 +39,23 @@ from tlgc_mp.training.evaluation import (
     reduced,
     to_device,
 )
-from tlgc_mp.training.faults import NonFiniteError
+from tlgc_mp.training.finite import check_finite, check_weights
 from tlgc_mp.training.headline import headline
 from tlgc_mp.training.interrupt import StopRequest
 from tlgc_mp.training.meter import Meter, in_a_line, step_flops
 from tlgc_mp.training.metrics import Metrics, peak_memory_bytes, print_summary
 from tlgc_mp.training.model import check_library, model_of
+from tlgc_mp.training.profiling import StepProfiler
+from tlgc_mp.training.runs import PROFILE
 from tlgc_mp.training.schedule import SaveSchedule
 from tlgc_mp.training.settings import TrainSettings
 from tlgc_mp.training.watchdog import Watchdog
 
 LOSS_CHECK_STEPS = 50
 """Steps between two looks at the loss on an accelerator, each of which waits for it; on a CPU every step is one."""
+
+MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")
+"""Sections of a DeepSpeed configuration that have the engine report."""
 
 FIRST_PROGRESS: dict[str, Any] = {"epoch": 0, "step": 0, "seconds": 0.0, "train_seconds": 0.0, "data_seconds": 0.0}
 
@@ -105,8 +110,11 @@ def train(settings: TrainSettings, launch: Launch, watchdog: Watchdog) -> None:
     with watchdog.meeting():
         start_distributed()
     watchdog.start()
-    with claimed(settings.output_dir, settings.resume_from):
-        if speaks:
+    if settings.dry_run:
+        for monitor in MONITORS:
+            settings.config.pop(monitor, None)  # each would begin to write
+    with contextlib.nullcontext() if settings.dry_run else claimed(settings.output_dir, settings.resume_from):
+        if speaks and not settings.dry_run:
             options.write(settings.options, settings.output_dir)
         _train(settings, watchdog, data, batches, tests, steps, model)
 
@@ -125,7 +133,7 @@ def _train(
     if settings.activation_checkpointing:
         checkpoint_activations(model)
     counts = parameter_counts(model, settings.topology.tensor_parallel)
-    _say(speaks, headline(settings, counts))
+    _say(speaks, headline(settings, counts, data, steps))
     engine, _, _, _ = initialize(
         model=model,
         optimizer=None if "optimizer" in settings.config else optimization.make_optimizer(settings),
@@ -144,8 +152,12 @@ def _train(
         progress, lines = resuming.resume(settings, engine, steps, loss_sum, meter)
         for line in lines:
             _say(speaks, line)
+    if settings.dry_run:
+        watchdog.workers.may_end()
+        _say(speaks, "Nothing is trained or written (--dry-run)")
+        return
     run = _Run(settings, engine, batches, tests, steps, progress, loss_sum, meter, data.preparation)
-    with StopRequest(agreed=watchdog.workers.may_end) as stop:
+    with StopRequest(agreed=watchdog.workers.may_end) as stop, run.profiler:
         saved = run.train(stop)
     watchdog.workers.may_end()
     peak = torch.tensor(peak_memory_bytes(), dtype=torch.int64)
@@ -169,6 +181,7 @@ def _train(
                 ("peak memory", f"{int(peak) / 2**20:,.0f} MiB, the largest of {settings.topology.world} rank(s)"),
                 ("checkpoint", saved),
                 ("saving", f"{run.save_seconds:.1f} s in which training waited for {run.saves} checkpoint(s)"),
+                *([("profile", run.profiler.path)] if run.profiler.written else []),
                 ("metrics", f"{run.metrics.path}, and for TensorBoard in {settings.output_dir}"),
             ]
         )
@@ -195,6 +208,8 @@ class _Run:
         self.loss_sum = loss_sum  # of this replica, over the steps of the epoch under way
         self.meter = meter
         self.loss = optimization.Loss(settings, len(images.classes))
+        folder = os.path.join(settings.output_dir, PROFILE)
+        self.profiler = StepProfiler(settings.profile_steps, folder, settings.topology.rank)
         self.average = Average(engine, settings.recipe.ema)
         self.images = images
         folder = os.path.join(settings.output_dir, CHECKPOINTS)
@@ -266,18 +281,19 @@ class _Run:
                     loss_sum += loss.detach() / accumulation
                 self.average.step()
                 if on_cpu or step % LOSS_CHECK_STEPS == LOSS_CHECK_STEPS - 1:
-                    _check_finite(float(loss_sum), epoch, step + 1)
+                    check_finite(float(loss_sum), epoch, step + 1)
                 step_seconds = time.perf_counter() - step_began
                 self.train_seconds += step_seconds
                 self.meter.add(loss_sum - before, step_seconds)
                 bar.update()
+                self.profiler.step()
                 if engine.global_steps % self.settings.log_interval == 0:
                     self._log(epoch, step + 1)
 
     def _log(self, epoch: int, epoch_step: int) -> None:
         """Reports the steps since the last time."""
         figures = self.meter.read(epoch, epoch_step, self.rate)
-        _check_finite(figures["loss"], epoch, epoch_step)
+        check_finite(figures["loss"], epoch, epoch_step)
         self.metrics.write(epoch + 1, figures)
         place = f"{self._place(epoch)}  step {epoch_step:>{len(str(self.steps))}}/{self.steps}"
         _say(self.speaks, f"{place}  {in_a_line(figures)}")
@@ -331,8 +347,8 @@ class _Run:
 
     def _save(self, tag: str, epoch: int, step: int, began: float) -> None:
         save_began = time.perf_counter()
-        _check_finite(float(self.loss_sum), epoch, step)
-        _check_weights(self.engine.module, epoch, step)
+        check_finite(float(self.loss_sum), epoch, step)
+        check_weights(self.engine.module, epoch, step)
         progress = {
             "epoch": epoch,
             "step": step,
@@ -350,28 +366,6 @@ class _Run:
         self.schedule.saved()
         self.saves += 1
         self.save_seconds += time.perf_counter() - save_began
-
-
-def _check_finite(loss_sum: float, epoch: int, step: int) -> None:
-    """The sum of an epoch's losses stays NaN or infinite once it is."""
-    if not math.isfinite(loss_sum):
-        raise NonFiniteError(_not_finite(f"the loss is {loss_sum}", epoch, step))
-
-
-@torch.no_grad()
-def _check_weights(model: torch.nn.Module, epoch: int, step: int) -> None:
-    """The last step before a checkpoint may have spoilt weights that no loss has shown yet."""
-    for name, param in model.named_parameters():
-        held = getattr(param, "ds_tensor", param)  # under ZeRO 3 this rank's part
-        if not torch.isfinite(held).all():
-            raise NonFiniteError(_not_finite(f"the weights {name} are not finite", epoch, step))
-
-
-def _not_finite(what: str, epoch: int, step: int) -> str:
-    return (
-        f"{what} in epoch {epoch + 1} after step {step}; nothing of it is saved; lower --learning-rate, or --resume "
-        "from an earlier checkpoint"
-    )
 
 
 def _use_cores(launch: Launch) -> None:

@@ -24,7 +24,7 @@ from tlgc_mp.training.runs import OPTIONS
 from tlgc_mp.training.settings import output_folder
 
 _DATA = ("dataset", "data_dir", "val_split", "image_size", "num_classes", "seed")
-_OF_A_START = ("command", "config", "local_rank", "output_dir", "resume", "run")
+_OF_A_START = ("command", "config", "dry_run", "local_rank", "output_dir", "profile", "resume", "run")
 """What is said at each start, and stands in no file that a run writes."""
 
 
@@ -169,6 +169,20 @@ def add_train_parser(commands: Any, run: Callable[..., int]) -> None:
     )
     train.add_argument(
         "--deepspeed_config", "--deepspeed-config", metavar="JSON", help="a DeepSpeed configuration (default: ZeRO 1)"
+    )
+    train.add_argument(
+        "--profile",
+        nargs="?",
+        const=3,
+        type=int,
+        metavar="K",
+        help="write a trace of K steps, the third and on (default: 3), by torch's profiler to DIR/profile",
+    )
+    train.add_argument(
+        "--dry-run",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="check everything and say what would be trained, and train and write nothing",
     )
     train.set_defaults(run=run)
 

@@ -27,6 +27,7 @@ DEFAULT_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 
 LARGEST_COUNT = 1_000_000_000
 LARGEST_WORKERS = 256
+LARGEST_PROFILE = 1000
 LARGEST_SEED = 2**63 - 1
 LARGEST_IMAGE = 4096
 LONGEST_WAIT = 604_800
@@ -49,6 +50,8 @@ class TrainSettings:
         rank_timeout: seconds without a sign of life after which a rank is lost, and the run ends.
         resume_from: the checkpoint to go on from, as (folder of checkpoints, tag); ``None`` starts afresh.
         init_from: the exported file or the run whose weights it begins with.
+        profile_steps: training steps to trace.
+        dry_run: whether nothing is to be trained or written.
         options: what this was made from.
         fingerprint: of the folder of images, where they are in one and once it was read.
     """
@@ -85,6 +88,8 @@ class TrainSettings:
     background_save: bool
     resume_from: tuple[str, str] | None
     init_from: str | None
+    profile_steps: int | None
+    dry_run: bool
     options: Any
     fingerprint: str | None = None
 
@@ -146,6 +151,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         ("--batch-size", options.batch_size, 1, LARGEST_COUNT),
         ("--limit-steps", options.limit_steps, 1, LARGEST_COUNT),
         ("--log-interval", options.log_interval, 1, LARGEST_COUNT),
+        ("--profile", options.profile, 1, LARGEST_PROFILE),
         ("--workers", options.workers, 0, LARGEST_WORKERS),
         ("--keep", options.keep, 1, LARGEST_COUNT),
         ("--save-every-steps", options.save_every_steps, 1, LARGEST_COUNT),
@@ -218,6 +224,8 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         background_save=not options.blocking_save,
         resume_from=resume_from,
         init_from=None if options.init_from is None else os.path.abspath(options.init_from),
+        profile_steps=options.profile,
+        dry_run=options.dry_run,
         options=options,
     )
     if saved is None:
