@@ -51,7 +51,8 @@ def headline(settings: TrainSettings, counts: dict[str, int], data: Datasets, st
         f"{', activation checkpointing' if settings.activation_checkpointing else ''}{across_hosts(topology, hosts)}\n"
         f"{len(data.train):,} images of {data.num_classes} classes, {data.image_size} x {data.image_size} pixels, "
         f"batch {settings.batch_size}{divided}, {count_of(steps, 'step')} an epoch, "
-        f"{count_of(settings.epochs, 'epoch')}; {_device()}, {_dtype(settings.config)}, ZeRO {zero_stage(settings.config)}; output in {settings.output_dir}"
+        f"{count_of(settings.epochs, 'epoch')}; {_device()}, "
+        f"{_dtype(settings.config)}, ZeRO {zero_stage(settings.config)}; output in {settings.output_dir}"
     )
 
 

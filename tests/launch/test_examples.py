@@ -1,0 +1,53 @@
+"""The script in docs that trains on folders of images, is stopped, goes on and uses what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[2] / "docs/examples/cifar10.sh"
+CLASSES = ("airplane", "automobile", "bird")
+
+
+@pytest.mark.timeout(300)
+def test_the_script_in_docs(tmp_path: Path) -> None:
+    """On pictures of 32 x 32 pixels, of which each class has a colour."""
+    generator = np.random.default_rng(2)
+    for split, count in (("train", 20), ("test", 4)):
+        for number, name in enumerate(CLASSES):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for index in range(count):
+                values = generator.normal(90, 30, (32, 32, 3))
+                values[..., number] += 80
+                picture = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+                picture.save(tmp_path / "data" / split / name / f"{index:04d}.jpg")
+    flags = ["--model", "wrn-10-1", "--epochs", "4", "--batch-size", "6", "--workers", "0", "--log-interval", "5"]
+    environment = {
+        **os.environ,
+        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [str(SCRIPT), str(tmp_path / "data"), str(tmp_path / "run"), *flags],
+        capture_output=True, text=True, timeout=280, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"stopped by SIGTERM; --resume goes on from .*/epoch-\d", done.stderr), done.stderr
+    assert "Resuming in epoch " in done.stdout
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    epochs = [line for line in lines if "loss" not in line]
+    assert [line["epoch"] for line in epochs] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(5, 41, 5))
+    assert f"top-1 error  {epochs[-1]['test_error_percent']:.2f} %" in re.sub("  +", "  ", done.stdout)
+    labels = re.findall(r"/test/(\w+)/0001\.jpg: (\w+) (\d+\.\d) %, ", done.stdout)
+    assert [true for true, _, _ in labels] == list(CLASSES)
+    assert all(seen in CLASSES and float(share) > 100 / 3 for _, seen, share in labels)
