@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from tests.networks import Joined
 from tests.parallel.against_one_device import Step, make_values_differ, train_step, worst
 from tests.parallel.common import SEED, run_ranks_once
 from tests.ranks import run_ranks
-from tlgc_mp.parallel import collectives, shard
+from tlgc_mp.parallel import collectives, layout_report, shard
 from tlgc_mp.parallel.joins import fit_joins
 from tlgc_mp.parallel.plan import plan
 
@@ -73,7 +75,27 @@ def test_a_sample_changes_no_number_and_saves_collectives(name: str, ranks: int)
     assert fitted[1] <= plain[1] - 20
 
 
-def test_the_model_and_the_random_state_are_left_alone() -> None:
+class Draws(nn.Module):
+    """Draws from every generator there is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * random.random() * float(np.random.random()) * float(torch.rand(()))
+
+
+def _random_states() -> tuple[Any, ...]:
+    arrays: Any = np.random.get_state()
+    return random.getstate(), arrays[1].tolist(), torch.get_rng_state().tolist()
+
+
+def test_random_states_are_left_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Draws())
+    states = _random_states()
+    fit_joins(model, plan(model, 2), 2, torch.empty(2, 3, 4, 4))
+    layout_report(model, torch.empty(2, 3, 4, 4), tensor_parallel=2)
+    assert states == _random_states()
+
+
+def test_the_model_is_left_alone() -> None:
     model = _model("joined").train()
     state, drawn = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     placements = plan(model, 2)

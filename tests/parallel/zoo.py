@@ -147,7 +147,7 @@ def _rounding(network: Network, step: Step) -> float:
 
 def _split(network: Network, result: Result, measure: bool, lr: float) -> Step:
     model, arguments = _built(network)
-    model = shard(model, timeout=120.0)
+    model = shard(model, timeout=120.0, sample_inputs=arguments)
     meter = Meter(model, arguments, result.ranks)
     measuring = meter.counting() if measure else None
     step = train_step(model, arguments, lr=lr, evaluate=True, keep=dist.get_rank() == 0, measuring=measuring)

@@ -5,9 +5,13 @@ So one process sees what each of any number of ranks would do.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import random
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -59,9 +63,22 @@ def run_on_meta(twin: nn.Module, inputs: Any) -> Any:
     """
     arguments = tree_map_only(Tensor, _meta_input, inputs if isinstance(inputs, tuple) else (inputs,))
     try:
-        return twin(*arguments)
+        with _random_states_kept():
+            return twin(*arguments)
     except (NotImplementedError, RuntimeError) as error:
         raise without_values(error) from error
+
+
+@contextlib.contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Random states are afterwards what they were: a network may draw from Python's and NumPy's, too."""
+    own, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(own)
+        np.random.set_state(arrays)
 
 
 def without_values(error: Exception) -> UsageError:
