@@ -109,6 +109,8 @@ def _host(number: int, names: dict[str, str], folder: Path, stack: contextlib.Ex
         time.sleep(0.02)
     pid = child_of(outer)
     _run("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
+    # Connections that nobody answers keep the namespace, and so the cable, when its processes have ended.
+    stack.callback(_run, "ip", "link", "delete", cable)
     _run("ip", "link", "set", cable, "master", BRIDGE, "up")
     inside = ["nsenter", "--target", str(pid), "--net", "ip"]
     _run(*inside, "addr", "add", f"{NETWORK}.{number}/24", "dev", "eth0")

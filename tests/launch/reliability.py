@@ -50,7 +50,7 @@ def ctrl_c(launcher: str, moment: str, folder: Path, chance: random.Random, undi
 def on_two_hosts(fault: str, folder: Path, chance: random.Random, undisturbed: Figures) -> float:
     there = folder / "there"
     variables = {"LINGERS": "training", "THERE": str(there)}
-    with two_hosts() as hosts, training(hosts, folder, "--rank-timeout", "10", **variables) as ranks:
+    with two_hosts() as hosts, training(hosts, folder, "--tp", "2", "--rank-timeout", "10", **variables) as ranks:
         deadline = time.monotonic() + 200.0
         while not there.exists():
             assert ranks[0].poll() is None and time.monotonic() < deadline, (folder / "node1").read_text()
