@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +26,7 @@ import tlgc_mp.bench.scaling
 import tlgc_mp.bench.training_report
 import tlgc_mp.bench.zero
 import tlgc_mp.checkpoint.offline
+import tlgc_mp.inference
 import tlgc_mp.models
 import tlgc_mp.training.settings
 from tests.bench.test_training_report import row
@@ -193,7 +195,7 @@ NAMES = st.one_of(
 )
 VALUES = st.one_of(NUMERALS, TEXT, PATHS, NAMES)
 COMMANDS = (
-    ["train"], ["params"], ["report"], ["export"], ["reshard"], ["launch"],
+    ["train"], ["params"], ["report"], ["export"], ["reshard"], ["launch"], ["evaluate"], ["predict"],
     ["bench", "scaling"], ["bench", "bandwidth"], ["bench", "zero"], ["bench", "saving"],
 )  # fmt: skip
 
@@ -227,7 +229,7 @@ def command_lines(draw: st.DrawFn, command: list[str]) -> list[str]:
         fits = VALUES if action is None else _fitting(action)
         count = 0 if action is not None and action.nargs == 0 else draw(st.sampled_from([1, 1, 1, 1, 0, 2]))
         words += draw(st.lists(fits, min_size=count, max_size=count))
-    if command[0] in ("report", "export", "reshard"):
+    if command[0] in ("report", "export", "reshard", "evaluate", "predict"):
         words[1:1] = draw(st.lists(PATHS, max_size=3))
     elif command == ["launch"]:
         words += ["--"] if draw(st.booleans()) else []
@@ -258,6 +260,8 @@ def only_checks() -> Iterator[None]:
             (tlgc_mp.models, "create_model", accept),
             (tlgc_mp.checkpoint.offline, "export_checkpoint", accept),
             (tlgc_mp.checkpoint.offline, "reshard_checkpoint", accept),
+            (tlgc_mp.inference, "score", accept),
+            (tlgc_mp.inference, "label", accept),
             (tlgc_mp.bench.training_report, "plot_losses", lambda *_: None),
             (tlgc_mp.bench.training_report, "plot_errors", lambda *_: None),
             (tlgc_mp.bench.bandwidth, "run", accept),
@@ -317,3 +321,23 @@ def test_any_flags(command: list[str]) -> None:
 
     check()
     assert set(statuses) == {0, 2}, "the flags drawn are all taken, or all refused: the test shows little"
+
+
+OPTIONS = st.dictionaries(
+    st.sampled_from([action.dest for action in _flags(["train"]).values()]) | TEXT,
+    st.one_of(st.none(), st.booleans(), NUMBERS, WORDS, st.lists(NUMBERS, max_size=2), st.dictionaries(WORDS, NUMBERS)),
+    max_size=4,
+)
+
+
+@ANY
+@given(OPTIONS | st.lists(WORDS, max_size=2) | TEXT)
+def test_any_file_of_options(content: Any) -> None:
+    with folder_of_its_own() as folder:
+        text = content if isinstance(content, str) else yaml.safe_dump(content)
+        (folder / "run.yaml").write_text(text, encoding="utf-8")
+        status, out, err = run(["train", "--dataset", "synthetic", "--config", "run.yaml"])
+        assert status in (0, 2)
+        if status == 2:
+            assert out == "" and err.startswith("tlgc-mp: error: ") and err.count("\n") == 1
+        assert not (folder / "runs").exists()

@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "docs/examples/cifar10.sh"
 CLASSES = ("airplane", "automobile", "bird")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_script_in_docs(tmp_path: Path) -> None:
     """On pictures of 32 x 32 pixels, of which each class has a colour."""
     generator = np.random.default_rng(2)
@@ -38,7 +38,7 @@ def test_the_script_in_docs(tmp_path: Path) -> None:
     }
     done = subprocess.run(
         [str(SCRIPT), str(tmp_path / "data"), str(tmp_path / "run"), *flags],
-        capture_output=True, text=True, timeout=280, check=False, env=environment,
+        capture_output=True, text=True, timeout=580, check=False, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"stopped by SIGTERM; --resume goes on from .*/epoch-\d", done.stderr), done.stderr
