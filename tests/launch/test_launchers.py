@@ -54,7 +54,8 @@ def test_trains_and_rank_0_alone_tells(outcome_under: Runs, launcher: str) -> No
     assert outcome.status == 0, outcome.stdout + outcome.stderr
     ranks = 1 if launcher == "plain" else 2
     told = outcome.stdout.splitlines()
-    for start in ("Loading torch", "wrn-10-1,", "epoch 1/2", "epoch 2/2", "test error ", "parameters ", "checkpoint "):
+    starts = ["Loading torch", "wrn-10-1,", "epoch 1/2  loss ", "epoch 2/2  loss ", "epoch 2/2  step  6/44  loss "]
+    for start in (*starts, "test error ", "parameters ", "checkpoint "):
         assert sum(line.startswith(start) for line in told) == 1, f"{start!r} is not told once:\n{outcome.stdout}"
     assert f"on {ranks} rank(s): {ranks} tensor-parallel x 1 data-parallel" in outcome.stdout
     assert "Traceback" not in outcome.stderr
