@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tlgc_mp.bench.bandwidth
+import tlgc_mp.bench.inference
 import tlgc_mp.bench.saving
 import tlgc_mp.bench.scaling
 import tlgc_mp.bench.training_report
@@ -196,7 +197,7 @@ NAMES = st.one_of(
 VALUES = st.one_of(NUMERALS, TEXT, PATHS, NAMES)
 COMMANDS = (
     ["train"], ["params"], ["report"], ["export"], ["reshard"], ["launch"], ["evaluate"], ["predict"],
-    ["bench", "scaling"], ["bench", "bandwidth"], ["bench", "zero"], ["bench", "saving"],
+    ["bench", "scaling"], ["bench", "bandwidth"], ["bench", "zero"], ["bench", "saving"], ["bench", "inference"],
 )  # fmt: skip
 
 
@@ -268,6 +269,7 @@ def only_checks() -> Iterator[None]:
             (tlgc_mp.bench.scaling, "run", accept),
             (tlgc_mp.bench.zero, "run", accept),
             (tlgc_mp.bench.saving, "run", accept),
+            (tlgc_mp.bench.inference, "run", accept),
             (restarts._Attempt, "run", accept),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement, create=name == "create_model"))

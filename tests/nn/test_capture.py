@@ -112,6 +112,26 @@ def test_an_ensemble(network: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("mode", COARSE_MODES)
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_onnx(mode: str, gradients: bool) -> None:
+    import onnxruntime
+
+    torch.manual_seed(SEED)
+    layer = two_level(mode)().float().eval()
+    batch = images(2).float()
+    with torch.set_grad_enabled(gradients):
+        program = torch.onnx.export(
+            layer, (batch,), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("batch")},)
+        )
+    assert program is not None
+    model = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: images(5).float().numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), layer(images(5).float()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", COARSE_MODES)
 def test_export_under_autocast(mode: str) -> None:
     torch.manual_seed(SEED)
     layer = two_level(mode)().float()

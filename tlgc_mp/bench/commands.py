@@ -131,6 +131,21 @@ def add_bench_parser(commands: Any) -> None:
     )
     saving.add_argument("--output", metavar="DIR", help="default: runs/saving-DATE")
     saving.set_defaults(run=_saving)
+    inference = benchmarks.add_parser(
+        "inference",
+        help="dense, group and two-level networks as they are trained and folded, in torch and ONNX Runtime",
+        description="Time calls of networks in evaluation, as they are trained and folded for inference, on one "
+        "thread. Writes inference.json and inference.md. ONNX Runtime is measured where it is installed: "
+        "pip install 'tlgc-mp[onnx]'.",
+        allow_abbrev=False,
+    )
+    inference.add_argument("--models", nargs="+", metavar="NAME", help="(default: mobilenet_v2 wrn-28-10)")
+    inference.add_argument("--groups", type=int, default=4, metavar="N", help="(default: %(default)s)")
+    inference.add_argument("--batch-size", type=int, default=1, metavar="B", help="images a call (default: 1)")
+    inference.add_argument("--rounds", type=int, default=15, metavar="R", help="timed calls (default: %(default)s)")
+    inference.add_argument("--quick", action="store_true", help="a small network, wrn-10-1, and one round")
+    inference.add_argument("--output", metavar="DIR", help="default: runs/inference-DATE")
+    inference.set_defaults(run=_inference)
 
 
 def _scaling(options: Any, launch: Launch) -> int:
@@ -156,6 +171,14 @@ def _saving(options: Any, launch: Launch) -> int:
     from tlgc_mp.bench import saving
 
     return saving.run(saving.resolve(options))
+
+
+def _inference(options: Any, launch: Launch) -> int:
+    if launch.world > 1:
+        raise UsageError(f"bench inference runs in one process, and this is one of {launch.world}; start it plainly")
+    from tlgc_mp.bench import inference
+
+    return inference.run(inference.resolve(options))
 
 
 def _zero(options: Any, launch: Launch) -> int:

@@ -32,6 +32,23 @@ def composed(weight: Tensor, restriction: Tensor, prolongation: Tensor) -> Tenso
     return filters.view(-1, kernel_h, kernel_w, groups * width).permute(0, 3, 1, 2)
 
 
+def composed_out_of_place(
+    weight: Tensor, restriction: Tensor, prolongation: Tensor, groups: int, shape: tuple[int, ...]
+) -> Tensor:
+    """The same, of ``shape`` (n, d, d) an output, where no tensor may be written in place, nor asked for its shape."""
+    coarse = prolongation @ _in_blocks(restriction, groups, shape[0]).flatten(1)
+    return _in_blocks(weight, groups, shape[0]) + coarse.unflatten(1, shape)
+
+
+def _in_blocks(filters: Tensor, groups: int, channels: int) -> Tensor:
+    """Filters that read the channels of their group -> (..., n, d, d), zero for all others."""
+    width, blocks = channels // groups, filters.unflatten(0, (groups, -1))
+    placed = [
+        F.pad(blocks[group], (0, 0, 0, 0, group * width, (groups - 1 - group) * width)) for group in range(groups)
+    ]
+    return torch.cat(placed)
+
+
 class Dense(torch.autograd.Function):
     """The same as one dense convolution with the filters A_k + S_k R_0 (d0 = d, all groups on one device).
 

@@ -34,7 +34,7 @@ from tlgc_mp.nn.arguments import (
 )
 from tlgc_mp.nn.capture import is_captured
 from tlgc_mp.nn.coarse_level import Exchange, Fused, Overlapped, WholeExchange, Window, autocasts
-from tlgc_mp.nn.composed import Dense, KeptFilters, composed
+from tlgc_mp.nn.composed import Dense, KeptFilters, composed_out_of_place
 from tlgc_mp.nn.fusing import NotFusedByTorch
 
 WIDE_GROUP = 48
@@ -258,7 +258,8 @@ class TwoLevelConv2d(NotFusedByTorch):
         """The same in torch's own functions, for tools that know no others."""
         prolongation = self.prolongation_matrix()
         if self.coarse_mode == "dense":
-            filters = composed(self.weight, self.restriction, prolongation)
+            shape = (self.in_channels, *self.kernel_size)
+            filters = composed_out_of_place(self.weight, self.restriction, prolongation, self.groups, shape)
             return self.fine_window.convolve(x, filters, self.bias)
         fine = self.fine_window.convolve(x, self.weight, self.bias, self.groups)
         coarse = self.coarse_window.convolve(x, self.restriction, None, self.groups)
