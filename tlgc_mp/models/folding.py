@@ -23,12 +23,12 @@ from tlgc_mp.nn.coarse_level import Window
 from tlgc_mp.nn.composed import composed
 
 NARROW = 256
-"""Weights of a filter and input channel's group, n/N * d * d, below which one convolution is as fast, or nearly."""
+"""min(n, m) / N * d * d, below which one convolution is preferred: there is little to gain with three for it."""
 
 PASS_INPUT, PASS_OUTPUT, GROUP_WIDTH = 20, 60, 32
 """Of the two levels apart, in multiplications of a dense convolution: what restricting an input channel costs for each
 tap, what adding up an output channel costs, and the width at which a group convolution takes twice its arithmetic. One
-thread of a Xeon, 1x1 and 3x3, 16 to 1024 channels, N = 2 to 16; docs/inference.md."""
+thread of a Xeon, 1x1 and 3x3, 16 to 1024 channels, N = 2 to 16; docs/performance.md."""
 
 
 @dataclass(frozen=True)
