@@ -150,13 +150,11 @@ BUILT_WITH: dict[str, dict[str, Any]] = {
     **{f"vit_{name}_16": {"image_size": 64} for name in "bl"},
     **{f"vit_{name}_32": {"image_size": 64} for name in "bl"},
     "vit_h_14": {"image_size": 42},
-    "mvit_v1_b": {"spatial_size": (64, 64), "temporal_size": 4},
-    "mvit_v2_s": {"spatial_size": (64, 64), "temporal_size": 4},
     "keypointrcnn_resnet50_fpn": {"num_classes": 2, "num_keypoints": 3},
 }
 """What a model of torchvision is built with, beside its number of classes."""
 
-CLIPS = {"mvit_v1_b": (4, 64, 64), "mvit_v2_s": (4, 64, 64), "s3d": (16, 224, 224)}
+CLIPS = dict.fromkeys(("mvit_v1_b", "mvit_v2_s", "s3d"), (16, 224, 224))
 """Frames, height and width of what a video model takes that does not take 4 x 32 x 32."""
 
 
