@@ -106,6 +106,9 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path: Path, monkeypatch: pyt
     assert _run(monkeypatch, tmp_path, measurements, *flags) == 1
     assert [row.missing for row in _rows(tmp_path)] == [None, "rank 1: no", None, None]
     assert len(measurements.asked) == 4
+    assert _run(monkeypatch, tmp_path, measurements, *flags) == 0
+    assert measurements.asked[4:] == [("gc", "unlimited")]
+    assert [row.missing for row in _rows(tmp_path)] == [None] * 4
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def _found(settings: BandwidthSettings) -> list[Row]:
         raise UsageError(
             f"--output={settings.output!r} holds a run of other settings; use the same ones, or a new folder"
         )
-    return [Row(**row) for row in found["rows"]]
+    return [Row(**{**row, "missing": None}) for row in found["rows"]]  # what failed is tried again
 
 
 def _measure(
