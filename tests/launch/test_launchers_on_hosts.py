@@ -48,8 +48,8 @@ def train_mpi(folder: Path, module: str) -> list[str]:
 
 
 def mpirun(folder: Path, module: str) -> list[str]:
-    forwarded = [word for name in ("PYTHONPATH", "PATH", "FAULT", "FAULT_RANK", "FAULT_STEP", "FAULT_ONCE")
-                 for word in ("-x", name)]  # fmt: skip
+    names = ("PYTHONPATH", "PATH", "OMP_NUM_THREADS", "FAULT", "FAULT_RANK", "FAULT_STEP", "FAULT_ONCE")
+    forwarded = [word for name in names for word in ("-x", name)]
     hosts = ["--host", "node1:1,node2:1", "--oversubscribe", "--bind-to", "none", "--allow-run-as-root"]
     return [str(BIN / "mpirun"), "-n", "2", *hosts, *forwarded, sys.executable, "-m", module, "train"]
 
