@@ -5,7 +5,8 @@ set -euo pipefail
 tlgc-mp train --dataset imagefolder --data-dir "$1" --schedule onecycle --label-smoothing 0.1 --ema \
     --output-dir "$2" "${@:3}" &
 while kill -0 $! 2>/dev/null && [ ! -e "$2/checkpoints/latest" ]; do sleep 0.2; done
-kill -TERM $! && wait $! || test $? = 143 # stopped by SIGTERM, with a checkpoint
+kill -TERM $! 2>/dev/null || true
+wait $! || test $? = 143 # stopped by SIGTERM, with a checkpoint
 tlgc-mp train --resume --output-dir "$2"
 tlgc-mp evaluate "$2"
 tlgc-mp export "$2/checkpoints/best" "$2/best.safetensors"
