@@ -71,7 +71,8 @@ def of_dims(name: str, shape: Shape) -> Any:
 
 def distinct(x: Tensor) -> Tensor:
     """``x`` without equal values, of which rounding would decide which one is the largest."""
-    return x + torch.arange(x.numel(), dtype=x.dtype).mul(0.7).cos().mul(1e-3).view(x.shape)
+    spread = torch.arange(x.numel(), dtype=x.dtype).mul(0.6180339887).frac()
+    return x + spread.mul(1e-2).view(x.shape)
 
 
 def tokens(x: Tensor) -> Tensor:

@@ -279,8 +279,13 @@ def _is_watched(model: nn.Module) -> bool:
     return False
 
 
-_DEEPSPEEDS = {name for name in dir(TensorParallel_Layer) if not name.startswith(("__", "_abc"))} | {
-    *("mp_group", "tp_world_size", "tp_index", "is_tp_parallel", "support_training")
+_DEEPSPEEDS = {
+    *("mp_group", "tp_world_size", "tp_index", "is_tp_parallel", "support_training"),
+    *(
+        name
+        for name, value in vars(TensorParallel_Layer).items()
+        if not name.startswith("__") and (callable(value) or isinstance(value, bool | property | classmethod))
+    ),
 }
 """Names under which DeepSpeed keeps something in a tensor-parallel layer."""
 

@@ -173,8 +173,7 @@ def layer_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     assert dim is not None
     if dim < first:
         affine = [optional(t, WHOLE, ranks) for t in (weight, bias)]
-        y, mean, inverse = func(x.share, shape, *affine, eps)
-        return wrap(y, x.cut, x), *(SplitTensor(t, x.cut, ranks) for t in (mean, inverse))
+        return tuple(SplitTensor(t, x.cut, ranks) for t in func(x.share, shape, *affine, eps))
     dims = list(range(first, x.dim()))
     mean, inverse = _moments(x.share, dims, x.shape[first:].numel(), eps, ranks)
     own = Layout(dim - first, x.cut.segments)
@@ -183,7 +182,8 @@ def layer_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         y = y * share_in(weight, own, ranks)
     if bias is not None:
         y = y + share_in(bias, own, ranks)
-    return wrap(y.to(x.dtype), x.cut, x), *(SplitTensor(t, WHOLE, ranks) for t in (mean, inverse))
+    y = y.to(x.dtype).contiguous()  # as that of one device is, however x lies in memory
+    return SplitTensor(y, x.cut, ranks), *(SplitTensor(t, WHOLE, ranks) for t in (mean, inverse))
 
 
 @rule(aten.native_layer_norm_backward.default)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -32,18 +33,25 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that raises what it finds wrong, instead of printing a usage text on every rank, and knows
     which flag was meant. Without a word where it has commands, it prints its help."""
 
+    has_commands = False
+
+    def add_subparsers(self, **options: Any) -> Any:
+        self.has_commands = True
+        return super().add_subparsers(**options)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
-        if not words and self._subparsers is not None:
+        if not words and self.has_commands:
             self.print_help()
             self.exit()
         options, further = super().parse_known_args(words, namespace)
         flags = [word.partition("=")[0] for word in further if word.startswith("--") and word != "--"]
+        known = re.findall(r"--[\w-]+", self.format_help()) if flags else []
         for flag in flags:
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            near = difflib.get_close_matches(flag, known, n=1)
             if near:
                 self.error(f"unrecognized arguments: {' '.join(further)}; {near[0]} may be meant")
         return options, further
