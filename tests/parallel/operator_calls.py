@@ -122,10 +122,10 @@ class Arguments:
         tree: input, positional and keyword arguments of a sample.
         placements: of its tensors, in the order of ``tree_leaves``.
         ranks: ``None`` for plain tensors only.
-        memory_format: of four- and five-dimensional tensors.
+        form: how they lie in memory: as they come, ``"channels_last"``, or ``"permuted"``, in reverse order.
     """
 
-    def __init__(self, tree: Any, placements: list[Placement], ranks: Ranks | None, channels_last: bool) -> None:
+    def __init__(self, tree: Any, placements: list[Placement], ranks: Ranks | None, form: str) -> None:
         self.leaves: list[Tensor] = []
         self.given: list[Tensor] = []
         made: dict[int, Tensor] = {}
@@ -136,7 +136,9 @@ class Arguments:
             if id(tensor) in made:
                 return made[id(tensor)]
             leaf = tensor.detach().clone()
-            if channels_last and leaf.dim() in (4, 5) and leaf.layout == torch.strided:
+            if form == "permuted" and leaf.dim() > 1 and leaf.layout == torch.strided:
+                leaf = leaf.permute(*reversed(range(leaf.dim()))).contiguous().permute(*reversed(range(leaf.dim())))
+            elif form == "channels_last" and leaf.dim() in (4, 5) and leaf.layout == torch.strided:
                 last = torch.channels_last if leaf.dim() == 4 else torch.channels_last_3d
                 leaf = leaf.contiguous(memory_format=last)
             leaf.requires_grad_(tensor.requires_grad)
@@ -228,17 +230,17 @@ class Call:
     tree: Any
     placements: list[Placement]
     mode: str
-    channels_last: bool
+    form: str
 
     def verdict(self, ranks: Ranks) -> tuple[str, str]:
         """``OK``, ``WRONG``, ``RAISES``, or ``NONE`` where plain tensors raise or nothing is split; and why."""
-        plain = Arguments(self.tree, self.placements, None, self.channels_last)
+        plain = Arguments(self.tree, self.placements, None, self.form)
         try:
             expected, outputs = self._result(plain, None)
         except Exception:
             return NONE, ""
         state = torch.get_rng_state()
-        given = Arguments(self.tree, self.placements, ranks, self.channels_last)
+        given = Arguments(self.tree, self.placements, ranks, self.form)
         if not any(type(tensor) is SplitTensor for tensor in given.given):
             return NONE, ""
         try:
@@ -261,7 +263,7 @@ class Call:
 
         order = iter(self.placements)
         tree = tree_map_only(Tensor, shown, self.tree)
-        return f"{self.mode}{' channels_last' if self.channels_last else ''} {tree}"[:400]
+        return f"{self.mode}{self.form and f' {self.form}'} {tree}"[:400]
 
     def _result(self, given: Arguments, ranks: Ranks | None) -> tuple[Any, Any]:
         """What the call returns, and its ``out=``."""
@@ -270,7 +272,7 @@ class Call:
         if self.mode == "in place":
             return given.call(self.entry.inplace_variant), None
         with torch.no_grad():
-            other = Arguments(self.tree, self.placements, None, self.channels_last)  # some operators write theirs
+            other = Arguments(self.tree, self.placements, None, self.form)  # some operators write theirs
             like = other.call(self.entry)
             rng = random.Random(SEED)
 
@@ -313,7 +315,7 @@ class Call:
         except Exception:  # some operators have gradients of some of their outputs or arguments only
             return
         # The loss is computed with whole tensors or with split ones; few operators take numbers of one or two bytes.
-        if self.channels_last or any(r.dtype.itemsize < 4 or r.dtype == torch.complex32 for _, r in pairs):
+        if self.form or any(r.dtype.itemsize < 4 or r.dtype == torch.complex32 for _, r in pairs):
             torch.autograd.backward([whole(left) for left, _ in pairs], cotangents)
         else:
             products = [(left * c).sum() for (left, _), c in zip(pairs, [c.conj() for c in cotangents], strict=True)]
@@ -360,9 +362,12 @@ def calls_of(entry: Any, size: int, quick: bool) -> Iterator[Call]:
             modes.append("in place")
         if entry.supports_out and index < 3:
             modes.append("out=")
-        formats = [False]
-        if any(tensor.dim() in (4, 5) for tensor in tensors) and entry.name not in LAST_DIMENSION_DENSE:
-            formats.append(True)
+        forms = [""]
+        if entry.name not in LAST_DIMENSION_DENSE:
+            if any(tensor.dim() in (4, 5) for tensor in tensors):
+                forms.append("channels_last")
+            if any(tensor.dim() > 1 for tensor in tensors):
+                forms.append("permuted")
         for mode in modes:
-            for channels_last in formats:
-                yield Call(size, entry, tree, placements, mode, channels_last)
+            for form in forms:
+                yield Call(size, entry, tree, placements, mode, form)

@@ -70,7 +70,6 @@ def tied(r: random.Random, shape: Shape) -> nn.Module:
     second.weight = first.weight
     if r.random() < 0.5:
         other = conv(shape, kernel=1)
-        other.weight = nn.Parameter(first.weight.data.view(other.weight.shape))
         other.bias = first.bias
         return Code(lambda s, x: s.b(s.a(x.movedim(1, -1)).relu()).movedim(-1, 1) + s.c(x), a=first, b=second, c=other)
     return Code(lambda s, x: s.b(s.a(x.movedim(1, -1)).relu()).movedim(-1, 1), a=first, b=second)

@@ -113,7 +113,7 @@ def best_channels(x: Tensor) -> Tensor:
 @idiom
 def sorted_channels(x: Tensor) -> Tensor:
     values, order = distinct(x).sort(1)
-    return values + torch.gather(x, 1, order.flip(1))
+    return 1.1 * values + torch.gather(x, 1, order.flip(1))  # not its own mirror image, which would have equal values
 
 
 @idiom

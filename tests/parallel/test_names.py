@@ -1,4 +1,4 @@
-"""A split leaves alone what a model calls as this package might: attributes and methods of its own."""
+"""What a split leaves alone of a model, its own names, and memory that is shared, which it refuses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tests.parallel.against_one_device import Step, train_step, worst
 from tests.parallel.common import SEED, run_ranks_once
 from tests.ranks import run_ranks
+from tlgc_mp import UsageError
 from tlgc_mp.parallel import layout_report, shard
 
 
@@ -84,3 +85,39 @@ def _with_a_name_of_deepspeeds() -> None:
 def test_a_name_that_deepspeed_needs_is_refused() -> None:
     with pytest.raises(AssertionError, match=r"1\.tp_index of a Moves must have another name, got one of DeepSpeed's"):
         run_ranks(2, _with_a_name_of_deepspeeds)
+
+
+def _sharing(kind: str) -> nn.Module:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(8, 8, 1))
+    if kind == "view":
+        model[1].weight = nn.Parameter(model[0].weight.data.view(8, 8, 1, 1))
+    elif kind == "buffer":
+        model.register_buffer("average", model[0].weight.data)
+    elif kind == "frozen":
+        model[0].weight.requires_grad_(False)
+        model[1].weight = nn.Parameter(model[0].weight.data.view(8, 8, 1, 1), requires_grad=False)
+    elif kind == "one storage":
+        whole = torch.randn(2, 64)
+        model[0].weight, model[1].weight = nn.Parameter(whole[0].view(8, 8)), nn.Parameter(whole[1].view(8, 8, 1, 1))
+    elif kind == "tied":
+        model[1] = nn.Linear(8, 8)
+        model[1].weight = model[0].weight
+    return model
+
+
+def _shard_sharing() -> dict[str, str]:
+    said = {}
+    for kind in ("view", "buffer", "frozen", "one storage", "tied"):
+        try:
+            shard(_sharing(kind))
+            said[kind] = ""
+        except UsageError as error:
+            said[kind] = str(error)
+    return said
+
+
+def test_parameters_that_share_memory_without_being_one_are_refused() -> None:
+    said = run_ranks(2, _shard_sharing)[0]
+    assert said["view"].startswith("0.weight and 1.weight must be one parameter or have memory of their own")
+    assert "average must be one parameter" in said["buffer"] and "0.weight" in said["buffer"]
+    assert said["frozen"] == said["one storage"] == said["tied"] == ""

@@ -86,6 +86,17 @@ def whole_geometry(share: Tensor, layout: Layout, ranks: Ranks) -> tuple[Sequenc
     return shape, strides
 
 
+def contiguous_geometry(share: Tensor, layout: Layout, ranks: Ranks) -> tuple[Sequence[int], Sequence[int]]:
+    """:func:`whole_geometry` where the whole tensor is contiguous, as the results of some kernels are."""
+    shape = list(share.shape)
+    if layout.dim is not None:
+        shape[layout.dim] *= ranks.size
+    strides = [1] * len(shape)
+    for dim in range(len(shape) - 1, 0, -1):
+        strides[dim - 1] = strides[dim] * max(shape[dim], 1)
+    return shape, strides
+
+
 def thin_geometry(
     share: Tensor, dim: int, ranks: Ranks, strides_like: Sequence[int]
 ) -> tuple[Sequence[int], Sequence[int]]:
@@ -118,7 +129,9 @@ def take_share(whole: Tensor, layout: Layout, ranks: Ranks, rank: int | None = N
         length = segment // ranks.size
         parts.append(whole.narrow(dim, start + rank * length, length))
         start += segment
-    return torch.cat(parts, dim)
+    order = memory_order(whole)  # of which the parts say less, where they are one wide
+    back = [order.index(i) for i in range(whole.dim())]
+    return torch.cat([part.permute(order) for part in parts], order.index(dim)).permute(back)
 
 
 def join_shares(shares: Sequence[Tensor], layout: Layout) -> list[Tensor]:

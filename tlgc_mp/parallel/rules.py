@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from tlgc_mp.parallel import collectives
-from tlgc_mp.parallel.layout import WHOLE, Layout, gather_shares, thin_geometry
+from tlgc_mp.parallel.layout import WHOLE, Layout, contiguous_geometry, gather_shares, thin_geometry
 from tlgc_mp.parallel.split_tensor import SplitTensor, share_in
 from tlgc_mp.parallel.split_tensor import like as alike
 
@@ -80,7 +80,12 @@ def wrap(share: Tensor, layout: Layout, like: SplitTensor) -> SplitTensor:
         return alike(share, like)
     dim = layout.dim
     if dim is not None and layout == like.cut and share.shape == own.shape and share.shape[dim] == 1:
-        return SplitTensor(share, layout, like.ranks, thin_geometry(share, dim, like.ranks, like.stride()))
+        kept = all(n == 1 or a == b for n, a, b in zip(share.shape, share.stride(), own.stride(), strict=True))
+        if kept or not share.is_contiguous():
+            geometry = thin_geometry(share, dim, like.ranks, like.stride())
+        else:  # the kernel has laid it out anew
+            geometry = contiguous_geometry(share, layout, like.ranks)
+        return SplitTensor(share, layout, like.ranks, geometry)
     return SplitTensor(share, layout, like.ranks)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tlgc_mp.parallel import collectives
-from tlgc_mp.parallel.layout import Layout, Ranks, gather_shares, take_share
+from tlgc_mp.parallel.layout import Layout, Ranks, contiguous_geometry, gather_shares, take_share
 from tlgc_mp.parallel.rules import WHOLE, aten, operators, pointwise, pointwise_in_place, rule, wrap, wrap_all
 from tlgc_mp.parallel.split_tensor import SplitTensor, share_in
 
@@ -85,8 +85,18 @@ def batch_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = func(share_in(x, x.cut if cut_dim(x) == 1 else WHOLE, ranks), *own, *args[kept:], **kwargs)
     if kept == 5 and func is not getattr(aten._batch_norm_no_update, "default", None):
         _update(list(args[3:5]), own[2:4], layout, ranks)
-    y = wrap(out[0], x.cut, x) if cut_dim(x) == 1 else SplitTensor(out[0], WHOLE, ranks)
+    y = _in_batch_norms_format(out[0], x) if cut_dim(x) == 1 else SplitTensor(out[0], WHOLE, ranks)
     return (y, *(_statistic(t, layout, ranks) for t in out[1:]))
+
+
+def _in_batch_norms_format(share: Tensor, x: SplitTensor) -> SplitTensor:
+    """A result in the format that the kernels give it: contiguous, unless ``x`` is channels_last."""
+    if share.shape[1] > 1 or not share.is_contiguous():
+        return wrap(share, x.cut, x)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous():
+        return wrap(share, x.cut, x)
+    return SplitTensor(share, x.cut, x.ranks, contiguous_geometry(share, x.cut, x.ranks))
 
 
 def _statistic(tensor: Tensor, layout: Layout, ranks: Ranks) -> SplitTensor:
@@ -131,7 +141,7 @@ def _batch_norm_backward(
     to_input, *to_vectors = func(*own, **kwargs)
     result = None
     if to_input is not None:
-        result = wrap(to_input, shape, lead) if lead is not None else SplitTensor(to_input, WHOLE, ranks)
+        result = _in_batch_norms_format(to_input, lead) if lead is not None else SplitTensor(to_input, WHOLE, ranks)
     return (result, *(None if t is None else SplitTensor(t, layout, ranks) for t in to_vectors))
 
 
@@ -173,7 +183,9 @@ def layer_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     assert dim is not None
     if dim < first:
         affine = [optional(t, WHOLE, ranks) for t in (weight, bias)]
-        return tuple(SplitTensor(t, x.cut, ranks) for t in func(x.share, shape, *affine, eps))
+        y, mean, inverse = func(x.share, shape, *affine, eps)
+        made = SplitTensor(y, x.cut, ranks, contiguous_geometry(y, x.cut, ranks))
+        return made, *(SplitTensor(t, x.cut, ranks) for t in (mean, inverse))
     dims = list(range(first, x.dim()))
     mean, inverse = _moments(x.share, dims, x.shape[first:].numel(), eps, ranks)
     own = Layout(dim - first, x.cut.segments)
@@ -183,7 +195,8 @@ def layer_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if bias is not None:
         y = y + share_in(bias, own, ranks)
     y = y.to(x.dtype).contiguous()  # as that of one device is, however x lies in memory
-    return SplitTensor(y, x.cut, ranks), *(SplitTensor(t, WHOLE, ranks) for t in (mean, inverse))
+    made = SplitTensor(y, x.cut, ranks, contiguous_geometry(y, x.cut, ranks))
+    return made, *(SplitTensor(t, WHOLE, ranks) for t in (mean, inverse))
 
 
 @rule(aten.native_layer_norm_backward.default)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tlgc_mp.errors import UsageError
 from tlgc_mp.nn import FullyLearnableGroupConv2d
@@ -92,11 +93,38 @@ def shard(
     replicas = _replicas(model, members, data_parallel_group)
     region = Region(ranks, Ranks(group), goes_plain(model, placements), replicas)
     check_drawable(model)
+    _check_memory(model)
     check_names(model, placements)
     target = None if device is None else torch.device(device)
     split_layers(model, placements, region, target, drawn_from)
     watch_replicas(model, ranks, bound)
     return model
+
+
+def _check_memory(model: nn.Module) -> None:
+    """Refuses a trained parameter that shares memory with another parameter or a buffer: a step of one would move the
+    other on one device, and of shares, which are copies, it would not.
+
+    Raises:
+        UsageError: naming both.
+    """
+    parameters = dict(model.named_parameters())
+    spans = []
+    for name, tensor in (*parameters.items(), *model.named_buffers()):
+        if not is_lazy(tensor) and tensor.layout == torch.strided and not tensor.is_meta and tensor.numel():
+            steps = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            spans.append((start, start + (steps + 1) * tensor.element_size(), name))
+    spans.sort()
+    end, last = 0, ""
+    for start, stop, name in spans:
+        if start < end and any(each in parameters and parameters[each].requires_grad for each in (last, name)):
+            raise UsageError(
+                f"{last} and {name} must be one parameter or have memory of their own, got two tensors that share it; "
+                "assign one parameter to both, or clone one"
+            )
+        if stop > end:
+            end, last = stop, name
 
 
 def _replicas(model: nn.Module, members: list[int], group: dist.ProcessGroup | None) -> Ranks | None:
