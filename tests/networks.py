@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tests.parallel.common import SEED, batches, smooth_activations
 from tlgc_mp import convert
-from tlgc_mp.parallel import initialize
+from tlgc_mp.engine import initialize
 from tlgc_mp.parallel.topology import Topology
 
 BATCH, SIDE = 8, 32

@@ -20,25 +20,25 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import tlgc_mp.bench.bandwidth
 import tlgc_mp.bench.inference
-import tlgc_mp.bench.saving
-import tlgc_mp.bench.scaling
-import tlgc_mp.bench.training_report
-import tlgc_mp.bench.zero
+import tlgc_mp.bench.saving.sweep
+import tlgc_mp.bench.scaling.bandwidth
+import tlgc_mp.bench.scaling.sweep
+import tlgc_mp.bench.zero.sweep
 import tlgc_mp.checkpoint.offline
-import tlgc_mp.inference
 import tlgc_mp.models
+import tlgc_mp.paper.report
+import tlgc_mp.training.inference
 import tlgc_mp.training.settings
 from tests.bench.test_training_report import row
 from tlgc_mp.bench.settings import STRATEGIES
-from tlgc_mp.cli import _parser, main
+from tlgc_mp.cli.main import _parser, main
 from tlgc_mp.data import DATASETS
+from tlgc_mp.engine.config import read_config
 from tlgc_mp.errors import UsageError
 from tlgc_mp.models.names import COARSE_INITS, CONVOLUTIONS
-from tlgc_mp.parallel.config import read_config
 from tlgc_mp.parallel.topology import Launch
-from tlgc_mp.training import restarts
+from tlgc_mp.resilience import restarts
 from tlgc_mp.training.settings import TrainSettings, resolve
 
 ANY = settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -261,14 +261,14 @@ def only_checks() -> Iterator[None]:
             (tlgc_mp.models, "create_model", accept),
             (tlgc_mp.checkpoint.offline, "export_checkpoint", accept),
             (tlgc_mp.checkpoint.offline, "reshard_checkpoint", accept),
-            (tlgc_mp.inference, "score", accept),
-            (tlgc_mp.inference, "label", accept),
-            (tlgc_mp.bench.training_report, "plot_losses", lambda *_: None),
-            (tlgc_mp.bench.training_report, "plot_errors", lambda *_: None),
-            (tlgc_mp.bench.bandwidth, "run", accept),
-            (tlgc_mp.bench.scaling, "run", accept),
-            (tlgc_mp.bench.zero, "run", accept),
-            (tlgc_mp.bench.saving, "run", accept),
+            (tlgc_mp.training.inference, "score", accept),
+            (tlgc_mp.training.inference, "label", accept),
+            (tlgc_mp.paper.report, "plot_losses", lambda *_: None),
+            (tlgc_mp.paper.report, "plot_errors", lambda *_: None),
+            (tlgc_mp.bench.scaling.bandwidth, "run", accept),
+            (tlgc_mp.bench.scaling.sweep, "run", accept),
+            (tlgc_mp.bench.zero.sweep, "run", accept),
+            (tlgc_mp.bench.saving.sweep, "run", accept),
             (tlgc_mp.bench.inference, "run", accept),
             (restarts._Attempt, "run", accept),
         ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tlgc_mp.cli import main
+from tlgc_mp.cli.main import main
 
 
 @pytest.mark.parametrize(("words", "parts"), [([], ["train", "predict"]), (["bench"], ["scaling", "zero", "saving"])])

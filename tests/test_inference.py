@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tests.ranks import run_ranks
 from tests.training.runs import metrics, tlgc_mp
 from tlgc_mp.checkpoint import export_checkpoint, load_model
-from tlgc_mp.cli import main
+from tlgc_mp.cli.main import main
 from tlgc_mp.data import load_datasets
 from tlgc_mp.data.preparation import Preparation
 from tlgc_mp.errors import UsageError
@@ -75,7 +75,7 @@ def test_a_run_is_tested_on_its_own_data(digits: Path, tmp_path: Path, capsys: p
 WITHOUT_DEEPSPEED = """
 import sys
 sys.modules["deepspeed"] = None  # importing it would raise
-from tlgc_mp.cli import main
+from tlgc_mp.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -106,10 +106,10 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: tlgc_mp.shard(network(), device="gpu"), "device='gpu' is none"),
     (lambda: tlgc_mp.shard(network(), seed="x"), "seed='x' is no seed; use an int"),  # type: ignore[arg-type]
     (lambda: tlgc_mp.parallel.gather_state_dict(5), "model: a int is none"),  # type: ignore[arg-type]
-    (lambda: tlgc_mp.parallel.checkpoint_activations(network(), 5), "blocks=5 are no classes"),  # type: ignore[arg-type]
-    (lambda: tlgc_mp.parallel.checkpoint_activations(network(), ()), "blocks=() are no classes"),
-    (lambda: tlgc_mp.parallel.checkpoint_activations(None), "blocks: NoneType does not say"),  # type: ignore[arg-type]
-    (lambda: tlgc_mp.parallel.checkpoint_activations(5, nn.ReLU), "model: a int is none"),  # type: ignore[arg-type]
+    (lambda: tlgc_mp.checkpoint_activations(network(), 5), "blocks=5 are no classes"),  # type: ignore[arg-type]
+    (lambda: tlgc_mp.checkpoint_activations(network(), ()), "blocks=() are no classes"),
+    (lambda: tlgc_mp.checkpoint_activations(None), "blocks: NoneType does not say"),  # type: ignore[arg-type]
+    (lambda: tlgc_mp.checkpoint_activations(5, nn.ReLU), "model: a int is none"),  # type: ignore[arg-type]
     (initialize(model="network"), "model: a str is none; give a torch.nn.Module"),
     (initialize(config=[]), "config=[] is no configuration; give a dict or the path of a JSON file"),
     (initialize(config=5), "config=5 is no configuration"),

@@ -9,12 +9,14 @@ from tlgc_mp.errors import UsageError
 
 if TYPE_CHECKING:
     from tlgc_mp.checkpoint import load_checkpoint, load_model, save_checkpoint
+    from tlgc_mp.engine import checkpoint_activations, initialize
     from tlgc_mp.models import convert, create_model, fold
-    from tlgc_mp.parallel import initialize, shard
+    from tlgc_mp.parallel import shard
 
 __version__ = "0.1.0"
 __all__ = [
     "UsageError",
+    "checkpoint_activations",
     "convert",
     "create_model",
     "fold",
@@ -28,10 +30,11 @@ __all__ = [
 __getattr__ = lazy.attributes(
     __name__,
     {
+        "checkpoint_activations": "tlgc_mp.engine",
         "convert": "tlgc_mp.models",
         "create_model": "tlgc_mp.models",
         "fold": "tlgc_mp.models",
-        "initialize": "tlgc_mp.parallel",
+        "initialize": "tlgc_mp.engine",
         "load_checkpoint": "tlgc_mp.checkpoint",
         "load_model": "tlgc_mp.checkpoint",
         "save_checkpoint": "tlgc_mp.checkpoint",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.launch.jobs import Job, started
-from tlgc_mp.cli import main
+from tlgc_mp.cli.main import main
 
 pytestmark = pytest.mark.skipif(not torch.accelerator.is_available(), reason="this machine has no accelerator")
 

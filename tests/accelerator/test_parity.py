@@ -27,9 +27,10 @@ from tests.parallel.common import (
     train_one_device,
 )
 from tests.ranks import run_ranks
+from tlgc_mp.engine import initialize
 from tlgc_mp.nn import TwoLevelConv2d
 from tlgc_mp.nn.two_level import COARSE_MODES, DENSE_BELOW
-from tlgc_mp.parallel import gather_state_dict, initialize, shard
+from tlgc_mp.parallel import gather_state_dict, shard
 from tlgc_mp.parallel.topology import Topology
 
 pytestmark = pytest.mark.skipif(not torch.accelerator.is_available(), reason="this machine has no accelerator")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tlgc_mp.bench.rows import Record, make_row
+from tlgc_mp.bench.scaling.rows import Record, make_row
 from tlgc_mp.bench.settings import Case
 
 DESCRIPTION: dict[str, Any] = {

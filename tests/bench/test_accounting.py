@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch.autograd import DeviceType
 
-from tlgc_mp.bench import accounting
+from tlgc_mp.bench.ranks import accounting
 
 
 def _operator(name: str, device_seconds: float, thread: int = 1, parent: Any = None) -> SimpleNamespace:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from tests.bench import fabricated
-from tlgc_mp.bench import bandwidth, launch, link
-from tlgc_mp.cli import main
+from tlgc_mp.bench.ranks import launch, link
+from tlgc_mp.bench.scaling import bandwidth
+from tlgc_mp.cli.main import main
 
 needs_hosts = pytest.mark.skipif(
     os.getuid() != 0 or not all(shutil.which(tool) for tool in link.TOOLS), reason=f"needs root and {link.TOOLS}"

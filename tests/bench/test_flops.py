@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tlgc_mp.bench.flops import layer_flops
+from tlgc_mp.bench.scaling.flops import layer_flops
 from tlgc_mp.models import create_model
 
 BATCH = 3

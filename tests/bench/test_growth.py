@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.bench import fabricated
-from tlgc_mp.bench import growth
+from tlgc_mp.bench.scaling import growth
 from tlgc_mp.models import create_model
 from tlgc_mp.nn import TwoLevelConv2d
 from tlgc_mp.parallel.plan import parameter_counts

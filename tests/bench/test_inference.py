@@ -10,8 +10,8 @@ import torch
 
 from tlgc_mp import create_model, fold
 from tlgc_mp.bench import inference
-from tlgc_mp.bench.flops import layer_flops
-from tlgc_mp.cli import main
+from tlgc_mp.bench.scaling.flops import layer_flops
+from tlgc_mp.cli.main import main
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tlgc_mp.bench import launch
+from tlgc_mp.bench.ranks import launch
 
 REQUEST = {
     "strategy": "zero3",
@@ -112,7 +112,7 @@ def test_ranks_on_hosts_are_started_through_ssh(ranks: Ranks, tmp_path: Path, mo
 
 def test_a_rank_ends_with_its_standard_input(tmp_path: Path) -> None:
     request = json.dumps({**REQUEST, "depth": 11})
-    command = [sys.executable, "-m", "tlgc_mp.bench.worker", request, str(tmp_path / "result")]
+    command = [sys.executable, "-m", "tlgc_mp.bench.ranks.worker", request, str(tmp_path / "result")]
     place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     rank = subprocess.Popen(command, env={**os.environ, **place}, stdin=subprocess.PIPE)
     try:
@@ -128,7 +128,7 @@ def test_a_rank_ends_with_its_standard_input(tmp_path: Path) -> None:
 
 
 def test_ranks_do_not_outlive_a_benchmark_that_is_killed(tmp_path: Path) -> None:
-    code = f"from tlgc_mp.bench.launch import measure; measure({ {**REQUEST, 'steps': 10**9}!r}, 1, 300.0)"
+    code = f"from tlgc_mp.bench.ranks.launch import measure; measure({ {**REQUEST, 'steps': 10**9}!r}, 1, 300.0)"
     driver = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
     try:
         child = _wait_for(lambda: _children(driver.pid), "the rank to start")[0]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.ranks import run_ranks
-from tlgc_mp.bench.meters import (
+from tlgc_mp.bench.ranks.meters import (
     CollectiveClock,
     SavedActivations,
     before_first_optimizer_step,

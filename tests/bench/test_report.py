@@ -8,7 +8,7 @@ import pytest
 
 from tests.bench import fabricated
 from tlgc_mp.bench import report
-from tlgc_mp.bench.rows import Record, make_row
+from tlgc_mp.bench.scaling.rows import Record, make_row
 from tlgc_mp.bench.settings import Case
 
 

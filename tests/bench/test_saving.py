@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tlgc_mp.bench import saving
-from tlgc_mp.cli import main
+from tlgc_mp.bench.saving import sweep as saving
+from tlgc_mp.cli.main import main
 
 NAMES = {"plain", "blocking", "first_stall", "stall", "background", "step", "step_beside"}
 

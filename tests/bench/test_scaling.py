@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from tests.bench import fabricated
-from tlgc_mp.bench import capacity, launch
+from tlgc_mp.bench.ranks import launch
+from tlgc_mp.bench.scaling import capacity
 from tlgc_mp.bench.settings import STRATEGIES
-from tlgc_mp.cli import main
+from tlgc_mp.cli.main import main
 from tlgc_mp.models import create_model
 from tlgc_mp.parallel.plan import parameter_counts
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tlgc_mp.bench import capacity
+from tlgc_mp.bench.scaling import capacity
 from tlgc_mp.bench.settings import QUICK_STRATEGIES, BenchSettings, Case, resolve
-from tlgc_mp.cli import _parser, main
+from tlgc_mp.cli.main import _parser, main
 from tlgc_mp.models import create_model
 
 # name: (flags, what the line holds). In flags, {tmp} is the test's folder.
@@ -165,7 +165,8 @@ def test_the_dense_network_of_width_80_needs_28_gb() -> None:
 
 def test_help_loads_no_torch() -> None:
     code = (
-        "import sys; from tlgc_mp.cli import main\ntry: main(['bench', 'scaling', '--help'])\nexcept SystemExit: pass\n"
+        "import sys; from tlgc_mp.cli.main import main\n"
+        "try: main(['bench', 'scaling', '--help'])\nexcept SystemExit: pass\n"
         "print([name for name in ('torch', 'deepspeed', 'matplotlib', 'numpy') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

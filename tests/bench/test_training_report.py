@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from tests.bench import fabricated
-from tlgc_mp.bench.training_report import slope
-from tlgc_mp.bench.training_rows import read_rows
-from tlgc_mp.cli import main
+from tlgc_mp.cli.main import main
+from tlgc_mp.paper.report import slope
+from tlgc_mp.paper.rows import read_rows
 
 LOSSES = {"sc": 0.1, "gc": 0.5, "gc-2l": 0.3}
 

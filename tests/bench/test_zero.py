@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from tests.bench import fabricated
 from tests.parallel.common import run_ranks_once
-from tlgc_mp.bench import launch, zero
-from tlgc_mp.bench.engine_memory import engine_memory
-from tlgc_mp.cli import main
+from tlgc_mp.bench.ranks import launch
+from tlgc_mp.bench.zero import sweep as zero
+from tlgc_mp.cli.main import main
+from tlgc_mp.engine.memory import engine_memory
 from tlgc_mp.models import create_model
 from tlgc_mp.parallel import checksums
 from tlgc_mp.parallel.plan import parameter_counts
@@ -40,7 +41,7 @@ def _all_storages() -> dict[int, torch.UntypedStorage]:
 
 def _unaccounted(stage: int) -> int:
     """Bytes of tensors that are new with an engine, after backward, and are neither held by it nor known here."""
-    from tlgc_mp.bench.zero_rank import training_engine
+    from tlgc_mp.bench.zero.rank import training_engine
 
     checksums.exact(torch.zeros(1))  # makes the table that they are weighted by, which a process has once
     gc.collect()
@@ -67,7 +68,7 @@ def _unaccounted(stage: int) -> int:
 
 def _measured() -> dict[str, Any]:
     """What a rank measures, and what it finds unaccounted for at each stage after backward."""
-    from tlgc_mp.bench.zero_rank import measure_rank
+    from tlgc_mp.bench.zero.rank import measure_rank
 
     unaccounted = {stage: _unaccounted(stage) for stage in (1, 2, 3)}
     return {**measure_rank(REQUEST, torch.device("cpu")), "unaccounted": unaccounted}
@@ -210,7 +211,7 @@ def test_mistake_is_told_in_one_line(
 
 def test_mistakes_are_found_without_torch() -> None:
     code = (
-        "import sys; from tlgc_mp.cli import main\n"
+        "import sys; from tlgc_mp.cli.main import main\n"
         "print(main(['bench', 'zero', '--tp', '3']), [name for name in ('torch', 'deepspeed') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

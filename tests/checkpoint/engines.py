@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 import tlgc_mp.checkpoint.saver
 from tlgc_mp.checkpoint import CheckpointSaver, SaveError, load_checkpoint, save_checkpoint
+from tlgc_mp.engine import initialize
 from tlgc_mp.errors import UsageError
 from tlgc_mp.nn import TwoLevelConv2d
-from tlgc_mp.parallel import gather_state_dict, initialize
+from tlgc_mp.parallel import gather_state_dict
 from tlgc_mp.parallel.topology import Topology
 
 SEED, GROUPS, CLASSES = 3, 4, 5

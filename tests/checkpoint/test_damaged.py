@@ -22,7 +22,7 @@ from torch import Tensor
 from tests.checkpoint.written import MODEL, TAG, describe, reindex, split, write
 from tlgc_mp.checkpoint import export_checkpoint, load_model, reshard_checkpoint
 from tlgc_mp.checkpoint.folder import find_checkpoint
-from tlgc_mp.cli import _parser
+from tlgc_mp.cli.main import _parser
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.topology import Launch
 from tlgc_mp.training.settings import resolve

@@ -18,7 +18,7 @@ from tests.ranks import run_ranks
 from tests.training.runs import metrics, train, train_until
 from tlgc_mp.checkpoint import export_checkpoint, load_model, reshard_checkpoint
 from tlgc_mp.checkpoint.folder import damage
-from tlgc_mp.cli import main
+from tlgc_mp.cli.main import main
 from tlgc_mp.errors import UsageError
 from tlgc_mp.nn import TwoLevelConv2d
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from tlgc_mp.cli import entry
+from tlgc_mp.cli.main import entry
 from tlgc_mp.parallel.topology import Launch
 
 
@@ -86,8 +86,8 @@ def _never_save() -> None:
 def _linger(moment: str, there: str) -> None:
     from tlgc_mp.checkpoint import folder
     from tlgc_mp.data.loaders import started_workers
-    from tlgc_mp.training.interrupt import StopRequest
-    from tlgc_mp.training.watchdog import BEAT_SECONDS
+    from tlgc_mp.resilience.interrupt import StopRequest
+    from tlgc_mp.resilience.watchdog import BEAT_SECONDS
 
     leave = StopRequest.leave
 
@@ -129,7 +129,7 @@ def _fail_while_ranks_meet(rank: int) -> None:
 
 def _be_on_a_machine_of_its_own() -> None:
     """Other ranks know nothing of this one's process from the kernel."""
-    from tlgc_mp.training import members
+    from tlgc_mp.resilience import members
 
     members._machine = lambda: f"machine-{Launch.detect().rank}"  # type: ignore[assignment]
 
@@ -167,7 +167,7 @@ def _note_weights(folder: str) -> None:
 
 
 def _arm(fault: Callable[[], None], at: int, once: str | None) -> None:
-    from tlgc_mp.training.interrupt import StopRequest
+    from tlgc_mp.resilience.interrupt import StopRequest
 
     before_step = StopRequest.before_step
     steps = 0

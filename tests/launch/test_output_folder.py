@@ -15,7 +15,7 @@ from tests.launch.forked import SHORT, forked, told_once
 from tests.launch.jobs import free_port
 from tests.ranks import run_ranks
 from tlgc_mp.errors import UsageError
-from tlgc_mp.training.claim import claimed
+from tlgc_mp.resilience.claim import claimed
 
 
 @pytest.mark.timeout(250)

@@ -69,7 +69,7 @@ class Launch:
         (folder / "plan.json").write_text(json.dumps(plan))
         command = [sys.executable, str(folder / "script.py"), "tlgc_mp", "train", "--output-dir", str(folder / "run")]
         main = (
-            "import sys; from tlgc_mp.cli import main; from tlgc_mp.training import restarts; "
+            "import sys; from tlgc_mp.cli.main import main; from tlgc_mp.training import restarts; "
             "restarts.LAUNCHER_SECONDS, restarts._TERMINATE_SECONDS, restarts._MEETING_PAUSE_SECONDS = 2.0, 1.0, 0.1; "
             "sys.exit(main())"
         )
@@ -191,7 +191,7 @@ def test_mistakes(arguments: list[str], part: str) -> None:
 @pytest.mark.timeout(60)
 def test_loads_no_torch() -> None:
     code = (
-        "import sys; import tlgc_mp.training.restarts; "
+        "import sys; import tlgc_mp.resilience.restarts; "
         "print(sorted(sys.modules.keys() & {'torch', 'deepspeed', 'numpy', 'torchvision'}))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

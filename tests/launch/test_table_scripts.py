@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.test_training_report import ROWS
-from tlgc_mp.bench.paper import printed_rows
+from tlgc_mp.paper.printed import printed_rows
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

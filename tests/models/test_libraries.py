@@ -18,7 +18,7 @@ import torchvision
 from torch import nn
 
 from tlgc_mp import UsageError, create_model
-from tlgc_mp.cli import main
+from tlgc_mp.cli.main import main
 from tlgc_mp.models import libraries
 from tlgc_mp.models.names import check_model
 from tlgc_mp.nn import TwoLevelConv2d

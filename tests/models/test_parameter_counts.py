@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tlgc_mp.bench.paper import Printed, printed_rows
-from tlgc_mp.cli import main
+from tlgc_mp.cli.main import main
 from tlgc_mp.models import create_model
+from tlgc_mp.paper.printed import Printed, printed_rows
 from tlgc_mp.parallel.plan import parameter_counts
 
 ROWS = printed_rows()

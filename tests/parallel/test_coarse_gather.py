@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
 from tests.parallel.common import SEED, gather_shares, run_ranks_once
-from tlgc_mp.bench.meters import CollectiveClock
+from tlgc_mp.bench.ranks.meters import CollectiveClock
 from tlgc_mp.nn import TwoLevelConv2d
 from tlgc_mp.parallel.collectives import (
     CoarseExchange,

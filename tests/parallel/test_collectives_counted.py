@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from tests.parallel.common import SEED, run_ranks_once, seeded_model
+from tlgc_mp.engine import initialize
 from tlgc_mp.nn import TwoLevelConv2d
-from tlgc_mp.parallel import initialize, shard
+from tlgc_mp.parallel import shard
 from tlgc_mp.parallel.replicas import CHECK_BYTES
 
 RANKS, GROUPS, CLASSES = 2, 4, 10

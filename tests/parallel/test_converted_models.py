@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from tests.parallel.common import SEED, assert_close, run_ranks_once
 from tlgc_mp import convert
+from tlgc_mp.engine import initialize
 from tlgc_mp.nn import TwoLevelConv2d
-from tlgc_mp.parallel import gather_state_dict, initialize
+from tlgc_mp.parallel import gather_state_dict
 from tlgc_mp.parallel.sharded import ShardedLayer
 
 RANKS, GROUPS = 2, 4

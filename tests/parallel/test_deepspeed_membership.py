@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.parallel.common import batches, run_ranks_once, seeded_model
-from tlgc_mp.parallel import gather_state_dict, initialize
+from tlgc_mp.engine import initialize
+from tlgc_mp.parallel import gather_state_dict
 
 RANKS, GROUPS, BATCH = 2, 4, 8
 STEPS = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tlgc_mp import UsageError
-from tlgc_mp.parallel import engine
+from tlgc_mp.engine import initialization as engine
 
 
 class Accelerators:

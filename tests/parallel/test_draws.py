@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.parallel.common import SEED, run_ranks_once
-from tlgc_mp.parallel import initialize
+from tlgc_mp.engine import initialize
 
 STAGES = (0, 1, 2, 3)
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from tests.ranks import run_ranks
+from tlgc_mp.engine.elementwise import check_elementwise
 from tlgc_mp.errors import UsageError
-from tlgc_mp.parallel.elementwise import check_elementwise
 
 
 class LARS(torch.optim.SGD):
@@ -96,7 +96,7 @@ def test_passes(name: str) -> None:
 
 
 def _refusals() -> list[str]:
-    from tlgc_mp.parallel import initialize
+    from tlgc_mp.engine import initialize
 
     def config(kind: str | None = None) -> dict[str, Any]:
         named = {} if kind is None else {"optimizer": {"type": kind, "params": {"lr": 0.1}}}

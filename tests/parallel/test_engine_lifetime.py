@@ -30,8 +30,9 @@ from tests.parallel.common import (
     smooth_network,
     train_one_device,
 )
+from tlgc_mp.engine import initialize
 from tlgc_mp.errors import UsageError
-from tlgc_mp.parallel import gather_state_dict, initialize
+from tlgc_mp.parallel import gather_state_dict
 from tlgc_mp.parallel.topology import Topology
 
 WORLD, STEPS, BATCH = 4, 4, 16

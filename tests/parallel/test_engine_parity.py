@@ -27,8 +27,9 @@ from tests.parallel.common import (
     smooth_network,
     train_one_device,
 )
+from tlgc_mp.engine import initialize
 from tlgc_mp.nn import TwoLevelConv2d
-from tlgc_mp.parallel import gather_state_dict, initialize
+from tlgc_mp.parallel import gather_state_dict
 from tlgc_mp.parallel.topology import Topology
 
 STEPS, BATCH, GROUPS = 20, 16, 4

@@ -11,7 +11,7 @@ import pytest
 FAULTS = """
 import resource
 import torch
-from tlgc_mp.parallel.engine import initialize, keep_freed_memory, start_distributed
+from tlgc_mp.engine.initialization import initialize, keep_freed_memory, start_distributed
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

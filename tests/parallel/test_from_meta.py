@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from tests.parallel.common import SEED, run_ranks_once, sgd
 from tlgc_mp import UsageError
+from tlgc_mp.engine import initialize
 from tlgc_mp.nn import init_parameters
-from tlgc_mp.parallel import gather_state_dict, initialize, shard
+from tlgc_mp.parallel import gather_state_dict, shard
 
 
 class _Pixels(nn.Module):

@@ -26,9 +26,10 @@ from tests.parallel.common import (
     train_one_device,
 )
 from tlgc_mp import create_model
+from tlgc_mp.engine import initialize
 from tlgc_mp.models.wide_resnet import WideResNet, imagenet_stem
 from tlgc_mp.nn import TwoLevelConv2d, init_parameters
-from tlgc_mp.parallel import gather_state_dict, initialize, shard
+from tlgc_mp.parallel import gather_state_dict, shard
 
 Network = tuple[str, str, int]
 """(name, convolution, N)"""

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.parallel.common import run_ranks_once, smooth_network
+from tlgc_mp.engine import initialize
 from tlgc_mp.errors import UsageError
-from tlgc_mp.parallel import collectives, initialize, shard
+from tlgc_mp.parallel import collectives, shard
 from tlgc_mp.parallel.layout import Ranks
 from tlgc_mp.parallel.waiting import GRACE_SECONDS, MissingRankError, as_timeout
 

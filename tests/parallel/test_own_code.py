@@ -55,7 +55,7 @@ def _losses_of_torch() -> list[float]:
 
 
 def _losses(ranks: int, stage: int) -> list[float]:
-    from tlgc_mp.parallel import initialize
+    from tlgc_mp.engine import initialize
 
     network = _network()
     optimizer, scheduler = _adagrad(network)
@@ -84,7 +84,7 @@ class _BuffersFromTheStart(torch.optim.SGD):
 
 
 def _refusals() -> list[str]:
-    from tlgc_mp.parallel import initialize
+    from tlgc_mp.engine import initialize
 
     said = []
     for make in (torch.optim.Adagrad, functools.partial(_BuffersFromTheStart, own="x")):
@@ -134,7 +134,7 @@ def _sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 def _mistakes() -> list[tuple[str, str, str]]:
-    from tlgc_mp.parallel import initialize
+    from tlgc_mp.engine import initialize
 
     given: list[dict[str, Any]] = [
         {"optimizer": _sgd, "training_data": _Data()},
@@ -172,7 +172,7 @@ def test_errors_and_lines_are_told_from_those_of_deepspeed() -> None:
 
 
 def _future_warnings(stage: int) -> list[str]:
-    from tlgc_mp.parallel import initialize
+    from tlgc_mp.engine import initialize
 
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")

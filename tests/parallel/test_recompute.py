@@ -20,10 +20,11 @@ from tests.parallel.common import (
     seeded_model,
 )
 from tlgc_mp import UsageError, create_model
-from tlgc_mp.bench.meters import CollectiveClock, SavedActivations
+from tlgc_mp.bench.ranks.meters import CollectiveClock, SavedActivations
+from tlgc_mp.engine import checkpoint_activations, initialize
 from tlgc_mp.models.wide_resnet import ResidualUnit
 from tlgc_mp.nn import TwoLevelConv2d
-from tlgc_mp.parallel import checkpoint_activations, gather_state_dict, initialize
+from tlgc_mp.parallel import gather_state_dict
 
 GROUPS, BATCH, STEPS = 4, 8, 3
 BF16 = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}

@@ -48,7 +48,7 @@ class _WantsEpoch:
 
 
 def _refusals() -> list[str]:
-    from tlgc_mp.parallel import initialize
+    from tlgc_mp.engine import initialize
 
     def instance() -> dict[str, Any]:
         network = _network()
@@ -86,7 +86,7 @@ def test_a_step_that_wants_an_argument_is_refused() -> None:
 
 
 def _plateau_by_hand(stage: int) -> tuple[list[float], list[torch.Tensor]]:
-    from tlgc_mp.parallel import initialize
+    from tlgc_mp.engine import initialize
 
     engine, *_ = initialize(model=_network(), optimizer=_sgd, config=_config(stage))
     return _trained(engine, ReduceLROnPlateau(engine.basic_optimizer, **PLATEAU))  # type: ignore[arg-type]
@@ -133,7 +133,7 @@ class _FailsAtThree(LRScheduler):
 
 
 def _failing() -> tuple[list[int], str, list[float]]:
-    from tlgc_mp.parallel import initialize
+    from tlgc_mp.engine import initialize
 
     engine, *_ = initialize(model=_network(), optimizer=_sgd, lr_scheduler=_FailsAtThree, config=_config(0))
     epochs, said = [], ""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tlgc_mp import UsageError
-from tlgc_mp.parallel.config import read_config, tensor_parallel_size, zero_stage
+from tlgc_mp.engine.config import read_config, tensor_parallel_size, zero_stage
 from tlgc_mp.parallel.topology import Launch, Topology, across_hosts, default_tensor_parallel
 
 

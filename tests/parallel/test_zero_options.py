@@ -27,7 +27,8 @@ from tests.parallel.common import (
 )
 from tests.ranks import run_ranks
 from tlgc_mp import UsageError
-from tlgc_mp.parallel import checkpoint_activations, gather_state_dict, initialize
+from tlgc_mp.engine import checkpoint_activations, initialize
+from tlgc_mp.parallel import gather_state_dict
 from tlgc_mp.parallel.topology import Topology
 
 RANKS, REPLICAS, BATCH, STEPS = 2, 2, 16, 6

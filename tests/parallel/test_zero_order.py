@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from tests.parallel.common import SEED, batches, run_ranks_once, sgd, smooth_network
 from tests.ranks import run_ranks
-from tlgc_mp.bench.meters import CollectiveClock
+from tlgc_mp.bench.ranks.meters import CollectiveClock
+from tlgc_mp.engine import initialize
 from tlgc_mp.nn import TwoLevelConv2d
-from tlgc_mp.parallel import initialize
 from tlgc_mp.parallel.topology import Topology
 
 RANKS, REPLICAS, BATCH = 2, 2, 8

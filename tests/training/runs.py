@@ -34,8 +34,8 @@ def train(output_dir: str, *options: str, signal_at: tuple[int, int] | None = No
     ``signal_at`` = (rank, step): that rank alone gets a SIGTERM at the top of that step, counted over the epochs; with
     step = -1, in the middle of the first evaluation.
     """
-    from tlgc_mp.cli import main
-    from tlgc_mp.training.interrupt import StopRequest
+    from tlgc_mp.cli.main import main
+    from tlgc_mp.resilience.interrupt import StopRequest
 
     rank = int(os.environ["RANK"])
     if signal_at is not None and signal_at[0] == rank:
@@ -61,7 +61,7 @@ def train(output_dir: str, *options: str, signal_at: tuple[int, int] | None = No
 
 def tlgc_mp(*words: str) -> Outcome:
     """The command with these words alone, as this rank of a launch."""
-    from tlgc_mp.cli import main
+    from tlgc_mp.cli.main import main
 
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = main(words)

@@ -45,7 +45,7 @@ def test_mistake_of_a_launcher(name: str, tmp_path: Path) -> None:
 
 _REPORT_IMPORTS = """
 import sys
-from tlgc_mp.cli import main
+from tlgc_mp.cli.main import main
 status = main(sys.argv[1:])
 print(sorted(sys.modules.keys() & {"torch", "deepspeed", "numpy", "torchvision"}))
 sys.exit(status)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.checkpoint.written import PROGRESS, RUN
 from tlgc_mp.checkpoint.folder import description_text, sealed
-from tlgc_mp.cli import main
+from tlgc_mp.cli.main import main
 
 SYNTHETIC = ["--dataset", "synthetic", "--model", "wrn-10-1", "--image-size", "8"]
 
@@ -308,7 +308,7 @@ def _refused(folder: Path, monkeypatch: pytest.MonkeyPatch, world: int, rank: in
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("tlgc_mp.parallel.engine.quiet_start", _not_refused)
+    monkeypatch.setattr("tlgc_mp.engine.initialization.quiet_start", _not_refused)
     before = sorted(folder.rglob("*"))
     if "--output-dir" not in arguments:
         arguments = [*arguments, "--output-dir", str(folder / "run")]

@@ -14,9 +14,9 @@ from PIL import Image
 from tests.bench.test_training_report import row
 from tests.ranks import run_ranks
 from tests.training.runs import metrics, tlgc_mp
-from tlgc_mp.cli import _parser, main
+from tlgc_mp.cli.main import _parser, main
+from tlgc_mp.cli.options import parse
 from tlgc_mp.data import load_datasets
-from tlgc_mp.training.options import parse
 from tlgc_mp.training.settings import output_folder
 
 WORDS = ["--model", "wrn-10-1", "--groups", "2", "--dataset", "imagefolder", "--batch-size", "4", "--workers", "0"]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tests.ranks import run_ranks
 from tests.training.runs import metrics, train
 from tlgc_mp import load_model
-from tlgc_mp.cli import _parser, main
+from tlgc_mp.cli.main import _parser, main
 from tlgc_mp.data import EvaluationBatches, load_datasets
 from tlgc_mp.data.loaders import started_workers
 from tlgc_mp.parallel.topology import Launch

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 
 from tests.ranks import run_ranks
 from tests.training.runs import EPOCHS, STEPS, metrics, step_metrics, train
-from tlgc_mp.bench.training_rows import read_rows
 from tlgc_mp.models import create_model
 from tlgc_mp.nn import FullyLearnableGroupConv2d
+from tlgc_mp.paper.rows import read_rows
 from tlgc_mp.parallel.plan import parameter_counts
 
 FIGURES = (
@@ -135,8 +135,8 @@ def test_only_rank_0_writes(folder: Path) -> None:
 
 def _averaged_statistics(tensor_parallel: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """A rank's running statistics before, drawn by rank, and after averaging."""
+    from tlgc_mp.engine import initialize
     from tlgc_mp.models import create_model
-    from tlgc_mp.parallel import initialize
     from tlgc_mp.training.evaluation import average_running_statistics
 
     rank = int(os.environ["RANK"])

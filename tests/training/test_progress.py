@@ -13,8 +13,8 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.training.runs import STEPS, metrics, step_metrics, train, train_until
-from tlgc_mp.bench.flops import layer_flops
-from tlgc_mp.cli import _parser
+from tlgc_mp.bench.scaling.flops import layer_flops
+from tlgc_mp.cli.main import _parser
 from tlgc_mp.models.factory import create_meta_model
 from tlgc_mp.parallel.topology import Launch
 from tlgc_mp.training.meter import Meter, as_time, step_flops

@@ -17,7 +17,7 @@ from tests.ranks import run_ranks
 from tests.training.runs import metrics, step_metrics, tlgc_mp, train, train_until
 from tlgc_mp.checkpoint import load_model
 from tlgc_mp.checkpoint.offline import export_checkpoint
-from tlgc_mp.cli import _parser
+from tlgc_mp.cli.main import _parser
 from tlgc_mp.data.streams import global_stream
 from tlgc_mp.errors import UsageError
 from tlgc_mp.models import create_model
@@ -111,7 +111,7 @@ def _on_one_device(flags: tuple[str, ...]) -> Trained:
 def _over_ranks(flags: tuple[str, ...], tensor_parallel: int, stage: int) -> Trained:
     import os
 
-    from tlgc_mp.parallel import initialize
+    from tlgc_mp.engine import initialize
     from tlgc_mp.parallel.sharding import gather_state_dict
     from tlgc_mp.training import optimization
     from tlgc_mp.training.averaging import Average

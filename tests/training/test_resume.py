@@ -15,7 +15,7 @@ import pytest
 from tests.launch.forked import figures
 from tests.ranks import run_ranks
 from tests.training.runs import EPOCHS, OPTIONS, STEPS, metrics, train, train_until
-from tlgc_mp.cli import main
+from tlgc_mp.cli.main import main
 
 WholeRun = Callable[[int], Path]
 FIGURES = ("epoch", "step", "samples", "learning_rate", "train_loss", "test_loss", "test_error_percent")

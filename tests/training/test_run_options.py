@@ -12,9 +12,9 @@ import yaml
 from tests.launch.forked import figures
 from tests.ranks import run_ranks
 from tests.training.runs import OPTIONS, STEPS, metrics, step_metrics, tlgc_mp, train, train_until
-from tlgc_mp.cli import _parser, main
+from tlgc_mp.cli.main import _parser, main
+from tlgc_mp.cli.options import parse
 from tlgc_mp.errors import UsageError
-from tlgc_mp.training.options import parse
 
 SMALL = ["train", "--model", "wrn-10-1", "--dataset", "synthetic"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.checkpoint.written import PROGRESS
 from tlgc_mp.checkpoint import folder as folders
-from tlgc_mp.cli import _parser
+from tlgc_mp.cli.main import _parser
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.topology import Launch
 from tlgc_mp.training.settings import TrainSettings, resolve

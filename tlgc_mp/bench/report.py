@@ -11,11 +11,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from tlgc_mp.bench import growth
-from tlgc_mp.bench.growth import COLORS
-from tlgc_mp.bench.paper import printed_rows
+from tlgc_mp.bench.scaling import growth
+from tlgc_mp.bench.scaling.growth import COLORS
 from tlgc_mp.files import replace_file
 from tlgc_mp.models.names import parse_model
+from tlgc_mp.paper.printed import printed_rows
 
 Row = dict[str, Any]
 

@@ -72,7 +72,7 @@ class Case:
         return STRATEGIES[self.strategy]
 
     def request(self, **others: Any) -> dict[str, Any]:
-        """What :func:`tlgc_mp.bench.worker.run` takes to measure this case; ``others`` is what it leaves open."""
+        """What :func:`tlgc_mp.bench.ranks.worker.run` takes to measure this case; ``others`` is what it leaves open."""
         named = ("strategy", "depth", "width", "groups", "batch_size", "activation_checkpointing")
         return {**{name: getattr(self, name) for name in named}, **others}
 

@@ -12,14 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tlgc_mp.nn.coarse_level import (
-    Window,
-    convolution_backward,
-    memory_format_of,
-    rows_of,
-    taps_of,
-    without_autocast,
-)
+from tlgc_mp.nn.coarse_level import Window, convolution_backward, memory_format_of, rows_of, taps_of, without_autocast
 
 
 def composed(weight: Tensor, restriction: Tensor, prolongation: Tensor) -> Tensor:

@@ -13,14 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tlgc_mp.errors import UsageError
-from tlgc_mp.nn.arguments import (
-    check_device,
-    check_dtype,
-    check_groups,
-    check_weights,
-    padding_pair,
-    positive_pair,
-)
+from tlgc_mp.nn.arguments import check_device, check_dtype, check_groups, check_weights, padding_pair, positive_pair
 from tlgc_mp.nn.capture import is_captured
 from tlgc_mp.nn.fusing import NotFusedByTorch
 

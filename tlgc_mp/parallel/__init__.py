@@ -1,4 +1,4 @@
-"""Everything that knows there is more than one rank."""
+"""Everything that knows there is more than one rank. On torch alone."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ from tlgc_mp import lazy
 
 if TYPE_CHECKING:
     from tlgc_mp.parallel.clipping import clip_grad_norm_
-    from tlgc_mp.parallel.engine import initialize
-    from tlgc_mp.parallel.recompute import checkpoint_activations
     from tlgc_mp.parallel.report import LayoutReport, layout_report
     from tlgc_mp.parallel.sharding import gather_state_dict, shard
     from tlgc_mp.parallel.split_tensor import whole
 
 __all__ = [
     "LayoutReport",
-    "checkpoint_activations",
     "clip_grad_norm_",
     "gather_state_dict",
-    "initialize",
     "layout_report",
     "shard",
     "whole",
@@ -29,8 +25,6 @@ __getattr__ = lazy.attributes(
     __name__,
     {
         "clip_grad_norm_": "tlgc_mp.parallel.clipping",
-        "checkpoint_activations": "tlgc_mp.parallel.recompute",
-        "initialize": "tlgc_mp.parallel.engine",
         "gather_state_dict": "tlgc_mp.parallel.sharding",
         "LayoutReport": "tlgc_mp.parallel.report",
         "layout_report": "tlgc_mp.parallel.report",

@@ -26,14 +26,7 @@ from tlgc_mp.parallel.layout import Layout, take_share
 from tlgc_mp.parallel.plan import Placement, unsplit_class
 from tlgc_mp.parallel.sharded import HOOKS, Region, ShardedLayer, is_engines, keep_gradient_plain, reduced, split_class
 from tlgc_mp.parallel.split_functions import hook_of_whole
-from tlgc_mp.parallel.split_tensor import (
-    SplitTensor,
-    enter_leaves,
-    enter_ranks,
-    from_share,
-    to_share,
-    whole,
-)
+from tlgc_mp.parallel.split_tensor import SplitTensor, enter_leaves, enter_ranks, from_share, to_share, whole
 
 CHANNELS = Layout(1, None)
 

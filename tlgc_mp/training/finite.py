@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from tlgc_mp.training.faults import NonFiniteError
+from tlgc_mp.resilience.faults import NonFiniteError
 
 
 def check_finite(loss_sum: float, epoch: int, step: int) -> None:

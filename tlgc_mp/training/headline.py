@@ -11,7 +11,7 @@ from deepspeed.accelerator import get_accelerator
 
 from tlgc_mp.checkpoint.folder import saved_run
 from tlgc_mp.data import Datasets
-from tlgc_mp.parallel.config import zero_stage
+from tlgc_mp.engine.config import zero_stage
 from tlgc_mp.parallel.topology import across_hosts
 from tlgc_mp.training.settings import TrainSettings
 

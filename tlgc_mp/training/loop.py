@@ -18,19 +18,22 @@ from tqdm import tqdm
 
 from tlgc_mp.checkpoint import CheckpointSaver
 from tlgc_mp.checkpoint.folder import CHECKPOINTS
+from tlgc_mp.cli import options
 from tlgc_mp.data import Datasets, EvaluationBatches, TrainingBatches, load_datasets
 from tlgc_mp.data.preparation import Preparation
 from tlgc_mp.data.streams import stream_seed
+from tlgc_mp.engine import checkpoint_activations, initialize
+from tlgc_mp.engine.initialization import start_distributed
 from tlgc_mp.errors import UsageError
-from tlgc_mp.parallel import checkpoint_activations, initialize
-from tlgc_mp.parallel.engine import start_distributed
 from tlgc_mp.parallel.plan import parameter_counts
 from tlgc_mp.parallel.sharding import effective_parameters
 from tlgc_mp.parallel.topology import Launch, usable_cores
-from tlgc_mp.training import optimization, options, resuming
+from tlgc_mp.resilience.claim import claimed
+from tlgc_mp.resilience.interrupt import StopRequest
+from tlgc_mp.resilience.watchdog import Watchdog
+from tlgc_mp.training import optimization, resuming
 from tlgc_mp.training.averaging import Average
 from tlgc_mp.training.changes import check_data
-from tlgc_mp.training.claim import claimed
 from tlgc_mp.training.evaluation import (
     EVALUATION_BATCH,
     average_running_statistics,
@@ -41,7 +44,6 @@ from tlgc_mp.training.evaluation import (
 )
 from tlgc_mp.training.finite import check_finite, check_weights
 from tlgc_mp.training.headline import headline
-from tlgc_mp.training.interrupt import StopRequest
 from tlgc_mp.training.meter import Meter, in_a_line, step_flops
 from tlgc_mp.training.metrics import Metrics, peak_memory_bytes, print_summary
 from tlgc_mp.training.model import check_library, model_of
@@ -49,7 +51,6 @@ from tlgc_mp.training.profiling import StepProfiler
 from tlgc_mp.training.runs import PROFILE
 from tlgc_mp.training.schedule import SaveSchedule
 from tlgc_mp.training.settings import TrainSettings
-from tlgc_mp.training.watchdog import Watchdog
 
 LOSS_CHECK_STEPS = 50
 """Steps between two looks at the loss on an accelerator, each of which waits for it; on a CPU every step is one."""

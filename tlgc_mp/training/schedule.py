@@ -15,7 +15,7 @@ class SaveSchedule:
     """Every so many steps of an epoch, or once so many seconds have passed since the last checkpoint.
 
     Clocks differ, and a checkpoint needs every rank before the same step. Rank 0 posts, in the job's key-value store,
-    the step before which all save, as :class:`~tlgc_mp.training.interrupt.StopRequest` does; no collective is added.
+    the step before which all save, as :class:`~tlgc_mp.resilience.interrupt.StopRequest` does; no collective is added.
 
     Args:
         seconds, steps: either, both or neither.

@@ -14,9 +14,9 @@ from typing import Any
 
 from tlgc_mp.checkpoint.folder import CHECKPOINTS, LATEST, find_checkpoint, saved_run, tags
 from tlgc_mp.data import check_dataset
+from tlgc_mp.engine.config import check_values, read_config, tensor_parallel_size, zero_stage
 from tlgc_mp.errors import UsageError, is_count, shown
 from tlgc_mp.models.names import check_coarse_level, check_model, check_split, library_model
-from tlgc_mp.parallel.config import check_values, read_config, tensor_parallel_size, zero_stage
 from tlgc_mp.parallel.topology import Launch, Topology, default_tensor_parallel, usable_cores
 from tlgc_mp.training.changes import check_resumed, find_resumed, named_here
 from tlgc_mp.training.recipes import Recipe, default_recipe, departures, find_recipe, with_flags
@@ -141,7 +141,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
     if options.activation_checkpointing and library_model(options.model) is not None:
         raise UsageError(
             f"--activation-checkpointing must be left out with --model={options.model}, whose blocks are not known; "
-            "in your own code, tlgc_mp.parallel.checkpoint_activations takes them"
+            "in your own code, tlgc_mp.checkpoint_activations takes them"
         )
     recipe_name = options.recipe or default_recipe(options.dataset)
     recipe = find_recipe(recipe_name)

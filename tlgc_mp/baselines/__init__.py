@@ -1,1 +1,0 @@
-"""What two-level group convolution over ranks is compared with."""

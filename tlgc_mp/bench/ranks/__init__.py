@@ -1,0 +1,1 @@
+"""Ranks that measure: started, told what to do, and read back."""

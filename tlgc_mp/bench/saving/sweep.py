@@ -1,0 +1,153 @@
+"""The benchmark ``tlgc-mp bench saving``: how long a checkpoint holds training up.
+
+P tensor-parallel ranks of GC-2L with SGD and momentum, float32, each saving its share, in rounds: the same bytes
+written plainly, a save that training waits for, and one beside it.
+
+    DIR/saving.json   {"run": machine, versions, git commit, date and command; "rows": [see :func:`make_row`]}
+    DIR/saving.md     the row as a table
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tlgc_mp.bench.ranks import launch
+from tlgc_mp.bench.ranks.worker import SAVING
+from tlgc_mp.bench.report import describe, table
+from tlgc_mp.bench.settings import check_counts, check_ranks, output_folder
+from tlgc_mp.errors import UsageError
+from tlgc_mp.files import replace_file
+from tlgc_mp.models.names import check_model, check_split
+from tlgc_mp.provenance import describe_run
+
+Row = dict[str, Any]
+
+_LINES = (
+    ("plain", "the same bytes written once to the same disk, and put there for good"),
+    ("blocking", "a save that training waits for (`--blocking-save`)"),
+    ("first_stall", "a save beside training: how long training stands still, the first time"),
+    ("stall", "every later time"),
+    ("background", "until that checkpoint is on the disk"),
+    ("step", "a training step"),
+    ("step_beside", "a training step while a checkpoint is written"),
+)
+
+
+@dataclass(frozen=True)
+class SavingSettings:
+    """A run of the benchmark, every choice made.
+
+    Attributes:
+        groups: N.
+        tensor_parallel: P.
+        batch_size: images a step.
+        stage: of ZeRO.
+        output: the folder of what is written, and on whose disk checkpoints are.
+        time_limit: seconds after which it is given up.
+    """
+
+    model: str
+    groups: int
+    tensor_parallel: int
+    batch_size: int
+    stage: int
+    rounds: int
+    output: str
+    time_limit: float
+
+
+def resolve(options: Any) -> SavingSettings:
+    """Turns parsed command-line ``options`` into a complete run.
+
+    Raises:
+        UsageError: an option that cannot work, or two that do not fit together.
+    """
+    check_ranks("--tp", options.tp)
+    check_counts({"--batch-size": options.batch_size, "--rounds": options.rounds})
+    if options.stage not in range(4):
+        raise UsageError(f"--zero-stage={options.stage} is not a stage of ZeRO; use one of 0, 1, 2, 3")
+    if not 0 < options.time_limit < float("inf"):
+        raise UsageError(f"--time-limit={options.time_limit} is not a number of seconds; use one, 1800 say")
+    model = options.model or ("wrn-10-1" if options.quick else "wrn-28-20")
+    groups = options.tp if options.groups is None else options.groups
+    check_model(model, "gc-2l", groups)
+    check_split(model, "gc-2l", groups, options.tp)
+    folder = output_folder(options.output, time.strftime("saving-%Y%m%d-%H%M%S"))
+    rounds = 1 if options.quick else options.rounds
+    return SavingSettings(
+        model, groups, options.tp, options.batch_size, options.stage, rounds, folder, options.time_limit
+    )
+
+
+def run(settings: SavingSettings) -> int:
+    """Measures, writes the files, and says how it goes; the exit status: 1 if it could not be measured."""
+    description = describe_run()
+    request = {
+        "strategy": SAVING,
+        "model": settings.model,
+        "groups": settings.groups,
+        "tensor_parallel": settings.tensor_parallel,
+        "batch_size": settings.batch_size,
+        "stage": settings.stage,
+        "rounds": settings.rounds,
+        "folder": os.path.abspath(settings.output),
+    }
+    outcome = launch.measure(request, settings.tensor_parallel, settings.time_limit)
+    if outcome.error is not None:
+        print(f"saving  {outcome.error}", flush=True)
+        return 1
+    row = make_row(settings, outcome.ranks)
+    text = markdown(row, description)
+    found = json.dumps({"run": description, "rows": [row]}, indent=1) + "\n"
+    for name, content in (("saving.json", found), ("saving.md", text)):
+        replace_file(os.path.join(settings.output, name), content)
+    print(text.partition("\n\n")[2].partition("\n\nMachine")[0])
+    print(f"Wrote saving.json and saving.md to {settings.output}", flush=True)
+    return 0
+
+
+def make_row(settings: SavingSettings, ranks: list[dict[str, Any]]) -> Row:
+    """The settings, ``bytes`` of the rank that writes most, and seconds: of each kind the median over the rounds of the
+    slowest rank's, under ``median``, and all samples, under ``samples``."""
+    samples = {
+        name: [max(each) for each in zip(*(rank[name] for rank in ranks), strict=True)]
+        for name, _ in _LINES
+        if name != "first_stall"
+    }
+    samples["first_stall"] = [max(rank["first_stall"] for rank in ranks)]
+    return {
+        "model": settings.model,
+        "groups": settings.groups,
+        "tensor_parallel": settings.tensor_parallel,
+        "batch_size": settings.batch_size,
+        "zero_stage": settings.stage,
+        "bytes": max(rank["bytes"] for rank in ranks),
+        "median": {name: statistics.median(values) for name, values in samples.items()},
+        "samples": samples,
+    }
+
+
+def markdown(row: Row, description: Mapping[str, Any]) -> str:
+    """The row as a table, with where it comes from."""
+    lines = [[text, f"{row['median'][name]:.3f}"] for name, text in _LINES]
+    rounds = len(row["samples"]["plain"])
+    return "\n".join(
+        [
+            "# What a checkpoint costs",
+            "",
+            f"{row['model']}, GC-2L, N = {row['groups']}, P = {row['tensor_parallel']}, ZeRO {row['zero_stage']}, "
+            f"{row['batch_size']} images a step, SGD with momentum, float32. Each rank writes "
+            f"{row['bytes'] / 1e6:,.0f} MB. Seconds, of the slowest rank; the median of {rounds} round(s).",
+            "",
+            *table(("", "s"), lines),
+            "",
+            *describe(description),
+            "",
+        ]
+    )

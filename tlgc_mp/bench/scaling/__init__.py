@@ -1,0 +1,1 @@
+"""The time and memory of a step, over widths, strategies, ranks and networks."""

@@ -1,0 +1,89 @@
+"""How GC-2L grows with w and N: time, memory and bytes of a rank, measured and by formula, as one figure.
+
+It is drawn where a run measured gc-2l at N = P for at least two N and two w.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from tlgc_mp.bench.scaling import capacity
+from tlgc_mp.bench.settings import IMAGE_SIZE
+
+Row = dict[str, Any]
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # told apart by colour-blind readers too
+_BYTES_A_PARAMETER = 12  # itself, its gradient, its momentum, in float32
+
+
+def coarse_bytes(depth: int, batch_size: int, groups: int) -> int:
+    """What a rank gives and takes at the coarse level of a step, in float32 and with a group a rank: of every two-level
+    layer, its representatives to N - 1 others and theirs, forward, and as many gradients back."""
+    units = (depth - 4) // 6
+    positions = sum((2 * units + 1) * (IMAGE_SIZE >> stage) ** 2 for stage in range(3))
+    return 2 * 2 * 4 * (groups - 1) * batch_size * positions
+
+
+def curves(rows: list[Row]) -> dict[int, list[Row]]:
+    """N -> the rows of gc-2l at N = P, by w; empty where there is too little to see growth in."""
+    found: dict[int, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["width"]):
+        if row["strategy"] == "gc-2l" and row["groups"] == row["tp"] and row["median_step_seconds"]:
+            found.setdefault(row["groups"], []).append(row)
+    widths = {row["width"] for line in found.values() for row in line}
+    return dict(sorted(found.items())) if len(found) > 1 and len(widths) > 1 else {}
+
+
+def formulas(row: Row) -> dict[str, float]:
+    """CPU seconds of a step at the best rate, MB of parameters, gradients and momentum, and MB of the coarse level, of
+    a rank."""
+    parameters = capacity.parameter_count(row["depth"], row["width"], "gc-2l", row["groups"]) / row["tp"]
+    return {
+        "seconds": row["flops_per_rank"] / row["best_flops_per_second"],
+        "memory": _BYTES_A_PARAMETER * parameters / 1e6,
+        "bytes": coarse_bytes(row["depth"], row["batch_size"], row["groups"]) / 1e6,
+    }
+
+
+def plot(rows: list[Row], folder: str) -> None:
+    """Writes ``growth.png`` and ``growth.svg`` to ``folder``, if ``rows`` show growth."""
+    lines = curves(rows)
+    if not lines:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
+
+    panels = (
+        ("CPU seconds of a step, a rank", "seconds", lambda row: row["busy_cpu_seconds"]),
+        ("peak memory a rank, MB", "memory", lambda row: row["peak_memory_bytes"] / 1e6),
+        ("MB in collectives a step, a rank", "bytes", lambda row: row["collective_bytes"] / 1e6),
+    )
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(10.5, 3.8), layout="constrained")
+    for axes, (label, formula, measured) in zip(all_axes, panels, strict=True):
+        for color, (groups, line) in zip(COLORS, lines.items(), strict=False):
+            if formula == "bytes" and groups == 1:
+                continue
+            at = [row["width"] for row in line]
+            axes.plot(at, [measured(row) for row in line], color=color, marker="o")
+            axes.plot(at, [formulas(row)[formula] for row in line], color=color, ls="--", lw=1)
+        axes.set_xlabel("w")
+        axes.set_ylabel(label)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(sorted({row["width"] for line in lines.values() for row in line}))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+    handles = [
+        Line2D([], [], color=color, marker="o", label=f"N = P = {groups}")
+        for color, groups in zip(COLORS, lines, strict=False)
+    ]
+    handles.append(Line2D([], [], color="gray", ls="--", lw=1, label="formula"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize="small")
+    for suffix in ("png", "svg"):
+        temporary = os.path.join(folder, f"growth.tmp.{suffix}")
+        figure.savefig(temporary, dpi=150)
+        os.replace(temporary, os.path.join(folder, f"growth.{suffix}"))
+    plt.close(figure)

@@ -1,0 +1,87 @@
+"""What one rank of ``tlgc-mp bench zero`` measures."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from tlgc_mp.bench.ranks.meters import before_first_optimizer_step
+from tlgc_mp.bench.scaling.strategies import LEARNING_RATE, MOMENTUM, SEED
+from tlgc_mp.bench.settings import IMAGE_SIZE, NUM_CLASSES
+from tlgc_mp.bench.zero.sweep import BOUNDED, OWN, STAGES, bounds
+from tlgc_mp.engine import initialize
+from tlgc_mp.engine.memory import engine_memory, peak_during_backward
+from tlgc_mp.models import create_model
+from tlgc_mp.parallel.topology import Topology
+
+
+def measure_rank(request: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """``{"cases": [...]}``, for :func:`tlgc_mp.bench.zero.sweep.make_rows`. Collective: all ranks are up already.
+
+    Args:
+        request: ``model``, ``groups``, ``tensor_parallel`` and ``batch_size``.
+    """
+    cases: list[dict[str, Any]] = []
+    shares: list[int] = []  # of each parameter, what this rank holds; known from the first engine, without ZeRO
+    for stage in STAGES:
+        for name in (OWN, BOUNDED) if stage else (OWN,):
+            zero = bounds(max(shares)) if name == BOUNDED else {}
+            engine, step = training_engine(request, {"stage": stage, **zero}, device)
+            shares = shares or [parameter.numel() for parameter in engine.module.parameters()]
+            step()  # after which there is momentum
+            case = {"stage": stage, "settings": name, "zero_optimization": zero, "parameters": sum(shares)}
+            cases.append({**case, **_moments(engine, step)})
+            del engine, step
+            gc.collect()
+    return {"cases": cases}
+
+
+def training_engine(
+    request: dict[str, Any], zero: dict[str, Any], device: torch.device
+) -> tuple[Any, Callable[..., None]]:
+    """An engine, and a training step of it, which calls what it is given between backward and the optimizer."""
+    topology = Topology(dist.get_world_size(), dist.get_rank(), request["tensor_parallel"])
+    model = create_model(request["model"], groups=request["groups"], num_classes=NUM_CLASSES, device="meta")
+    config: dict[str, Any] = {
+        "train_batch_size": request["batch_size"],
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+    }
+    if topology.tensor_parallel > 1:
+        config["tensor_parallel"] = {"autotp_size": topology.tensor_parallel}
+
+    def optimizer(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=MOMENTUM)
+
+    engine, *_ = initialize(model=model, optimizer=optimizer, config=config, seed=SEED)
+    generator = torch.Generator().manual_seed(SEED + topology.dp_rank)
+    count = request["batch_size"] // topology.data_parallel
+    images = torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(device)
+    labels = torch.randint(0, NUM_CLASSES, (count,), generator=generator).to(device)
+
+    def step(between: Callable[[], None] = lambda: None) -> None:
+        engine.backward(F.cross_entropy(engine(images), labels))
+        between()
+        engine.step()
+
+    return engine, step
+
+
+def _moments(engine: Any, step: Callable[..., None]) -> dict[str, dict[str, int]]:
+    """What the engine holds in a step: ``in_backward``, ``after_backward`` and ``at_step``."""
+    after_backward: dict[str, int] = {}
+    at_step: dict[str, int] = {}
+    parameters = list(engine.module.parameters())
+    with (
+        peak_during_backward(parameters, functools.partial(engine_memory, engine)) as in_backward,
+        before_first_optimizer_step(lambda: at_step.update(engine_memory(engine))),
+    ):
+        step(lambda: after_backward.update(engine_memory(engine)))
+    return {"in_backward": in_backward, "after_backward": after_backward, "at_step": at_step}

@@ -1,0 +1,325 @@
+"""The ``tlgc-mp`` command.
+
+What can be checked is checked before torch is loaded. Every rank of a launch checks the same, so only rank 0 tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from tlgc_mp import __version__
+from tlgc_mp.checkpoint.folder import find_checkpoint
+from tlgc_mp.cli.bench import add_bench_parser
+from tlgc_mp.cli.options import Parser, add_model_arguments, add_train_parser, data_of_run, parse
+from tlgc_mp.data.catalog import DATASETS, check_dataset
+from tlgc_mp.errors import UsageError, one_of
+from tlgc_mp.files import replace_file
+from tlgc_mp.models.names import check_coarse_level, check_model, check_split
+from tlgc_mp.parallel.topology import Launch
+from tlgc_mp.resilience.verdicts import Failed, leave_verdict
+from tlgc_mp.training.settings import LARGEST_WORKERS, default_workers
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="tlgc-mp",
+        description="Two-level group convolution across devices, inside a DeepSpeed engine.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"tlgc-mp {__version__}")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    add_train_parser(commands, run=_train)
+
+    again = commands.add_parser(
+        "launch",
+        help="start a launch of training, and start it again from its newest checkpoint when it fails",
+        description="Run COMMAND, any launch of tlgc-mp train under any launcher, and when it fails make sure that "
+        "nothing of it is left and run it again, with --resume where its output folder holds a checkpoint. A run that "
+        "ended well, has a mistake in its options (status 2) or was asked to stop is not run again. SIGINT, SIGTERM "
+        "and SIGUSR1 are passed on. The exit status is the last attempt's.",
+        usage="tlgc-mp launch [--max-restarts N] -- COMMAND ...",
+        allow_abbrev=False,
+    )
+    again.add_argument("--max-restarts", type=int, default=3, metavar="N", help="at most (default: %(default)s)")
+    again.add_argument("launch", nargs=argparse.REMAINDER, metavar="COMMAND", help="deepspeed, mpirun, torchrun, ...")
+    again.set_defaults(run=_launch)
+
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint's weights as one safetensors file, for one device and torch alone",
+        description="Write the weights and running statistics of a checkpoint, of any number of ranks, as one "
+        "safetensors file. tlgc_mp.load_model makes the model from it, without deepspeed.",
+        allow_abbrev=False,
+    )
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, or one of its checkpoints")
+    export.add_argument("output", metavar="OUT", help="the file to write")
+    export.add_argument(
+        "--fold",
+        action="store_true",
+        help="for inference: two-level layers as torch's own convolutions, BatchNorm folded into them",
+    )
+    export.set_defaults(run=_export)
+    evaluation = commands.add_parser(
+        "evaluate",
+        help="test a trained network on a data set: error, loss, accuracy of each class",
+        description="Test the network of a run or an exported file on the test images of a data set, by default those "
+        "of the run.",
+        allow_abbrev=False,
+    )
+    evaluation.add_argument("network", metavar="RUN|FILE", help="a run, one of its checkpoints or an exported file")
+    evaluation.add_argument("--dataset", help=f"{', '.join(DATASETS)} (default: the run's)")
+    evaluation.add_argument("--data-dir", metavar="DIR", help="where the images are (default: the run's)")
+    evaluation.add_argument("--val-split", metavar="NAME", help="folder in DIR to test on (default: the run's)")
+    evaluation.add_argument("--workers", type=int, metavar="W", help="data worker processes (default: by data set)")
+    evaluation.add_argument("--output", metavar="JSON", help="a file to write the figures to, too")
+    evaluation.set_defaults(run=_evaluate)
+    predict = commands.add_parser(
+        "predict",
+        help="say which classes a trained network sees in pictures",
+        description="Print the likeliest classes of each picture, as the network of a run or an exported file sees it.",
+        allow_abbrev=False,
+    )
+    predict.add_argument("network", metavar="RUN|FILE", help="a run, one of its checkpoints or an exported file")
+    predict.add_argument("pictures", nargs="+", metavar="IMAGE", help="files")
+    predict.add_argument("--top", type=int, default=3, metavar="K", help="classes to name (default: %(default)s)")
+    predict.set_defaults(run=_predict)
+    reshard = commands.add_parser(
+        "reshard",
+        help="cut a checkpoint for another number of tensor-parallel ranks",
+        description="Cut a checkpoint for P tensor-parallel ranks and one replica, into another run's folder. "
+        "train --resume takes a checkpoint of any number of ranks as it is; this saves its ranks the reading.",
+        allow_abbrev=False,
+    )
+    reshard.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, or one of its checkpoints")
+    reshard.add_argument("output", metavar="OUT", help="the run's output folder to write it to")
+    reshard.add_argument("--tp", type=int, required=True, metavar="P", help="tensor-parallel ranks")
+    reshard.set_defaults(run=_reshard)
+
+    params = commands.add_parser(
+        "params",
+        help="count a model's parameters, in all and on each rank, without building it",
+        description='Print {"total": ..., "per_rank": ...} as JSON: the parameters of the whole model, and those that '
+        "one of P tensor-parallel ranks holds. Nothing is allocated.",
+        allow_abbrev=False,
+    )
+    add_model_arguments(params)
+    params.add_argument("--tp", type=int, default=1, metavar="P", help="tensor-parallel ranks (default: %(default)s)")
+    params.add_argument(
+        "--layout",
+        nargs="?",
+        type=int,
+        const=224,
+        metavar="SIDE",
+        help="print instead how each layer is held and what a training step on 8 images of SIDE x SIDE pixels sends "
+        "(default: %(const)s)",
+    )
+    params.set_defaults(run=_params)
+    report = commands.add_parser(
+        "report",
+        help="tables and figures of finished training runs, beside the paper's",
+        description="Turn the rows of finished training runs into the paper's tables beside its printed figures, and "
+        "into plots of training loss against epoch and of test error against N.",
+        allow_abbrev=False,
+    )
+    report.add_argument("sources", nargs="+", metavar="SOURCE", help="a folder of runs, or a file of rows (JSON lines)")
+    report.add_argument("--output", default="report", metavar="DIR", help="(default: %(default)s)")
+    report.set_defaults(run=_report)
+    add_bench_parser(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0 done, 1 a measurement failed, 2 a mistake in the arguments,
+    128 + n ended by signal n."""
+    launch = Launch()
+    try:
+        launch = Launch.detect()
+        options = parse(_parser(), sys.argv[1:] if arguments is None else arguments, launch.world)
+        return int(options.run(options, launch))
+    except UsageError as error:
+        if launch.rank == 0:
+            leave_verdict(2, f"error: {error}")
+            print(f"tlgc-mp: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def entry() -> NoReturn:
+    """The process's entry point: :func:`main`, and an end that no other rank can hold up.
+
+    A rank that fails leaves without the usual farewell: waiting at exit for ranks that wait for this one (MPI's does)
+    would hang the job, where a launcher that sees a non-zero status ends it.
+    """
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status == 0 and "torch.distributed" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()  # its threads must not outlive the interpreter
+    try:
+        launch = Launch.detect()
+    except UsageError:  # has been said
+        launch = Launch()
+    if status == 0 or (status != 1 and launch.world == 1):
+        sys.exit(status)
+    if status == 2 and launch.rank != 0:
+        time.sleep(1.0)  # a launcher that sees this rank leave ends rank 0, which has something to say
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _params(options: Any, launch: Launch) -> int:
+    check_model(options.model, options.conv, options.groups, options.num_classes, options.coarse_everywhere)
+    check_coarse_level(options.conv, options.coarse_kernel_size, options.coarse_init)
+    check_split(options.model, options.conv, options.groups, options.tp)
+    from tlgc_mp.models.factory import create_meta_model
+    from tlgc_mp.parallel.plan import parameter_counts
+
+    model = create_meta_model(
+        options.model,
+        conv=options.conv,
+        groups=options.groups,
+        num_classes=options.num_classes,
+        coarse_everywhere=options.coarse_everywhere,
+        coarse_kernel_size=options.coarse_kernel_size,
+        coarse_init=options.coarse_init,
+    )
+    if options.layout is None:
+        print(json.dumps(parameter_counts(model, options.tp)))
+        return 0
+    if not 1 <= options.layout <= 65536:
+        raise UsageError(f"--layout must be a number of pixels, got {options.layout}; use e.g. 224")
+    import torch
+
+    from tlgc_mp.parallel.report import layout_report
+
+    images = torch.empty(8, 3, options.layout, options.layout, device="meta")
+    print(layout_report(model, images, tensor_parallel=options.tp))
+    return 0
+
+
+def _export(options: Any, launch: Launch) -> int:
+    find_checkpoint(options.checkpoint)  # before torch is loaded
+    from tlgc_mp.checkpoint.offline import export_checkpoint
+
+    arguments = export_checkpoint(options.checkpoint, options.output, folded=options.fold)
+    if arguments is None:
+        print(f"Wrote the weights to {options.output}; the model is your own code's, which loads them")
+    else:
+        folded = ", folded" if options.fold else ""
+        described = f"{arguments['name']}, {arguments['conv']}, {arguments['groups']} groups{folded}"
+        print(f"Wrote {described}, to {options.output}")
+    return 0
+
+
+def _evaluate(options: Any, launch: Launch) -> int:
+    known = data_of_run(options.network)
+    dataset, data_dir = options.dataset or known.get("dataset"), options.data_dir
+    if dataset is None:
+        raise UsageError(f"--dataset must be given for an exported file, got none; use {one_of(DATASETS)}")
+    same = known if dataset == known.get("dataset") and data_dir in (None, known.get("data_dir")) else {}
+    data_dir, val_split = data_dir or same.get("data_dir"), options.val_split or same.get("val_split")
+    check_dataset(dataset, data_dir, val_split)  # before torch is loaded
+    if options.workers is not None and not 0 <= options.workers <= LARGEST_WORKERS:
+        raise UsageError(f"--workers must be 0 to {LARGEST_WORKERS}, got {options.workers}")
+    from tlgc_mp.training import inference
+
+    workers = default_workers(dataset, 1) if options.workers is None else options.workers
+    further = {key: same[key] for key in ("image_size", "num_classes") if key in same}
+    found = inference.score(
+        options.network, dataset, data_dir, workers=workers, val_split=val_split, seed=same.get("seed", 0), **further
+    )
+    accuracies = found["class_accuracy_percent"]
+    width = max(len(name) for name in ("top-5 error", *accuracies)) + 2
+    rows = [("images", f"{found['images']:,}"), ("loss", f"{found['loss']:.4f}")]
+    rows += [("top-1 error", f"{found['error_percent']:.2f} %")]
+    if found["top5_error_percent"] is not None:
+        rows += [("top-5 error", f"{found['top5_error_percent']:.2f} %")]
+    rows += [(name, "no images" if value is None else f"{value:.2f} % right") for name, value in accuracies.items()]
+    print("\n".join(f"{name:<{width}}{value}" for name, value in rows))
+    if options.output is not None:
+        try:
+            replace_file(options.output, json.dumps(found) + "\n")
+        except OSError as error:
+            raise UsageError(f"--output must be a file to write, got {options.output!r}: {error.strerror}") from None
+    return 0
+
+
+def _predict(options: Any, launch: Launch) -> int:
+    if options.top < 1:
+        raise UsageError(f"--top must be 1 or more, got {options.top}")
+    for picture in options.pictures:
+        if not os.path.isfile(picture):
+            raise UsageError(f"IMAGE must be a file, got {picture!r}")
+    from tlgc_mp.training import inference
+
+    for picture, classes in inference.label(options.network, options.pictures, options.top):
+        print(f"{picture}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in classes), flush=True)
+    return 0
+
+
+def _reshard(options: Any, launch: Launch) -> int:
+    find_checkpoint(options.checkpoint)  # before torch is loaded
+    from tlgc_mp.checkpoint.offline import reshard_checkpoint
+
+    print(f"Wrote {reshard_checkpoint(options.checkpoint, options.output, options.tp)}")
+    return 0
+
+
+def _launch(options: Any, launch: Launch) -> int:
+    from tlgc_mp.resilience import restarts
+
+    command = options.launch[1:] if options.launch[:1] == ["--"] else options.launch
+    return restarts.run(command, options.max_restarts, lambda words: parse(_parser(), words, launch.world))
+
+
+def _report(options: Any, launch: Launch) -> int:
+    from tlgc_mp.paper import report as training_report
+
+    training_report.write(options.sources, options.output)
+    print(f"Wrote report.md, rows.jsonl and the figures to {options.output}")
+    return 0
+
+
+def _train(options: Any, launch: Launch) -> int:
+    from tlgc_mp.training.settings import resolve
+
+    settings = resolve(options, launch)
+    from tlgc_mp.engine.initialization import use_huge_pages
+    from tlgc_mp.engine.quiet import quiet_start
+
+    use_huge_pages()
+    # A rank whose peer is gone says so itself, in one line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if launch.rank == 0:
+        print("Loading torch and deepspeed ...", flush=True)
+    with quiet_start():
+        from tlgc_mp.resilience.interrupt import Interrupted
+        from tlgc_mp.resilience.watchdog import Watchdog
+        from tlgc_mp.training.loop import train
+    try:
+        with Watchdog(settings.topology, settings.output_dir, settings.rank_timeout) as watchdog:
+            train(settings, launch, watchdog)
+    except Interrupted as stopped:
+        return 128 + stopped.signal
+    except Failed as failed:
+        return failed.status
+    return 0

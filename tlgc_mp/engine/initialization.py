@@ -1,0 +1,399 @@
+"""A DeepSpeed engine whose model is split over tensor-parallel ranks.
+
+The split uses the engine's own hook for tensor parallelism: with ``tensor_parallel.autotp_size`` in its configuration
+the engine makes the groups, checks that the ranks of a replica see the same batch, and sums gradient norms over them.
+The layers here subclass its ``TensorParallel_Layer``: it takes them for its own and looks for no others to split.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import functools
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from tlgc_mp.engine.config import check_values, read_config, tensor_parallel_size, zero_stage
+from tlgc_mp.engine.quiet import quiet_start
+from tlgc_mp.errors import UsageError
+from tlgc_mp.parallel.interface import GLOO_INTERFACE, gloo_interface
+from tlgc_mp.parallel.topology import Launch, Topology
+
+SLOW_START_SECONDS = 3.0
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+"""Parameters of glibc's ``mallopt``."""
+_KEEP_FREED = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 << 20}
+_RETURN_FREED = {_M_MMAP_MAX: 65536, _M_TRIM_THRESHOLD: 128 << 10, _M_TOP_PAD: 128 << 10}  # glibc's own
+
+
+def initialize(
+    args: Any = None,
+    model: Any = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: Any = None,
+    config_params: Any = None,
+    *,
+    seed: int | None = None,
+    collective_timeout: datetime.timedelta | float | None = None,
+    sample_inputs: Any = None,
+) -> tuple[Any, Any, Any, Any]:
+    """Splits ``model`` over P tensor-parallel ranks and returns what ``deepspeed.initialize`` returns.
+
+    Takes what ``deepspeed.initialize`` takes, less ``mpu`` and ``mesh_param``: the groups come from
+    ``tensor_parallel.autotp_size`` (P; 1 where it is missing) in the configuration. The world is P x D ranks, P
+    consecutive ones to a replica, and ``train_batch_size`` counts the batch over the D replicas.
+
+    Args:
+        model: a single-device model, the same on every rank; built on the meta device, no rank ever holds more than
+            its share.
+        optimizer: a callable from parameters to a torch optimizer, or a torch optimizer over ``model``'s parameters
+            that has not stepped yet; it then steps the shares.
+        model_parameters: parameters of ``model``, or groups of them, to train; all where not given.
+        lr_scheduler: a scheduler, or a callable from the optimizer to one; the engine steps it after each step of the
+            optimizer. One that wants a metric is for a loop of the user's to step: made over
+            ``engine.basic_optimizer``, and not given here.
+        config: a DeepSpeed configuration, as a dict or a path.
+        seed: of the initial weights of a model on the meta device; that of the random state of
+            each replica's first rank where not given.
+        collective_timeout: how long a rank waits for the others of its replica in a forward or backward pass before it
+            raises an error that names those that are missing: seconds, or a ``timedelta``; 10 minutes where not given.
+        sample_inputs: as in :func:`tlgc_mp.shard`: spares models that join channels some collectives.
+
+    Returns:
+        (engine, optimizer, dataloader, lr_scheduler).
+
+    Raises:
+        UsageError: an argument is of another kind, the configuration cannot be read or holds values that DeepSpeed
+            refuses, P does not divide the world size, a layer cannot be split over P ranks, or a module on the meta
+            device has parameters or buffers that nothing gives values.
+    """
+    import deepspeed
+    import torch
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+    from tlgc_mp.engine import memory_format
+    from tlgc_mp.engine.arguments import (
+        OwnCode,
+        check_kinds,
+        is_own_error,
+        keep_optimizer,
+        match_statistics,
+        retarget,
+        retarget_optimizer,
+    )
+    from tlgc_mp.engine.elementwise import check_elementwise
+    from tlgc_mp.engine.first_batch import check_first_batch
+    from tlgc_mp.engine.groups import enter_groups, keep_groups
+    from tlgc_mp.engine.scalars import ScalarsAsBytes, clip_scalars_too
+    from tlgc_mp.engine.schedules import check_steps_alone
+    from tlgc_mp.nn.arguments import check_module
+    from tlgc_mp.nn.init import materialize
+    from tlgc_mp.parallel.layers import collect_checkpoint_info
+    from tlgc_mp.parallel.plan import channels_stay_apart
+    from tlgc_mp.parallel.sharding import shard
+    from tlgc_mp.parallel.waiting import as_timeout
+
+    given = config if config is not None else config_params
+    if given is None:
+        given = getattr(args, "deepspeed_config", None)
+    if given is None:
+        raise UsageError("config: no DeepSpeed configuration is given; give a dict or the path of a JSON file")
+    if model is None:
+        raise UsageError("model: none is given; give a torch.nn.Module")
+    check_module("model", model)
+    check_kinds(optimizer, model_parameters, lr_scheduler, distributed_port, seed)
+    options: dict[str, Any] = {"seed": seed, "sample_inputs": sample_inputs}
+    if collective_timeout is not None:
+        options["timeout"] = as_timeout("collective_timeout", collective_timeout)
+    settings = read_config(given)
+    settings.setdefault("gradient_clipping", 0.0)  # DeepSpeed clips to 1 where nothing is said
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)  # DeepSpeed offloads no optimizer but its own else
+    ranks = tensor_parallel_size(settings) or 1
+    stage = zero_stage(settings)
+    check_values(settings)
+    start_distributed(distributed_port)
+    Topology(torch.distributed.get_world_size(), torch.distributed.get_rank(), ranks)
+    device = torch.device(get_accelerator().current_device_name())
+    if stage == 3 and device.type == "cpu":
+        return_freed_memory()
+
+    if ranks > 1 and isinstance(optimizer, torch.optim.Optimizer):
+        check_elementwise(optimizer, ranks)
+    before = dict(model.named_parameters())
+    mpu = enter_groups(ranks)
+    if ranks > 1:
+        replicas = mpu.get_data_parallel_group()
+        group = mpu.get_tensor_model_parallel_group()
+        model = shard(model, group, device=device, data_parallel_group=replicas, **options)
+        collect_checkpoint_info(model)
+    elif any(tensor.is_meta for tensor in (*before.values(), *model.buffers())):
+        materialize(model, device, torch.initial_seed() if seed is None else seed)
+    after = dict(model.named_parameters())
+    replaced = {id(param): after[name] for name, param in before.items()}
+    _check_settings(settings, mpu)
+
+    # DeepSpeed broadcasts and flattens parameters as contiguous bytes.
+    filters = memory_format.channels_last_filters(model)
+    for param in model.parameters():
+        param.data = param.data.flatten().view(param.shape)
+    with quiet_start():
+        optimizer = retarget_optimizer(optimizer, replaced)
+        model_parameters = retarget(model_parameters, replaced)
+        optimizer, lr_scheduler = (OwnCode(code) if callable(code) else code for code in (optimizer, lr_scheduler))
+        try:
+            with ScalarsAsBytes():
+                made = deepspeed.initialize(
+                    model=model,
+                    optimizer=optimizer,
+                    model_parameters=model_parameters,
+                    training_data=training_data,
+                    lr_scheduler=lr_scheduler,
+                    mpu=mpu,
+                    dist_init_required=dist_init_required,
+                    collate_fn=collate_fn,
+                    config=settings,
+                )
+        except UsageError:
+            raise
+        except (ZeRORuntimeException, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            if is_own_error(error, optimizer, lr_scheduler):
+                raise
+            raise _refused(error) from error
+    for kind, stepped in (("optimizer", getattr(made[0], "basic_optimizer", None)), ("lr_scheduler", made[3])):
+        if stepped is not None:
+            check_steps_alone(kind, stepped)
+            if ranks > 1 and kind == "optimizer":
+                check_elementwise(stepped, ranks)
+    keep_optimizer(made[0])
+    match_statistics(made[0].module)
+    if stage == 0:
+        memory_format.restore(filters)
+        clip_scalars_too(made[0])
+        if made[0].dp_world_size == 1:
+            # Else all gradients are copied into a buffer, and back, around an all-reduce over one rank.
+            made[0].enable_backward_allreduce = False
+    elif not channels_stay_apart(model):  # the others turn their images to channels_last themselves
+        memory_format.follow(made[0].module, filters)
+    keep_groups(made[0])
+    made[0].save_16bit_model = functools.partial(_save_16bit_model, made[0])
+    if mpu is not None:
+        check_first_batch(made[0], mpu.get_tensor_model_parallel_group())
+    return made
+
+
+def _save_16bit_model(
+    engine: Any,
+    save_dir: str,
+    save_filename: str = "pytorch_model.bin",
+    exclude_frozen_parameters: bool = False,
+) -> bool:
+    """The engine's ``save_16bit_model``, of the whole model: it loads into the single-device one. Collective.
+
+    DeepSpeed's own writes rank 0's share below ZeRO 3, and rank 0's share of BatchNorm's statistics at ZeRO 3. This
+    one is as whole at every stage, and needs no ``stage3_gather_16bit_weights_on_model_save``.
+    """
+    import torch
+
+    from tlgc_mp.parallel.sharding import gather_state_dict
+
+    writes = torch.distributed.get_rank() == 0
+    state = gather_state_dict(engine.module, keep=writes)
+    if writes:
+        parameters = engine.module.named_parameters(remove_duplicate=False)
+        frozen = {name for name, param in parameters if not param.requires_grad}
+        kept = {name: value for name, value in state.items() if not (exclude_frozen_parameters and name in frozen)}
+        os.makedirs(save_dir, exist_ok=True)
+        path = os.path.join(save_dir, save_filename)
+        torch.save(kept, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    barrier()
+    return True
+
+
+def start_distributed(distributed_port: int = 29500) -> None:
+    """Brings up torch.distributed through DeepSpeed, under whichever launcher started this process.
+
+    ``deepspeed``, ``torchrun`` and ``srun`` say who is who in the environment; under ``mpirun`` DeepSpeed asks mpi4py;
+    a plain process becomes a world of one. Says so on rank 0 when it takes long. When all is up already, it only takes
+    this rank's accelerator, the one that DeepSpeed's engine is about to take.
+
+    Raises:
+        UsageError: this node has fewer accelerators than ranks, or it is not clear by which network it reaches others.
+    """
+    with quiet_start():
+        import deepspeed
+        import deepspeed.comm
+        from deepspeed.accelerator import get_accelerator
+
+        from tlgc_mp.engine.groups import forget_destroyed_groups, use_torchs_names
+
+        forget_destroyed_groups()
+        launch = Launch.detect()
+        _take_device(launch.local_rank)
+        if deepspeed.comm.is_initialized():
+            use_torchs_names()
+            return
+        _skip_shared_memory_extension()
+        if get_accelerator().device_name() == "cpu":
+            keep_freed_memory()
+        if launch.world == 1 and "MASTER_ADDR" not in os.environ:
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        if launch.world == 1 or launch.meeting is not None or "RANK" in os.environ:
+            known = [("RANK", launch.rank), ("WORLD_SIZE", launch.world), ("LOCAL_RANK", launch.local_rank)]
+            if launch.meeting is not None:
+                address, port = launch.meeting
+                known += [("LOCAL_WORLD_SIZE", launch.local_world), ("MASTER_PORT", port)]
+                os.environ.setdefault("MASTER_ADDR", address)
+            for name, value in known:
+                os.environ.setdefault(name, str(value))
+        else:
+            distributed_port = _port_over_mpi(distributed_port)
+        if get_accelerator().device_name() == "cpu":
+            _choose_interface(launch)
+        with _announce_when_slow(launch.rank):
+            deepspeed.init_distributed(
+                dist_backend=get_accelerator().communication_backend_name(), distributed_port=distributed_port
+            )
+        use_torchs_names()
+
+
+def barrier() -> None:
+    """Returns when every rank of the world has called it."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    # NCCL would guess the device otherwise, and say so.
+    own = [get_accelerator().current_device()] if torch.distributed.get_backend() == "nccl" else None
+    torch.distributed.barrier(device_ids=own)
+
+
+def _choose_interface(launch: Launch) -> None:
+    """Has Gloo listen where other hosts reach it."""
+    if launch.world > launch.local_world and GLOO_INTERFACE not in os.environ:
+        interface = gloo_interface(os.environ.get("MASTER_ADDR"))
+        if interface is not None:
+            os.environ[GLOO_INTERFACE] = interface
+
+
+def _take_device(local_rank: int) -> None:
+    """Has this rank work on an accelerator of its own, before it allocates anything or talks to another rank."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return
+    count = accelerator.device_count()
+    if local_rank >= count:
+        raise UsageError(
+            f"local rank {local_rank} has no accelerator: this node has {count} of kind {accelerator.device_name()}; "
+            f"start {count} rank(s) on it, or set DS_ACCELERATOR=cpu"
+        )
+    accelerator.set_device(local_rank)
+
+
+def use_huge_pages() -> None:
+    """Asks torch for huge pages under large CPU tensors; to be called before torch allocates its first."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def keep_freed_memory() -> None:
+    """Keeps freed CPU memory with the process, where the C library is glibc, instead of handing it back each time.
+
+    Large blocks would be mapped afresh for every filter gradient and scratch buffer, and each of their pages cleared
+    by the kernel on its first touch: a third of the time of a wide layer's step.
+    """
+    _set_allocator(_KEEP_FREED)
+
+
+def return_freed_memory() -> None:
+    """Undoes :func:`keep_freed_memory`.
+
+    ZeRO 3 gathers and frees parameters of all sizes between what lives on: the holes that this leaves come to more than
+    the parameters themselves.
+    """
+    _set_allocator(_RETURN_FREED)
+
+
+def _set_allocator(values: dict[int, int]) -> None:
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    for parameter, value in values.items():
+        mallopt(parameter, value)
+
+
+def _skip_shared_memory_extension() -> None:
+    """Keeps DeepSpeed from loading its shared-memory all-reduce, which only inference on CPUs calls.
+
+    Loading it compiles it on first use (half a minute, a C++ compiler); a process killed meanwhile leaves a lock on
+    which every later start waits without end; and one killed later leaves its buffers in shared memory for good.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _check_settings(settings: dict[str, Any], mpu: Any) -> None:
+    """Lets DeepSpeed read the configuration once, to turn what it refuses into one line."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    with quiet_start():
+        try:
+            DeepSpeedConfig(dict(settings), mpu)
+        except (AssertionError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise _refused(error) from None
+
+
+def _refused(error: Exception) -> UsageError:
+    reason = " ".join(str(error).split())
+    return UsageError(f"deepspeed_config is refused by DeepSpeed: {reason[:600]}")
+
+
+@contextlib.contextmanager
+def _announce_when_slow(rank: int) -> Iterator[None]:
+    def say() -> None:
+        print(
+            "Starting DeepSpeed: waiting for all ranks, or for an extension to compile, once a machine ...",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    timer = threading.Timer(SLOW_START_SECONDS, say)
+    timer.daemon = True
+    if rank == 0:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _port_over_mpi(default: int) -> int:
+    """The port on which the ranks of an MPI job meet: MASTER_PORT where it is set, else one that is free on rank 0."""
+    if "MASTER_PORT" in os.environ:
+        return int(os.environ["MASTER_PORT"])
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    return int(world.bcast(free_port() if world.Get_rank() == 0 else default, root=0))
+
+
+def free_port() -> int:
+    """A port that nobody listens on, on this machine, now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

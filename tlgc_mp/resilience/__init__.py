@@ -1,0 +1,1 @@
+"""Faults of a run: noticed, told to every rank, and survived."""
