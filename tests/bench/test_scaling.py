@@ -151,7 +151,7 @@ def test_rounds_take_turns_and_keep_the_best_number_of_micro_batches(
 
 
 def test_hosts_share_the_ranks_and_have_cores_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tlgc_mp.provenance.usable_cores", lambda: 1)
+    monkeypatch.setattr("tlgc_mp.host.usable_cores", lambda: 1)
     flags = ["--widths", "10", "--strategies", "gc-2l@4", "--hosts", "one", "two", "--rounds", "1"]
     status, measurements = _run(monkeypatch, tmp_path, *flags)
     assert status == 0

@@ -27,7 +27,7 @@ from tests.launch.hosts import child_of, two_hosts
 from tests.launch.jobs import free_port
 from tests.launch.test_hosts import check_named, training
 from tests.launch.test_stopping import LAUNCHERS, MOMENTS, TAGS, check_resumed, check_stopped, lingering, wait_for
-from tlgc_mp.provenance import describe_machine
+from tlgc_mp.host import describe_machine
 
 LINGERING = 1.0
 """Seconds of which a moment that ``LINGERS`` makes long has some left."""

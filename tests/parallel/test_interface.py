@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
+from tlgc_mp.engine import interface
+from tlgc_mp.engine.interface import choose, gloo_interface
 from tlgc_mp.errors import UsageError
-from tlgc_mp.parallel import interface
-from tlgc_mp.parallel.interface import choose, gloo_interface
 
 INTERFACES = {"lo": "127.0.0.1", "eth0": "10.77.0.1", "docker0": "172.17.0.1"}
 

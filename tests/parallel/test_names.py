@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.parallel.against_one_device import Step, train_step, worst
-from tests.parallel.common import SEED, run_ranks_once
+from tests.parallel.common import SEED, run_ranks_once, sgd
 from tests.ranks import run_ranks
 from tlgc_mp import UsageError
+from tlgc_mp.engine import initialize
 from tlgc_mp.parallel import layout_report, shard
 
 
@@ -77,14 +78,36 @@ class Moves(nn.Linear):
         super().__init__(8, 8)
         self.tp_index = 3
 
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).roll(self.tp_index, -1)
 
-def _with_a_name_of_deepspeeds() -> None:
-    shard(nn.Sequential(nn.Linear(8, 8), Moves()))
+
+def _moving() -> nn.Module:
+    torch.manual_seed(SEED)
+    return nn.Sequential(nn.Linear(8, 8), Moves()).double()
 
 
-def test_a_name_that_deepspeed_needs_is_refused() -> None:
-    with pytest.raises(AssertionError, match=r"1\.tp_index of a Moves must have another name, got one of DeepSpeed's"):
-        run_ranks(2, _with_a_name_of_deepspeeds)
+def _moved(model: nn.Module) -> Step:
+    values = torch.randn(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(SEED))
+    return train_step(model, (values.requires_grad_(),))
+
+
+def _with_a_name_of_deepspeeds() -> tuple[Step, str]:
+    try:
+        initialize(
+            model=_moving(), optimizer=sgd, config={"train_batch_size": 2, "tensor_parallel": {"autotp_size": 2}}
+        )
+        said = ""
+    except UsageError as error:
+        said = str(error)
+    return _moved(shard(_moving())), said
+
+
+def test_a_name_that_deepspeed_needs_is_refused_in_an_engine_alone() -> None:
+    found, said = run_ranks_once(2, _with_a_name_of_deepspeeds)[0]
+    off, what = worst(found, _moved(_moving()))
+    assert off < 1e-9, what
+    assert said.startswith("1.tp_index of a Moves must have another name, got one of DeepSpeed's")
 
 
 def _sharing(kind: str) -> nn.Module:

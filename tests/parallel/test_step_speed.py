@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ranks import run_ranks
+from tlgc_mp.host import describe_machine
 from tlgc_mp.parallel import collectives, shard
 from tlgc_mp.parallel.split_tensor import SplitTensor
-from tlgc_mp.provenance import describe_machine
 
 NETWORKS = ("resnet50", "efficientnet_b0", "densenet121")
 SIDE = 224

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tests.parallel.zoo_models import Network
-from tlgc_mp.provenance import describe_machine
+from tlgc_mp.host import describe_machine
 
 TOLERANCE = 1e-9
 """Largest difference of what is the same, relative to the largest value, in float64."""

@@ -16,7 +16,7 @@ from tests.versions.rows import relies_on
 def _on_ranks() -> None:
     from deepspeed.utils import groups
 
-    from tlgc_mp.engine.initialization import start_distributed
+    from tlgc_mp.engine.start import start_distributed
 
     start_distributed()
     names = ("_TENSOR_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP")

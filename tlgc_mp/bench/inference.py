@@ -22,10 +22,9 @@ from typing import Any
 
 from tlgc_mp.bench.report import describe, table
 from tlgc_mp.bench.settings import check_counts, output_folder
-from tlgc_mp.files import replace_file
+from tlgc_mp.host import describe_run, replace_file
 from tlgc_mp.models.names import check_model
 from tlgc_mp.paper.printed import printed_rows
-from tlgc_mp.provenance import describe_run
 
 Row = dict[str, Any]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from tlgc_mp.bench.scaling import growth
 from tlgc_mp.bench.scaling.growth import COLORS
-from tlgc_mp.files import replace_file
+from tlgc_mp.host import replace_file
 from tlgc_mp.models.names import parse_model
 from tlgc_mp.paper.printed import printed_rows
 

@@ -22,7 +22,7 @@ import time
 from typing import Any
 
 from tlgc_mp.errors import UsageError, is_count
-from tlgc_mp.files import as_path, replace_file, sync_folder
+from tlgc_mp.host import as_path, replace_file, sync_folder
 from tlgc_mp.models.names import check_coarse_level, check_model
 
 CHECKPOINTS = "checkpoints"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tlgc_mp.checkpoint import folder as folders
 from tlgc_mp.checkpoint.reader import INDEX, CheckpointReader, Part, Piece
 from tlgc_mp.errors import UsageError
-from tlgc_mp.files import as_path
+from tlgc_mp.host import as_path
 from tlgc_mp.models import create_model, fold
 from tlgc_mp.models.factory import create_meta_model
 from tlgc_mp.models.names import check_split, library_model

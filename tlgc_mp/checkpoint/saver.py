@@ -26,8 +26,7 @@ from tlgc_mp.checkpoint import folder as folders
 from tlgc_mp.checkpoint.engine_state import COUNTERS, EngineState
 from tlgc_mp.checkpoint.reader import INDEX, Part, Piece
 from tlgc_mp.errors import UsageError, is_count, shown, told
-from tlgc_mp.files import as_path
-from tlgc_mp.provenance import describe_run
+from tlgc_mp.host import as_path, describe_run
 
 SAVE_SECONDS = 1800.0
 """How long ranks wait for each other's files before a save has failed."""

@@ -19,8 +19,9 @@ from tlgc_mp.checkpoint.folder import find_checkpoint
 from tlgc_mp.cli.bench import add_bench_parser
 from tlgc_mp.cli.options import Parser, add_model_arguments, add_train_parser, data_of_run, parse
 from tlgc_mp.data.catalog import DATASETS, check_dataset
+from tlgc_mp.engine.config import zero_stage
 from tlgc_mp.errors import UsageError, one_of
-from tlgc_mp.files import replace_file
+from tlgc_mp.host import keep_freed_memory, replace_file, use_huge_pages
 from tlgc_mp.models.names import check_coarse_level, check_model, check_split
 from tlgc_mp.parallel.topology import Launch
 from tlgc_mp.resilience.verdicts import Failed, leave_verdict
@@ -303,7 +304,6 @@ def _train(options: Any, launch: Launch) -> int:
     from tlgc_mp.training.settings import resolve
 
     settings = resolve(options, launch)
-    from tlgc_mp.engine.initialization import use_huge_pages
     from tlgc_mp.engine.quiet import quiet_start
 
     use_huge_pages()
@@ -312,9 +312,13 @@ def _train(options: Any, launch: Launch) -> int:
     if launch.rank == 0:
         print("Loading torch and deepspeed ...", flush=True)
     with quiet_start():
+        from deepspeed.accelerator import get_accelerator
+
         from tlgc_mp.resilience.interrupt import Interrupted
         from tlgc_mp.resilience.watchdog import Watchdog
         from tlgc_mp.training.loop import train
+    if get_accelerator().device_name() == "cpu" and zero_stage(settings.config) < 3:
+        keep_freed_memory()
     try:
         with Watchdog(settings.topology, settings.output_dir, settings.rank_timeout) as watchdog:
             train(settings, launch, watchdog)

@@ -17,7 +17,7 @@ from tlgc_mp.checkpoint.folder import BEST, CHECKPOINTS, DESCRIPTION, LATEST
 from tlgc_mp.data.catalog import DATASETS
 from tlgc_mp.engine.config import read_config
 from tlgc_mp.errors import UsageError, shown
-from tlgc_mp.files import replace_file
+from tlgc_mp.host import replace_file
 from tlgc_mp.models.names import COARSE_INITS, CONVOLUTIONS, IMAGENET_WIDE_RESNET, MOBILENET_V2
 from tlgc_mp.training.changes import RESUME_AUTO
 from tlgc_mp.training.recipes import OPTIMIZERS, RECIPES, SCHEDULES

@@ -2,34 +2,21 @@
 
 The split uses the engine's own hook for tensor parallelism: with ``tensor_parallel.autotp_size`` in its configuration
 the engine makes the groups, checks that the ranks of a replica see the same batch, and sums gradient norms over them.
-The layers here subclass its ``TensorParallel_Layer``: it takes them for its own and looks for no others to split.
+The split layers become subclasses of its ``TensorParallel_Layer`` (``membership.py``).
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import datetime
 import functools
 import os
-import socket
-import sys
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 from tlgc_mp.engine.config import check_values, read_config, tensor_parallel_size, zero_stage
 from tlgc_mp.engine.quiet import quiet_start
+from tlgc_mp.engine.start import barrier, start_distributed
 from tlgc_mp.errors import UsageError
-from tlgc_mp.parallel.interface import GLOO_INTERFACE, gloo_interface
-from tlgc_mp.parallel.topology import Launch, Topology
-
-SLOW_START_SECONDS = 3.0
-
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-"""Parameters of glibc's ``mallopt``."""
-_KEEP_FREED = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 << 20}
-_RETURN_FREED = {_M_MMAP_MAX: 65536, _M_TRIM_THRESHOLD: 128 << 10, _M_TOP_PAD: 128 << 10}  # glibc's own
+from tlgc_mp.parallel.topology import Topology
 
 
 def initialize(
@@ -97,11 +84,11 @@ def initialize(
     from tlgc_mp.engine.elementwise import check_elementwise
     from tlgc_mp.engine.first_batch import check_first_batch
     from tlgc_mp.engine.groups import enter_groups, keep_groups
+    from tlgc_mp.engine.membership import check_names, join
     from tlgc_mp.engine.scalars import ScalarsAsBytes, clip_scalars_too
     from tlgc_mp.engine.schedules import check_steps_alone
     from tlgc_mp.nn.arguments import check_module
     from tlgc_mp.nn.init import materialize
-    from tlgc_mp.parallel.layers import collect_checkpoint_info
     from tlgc_mp.parallel.plan import channels_stay_apart
     from tlgc_mp.parallel.sharding import shard
     from tlgc_mp.parallel.waiting import as_timeout
@@ -127,8 +114,6 @@ def initialize(
     start_distributed(distributed_port)
     Topology(torch.distributed.get_world_size(), torch.distributed.get_rank(), ranks)
     device = torch.device(get_accelerator().current_device_name())
-    if stage == 3 and device.type == "cpu":
-        return_freed_memory()
 
     if ranks > 1 and isinstance(optimizer, torch.optim.Optimizer):
         check_elementwise(optimizer, ranks)
@@ -137,8 +122,9 @@ def initialize(
     if ranks > 1:
         replicas = mpu.get_data_parallel_group()
         group = mpu.get_tensor_model_parallel_group()
+        check_names(model, ranks)
         model = shard(model, group, device=device, data_parallel_group=replicas, **options)
-        collect_checkpoint_info(model)
+        join(model)
     elif any(tensor.is_meta for tensor in (*before.values(), *model.buffers())):
         materialize(model, device, torch.initial_seed() if seed is None else seed)
     after = dict(model.named_parameters())
@@ -223,130 +209,6 @@ def _save_16bit_model(
     return True
 
 
-def start_distributed(distributed_port: int = 29500) -> None:
-    """Brings up torch.distributed through DeepSpeed, under whichever launcher started this process.
-
-    ``deepspeed``, ``torchrun`` and ``srun`` say who is who in the environment; under ``mpirun`` DeepSpeed asks mpi4py;
-    a plain process becomes a world of one. Says so on rank 0 when it takes long. When all is up already, it only takes
-    this rank's accelerator, the one that DeepSpeed's engine is about to take.
-
-    Raises:
-        UsageError: this node has fewer accelerators than ranks, or it is not clear by which network it reaches others.
-    """
-    with quiet_start():
-        import deepspeed
-        import deepspeed.comm
-        from deepspeed.accelerator import get_accelerator
-
-        from tlgc_mp.engine.groups import forget_destroyed_groups, use_torchs_names
-
-        forget_destroyed_groups()
-        launch = Launch.detect()
-        _take_device(launch.local_rank)
-        if deepspeed.comm.is_initialized():
-            use_torchs_names()
-            return
-        _skip_shared_memory_extension()
-        if get_accelerator().device_name() == "cpu":
-            keep_freed_memory()
-        if launch.world == 1 and "MASTER_ADDR" not in os.environ:
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-        if launch.world == 1 or launch.meeting is not None or "RANK" in os.environ:
-            known = [("RANK", launch.rank), ("WORLD_SIZE", launch.world), ("LOCAL_RANK", launch.local_rank)]
-            if launch.meeting is not None:
-                address, port = launch.meeting
-                known += [("LOCAL_WORLD_SIZE", launch.local_world), ("MASTER_PORT", port)]
-                os.environ.setdefault("MASTER_ADDR", address)
-            for name, value in known:
-                os.environ.setdefault(name, str(value))
-        else:
-            distributed_port = _port_over_mpi(distributed_port)
-        if get_accelerator().device_name() == "cpu":
-            _choose_interface(launch)
-        with _announce_when_slow(launch.rank):
-            deepspeed.init_distributed(
-                dist_backend=get_accelerator().communication_backend_name(), distributed_port=distributed_port
-            )
-        use_torchs_names()
-
-
-def barrier() -> None:
-    """Returns when every rank of the world has called it."""
-    import torch
-    from deepspeed.accelerator import get_accelerator
-
-    # NCCL would guess the device otherwise, and say so.
-    own = [get_accelerator().current_device()] if torch.distributed.get_backend() == "nccl" else None
-    torch.distributed.barrier(device_ids=own)
-
-
-def _choose_interface(launch: Launch) -> None:
-    """Has Gloo listen where other hosts reach it."""
-    if launch.world > launch.local_world and GLOO_INTERFACE not in os.environ:
-        interface = gloo_interface(os.environ.get("MASTER_ADDR"))
-        if interface is not None:
-            os.environ[GLOO_INTERFACE] = interface
-
-
-def _take_device(local_rank: int) -> None:
-    """Has this rank work on an accelerator of its own, before it allocates anything or talks to another rank."""
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        return
-    count = accelerator.device_count()
-    if local_rank >= count:
-        raise UsageError(
-            f"local rank {local_rank} has no accelerator: this node has {count} of kind {accelerator.device_name()}; "
-            f"start {count} rank(s) on it, or set DS_ACCELERATOR=cpu"
-        )
-    accelerator.set_device(local_rank)
-
-
-def use_huge_pages() -> None:
-    """Asks torch for huge pages under large CPU tensors; to be called before torch allocates its first."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
-def keep_freed_memory() -> None:
-    """Keeps freed CPU memory with the process, where the C library is glibc, instead of handing it back each time.
-
-    Large blocks would be mapped afresh for every filter gradient and scratch buffer, and each of their pages cleared
-    by the kernel on its first touch: a third of the time of a wide layer's step.
-    """
-    _set_allocator(_KEEP_FREED)
-
-
-def return_freed_memory() -> None:
-    """Undoes :func:`keep_freed_memory`.
-
-    ZeRO 3 gathers and frees parameters of all sizes between what lives on: the holes that this leaves come to more than
-    the parameters themselves.
-    """
-    _set_allocator(_RETURN_FREED)
-
-
-def _set_allocator(values: dict[int, int]) -> None:
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    for parameter, value in values.items():
-        mallopt(parameter, value)
-
-
-def _skip_shared_memory_extension() -> None:
-    """Keeps DeepSpeed from loading its shared-memory all-reduce, which only inference on CPUs calls.
-
-    Loading it compiles it on first use (half a minute, a C++ compiler); a process killed meanwhile leaves a lock on
-    which every later start waits without end; and one killed later leaves its buffers in shared memory for good.
-    """
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
 def _check_settings(settings: dict[str, Any], mpu: Any) -> None:
     """Lets DeepSpeed read the configuration once, to turn what it refuses into one line."""
     from deepspeed.runtime.config import DeepSpeedConfig
@@ -361,39 +223,3 @@ def _check_settings(settings: dict[str, Any], mpu: Any) -> None:
 def _refused(error: Exception) -> UsageError:
     reason = " ".join(str(error).split())
     return UsageError(f"deepspeed_config is refused by DeepSpeed: {reason[:600]}")
-
-
-@contextlib.contextmanager
-def _announce_when_slow(rank: int) -> Iterator[None]:
-    def say() -> None:
-        print(
-            "Starting DeepSpeed: waiting for all ranks, or for an extension to compile, once a machine ...",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    timer = threading.Timer(SLOW_START_SECONDS, say)
-    timer.daemon = True
-    if rank == 0:
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _port_over_mpi(default: int) -> int:
-    """The port on which the ranks of an MPI job meet: MASTER_PORT where it is set, else one that is free on rank 0."""
-    if "MASTER_PORT" in os.environ:
-        return int(os.environ["MASTER_PORT"])
-    from mpi4py import MPI
-
-    world = MPI.COMM_WORLD
-    return int(world.bcast(free_port() if world.Get_rank() == 0 else default, root=0))
-
-
-def free_port() -> int:
-    """A port that nobody listens on, on this machine, now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tlgc_mp.errors import UsageError
-from tlgc_mp.files import replace_file
+from tlgc_mp.host import replace_file
 from tlgc_mp.models.names import CONVOLUTIONS
 from tlgc_mp.paper.plots import count, plot_errors, plot_losses
 from tlgc_mp.paper.printed import Printed, printed_rows

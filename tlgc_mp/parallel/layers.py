@@ -12,12 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
-from deepspeed.module_inject.layers import (
-    TensorParallel_Layer,
-    collect_autotp_universal_checkpoint_info,
-    set_autotp_mode,
-)
 from torch import Tensor, nn
 
 from tlgc_mp.errors import UsageError
@@ -272,36 +266,6 @@ def _is_watched(model: nn.Module) -> bool:
     return False
 
 
-_DEEPSPEEDS = {
-    *("mp_group", "tp_world_size", "tp_index", "is_tp_parallel", "support_training"),
-    *(
-        name
-        for name, value in vars(TensorParallel_Layer).items()
-        if not name.startswith("__") and (callable(value) or isinstance(value, bool | property | classmethod))
-    ),
-}
-"""Names under which DeepSpeed keeps something in a tensor-parallel layer."""
-
-
-def check_names(model: nn.Module, placements: dict[str, Placement]) -> None:
-    """Refuses layers with attributes or methods of their own that are called as DeepSpeed calls its.
-
-    Raises:
-        UsageError: naming the first.
-    """
-    taken = _DEEPSPEEDS - set(dir(nn.Module))
-    for name in placements:
-        layer = model.get_submodule(name)
-        if isinstance(layer, TensorParallel_Layer):
-            continue
-        own = sorted(taken.intersection(dir(layer)))
-        if own:
-            raise UsageError(
-                f"{name or 'model'}.{own[0]} of a {type(layer).__name__} must have another name, got one of "
-                "DeepSpeed's tensor-parallel layers; rename it"
-            )
-
-
 def shard_layer(
     layer: nn.Module,
     placement: Placement,
@@ -315,17 +279,9 @@ def shard_layer(
         device: where the share is to live; ``None`` keeps the layer's own.
         shares: of tensors cut already, by the id of the whole one and where it is cut; tied ones stay tied.
     """
-    names = vars(layer).copy()
     layer.__class__ = split_class(type(layer), LAYERS.get(placement.kind, ShardedLayer))
-    if TensorParallel_Layer in type(layer).__mro__:
-        TensorParallel_Layer.__init__(layer, None)  # type: ignore[arg-type]
-    layer.__dict__.update(names)
     own: Any = layer
     own.tlgc_placement, own.tlgc_region = placement, region
-    own.tp_world_size, own.tp_index = region.ranks.size, region.ranks.rank
-    own.is_tp_parallel = region.ranks.size > 1
-    own.support_training = True
-    set_autotp_mode(training=True)
     for key, param in layer._parameters.items():
         if param is None:
             continue
@@ -336,8 +292,6 @@ def shard_layer(
             keep_gradient_plain(share, layout.dim, region)
             _keep_hooks(param, share, layout, region)
         layer._parameters[key] = shares[id(param), layout]  # type: ignore[assignment]
-        if layout.dim is not None:
-            own.config_tp_params(layer._parameters[key])
     for key, buffer in layer._buffers.items():
         if buffer is None:
             continue
@@ -370,9 +324,3 @@ def make_root(model: nn.Module, region: Region) -> None:
     """Makes ``model`` give whole outputs, in place."""
     model.__class__ = split_class(type(model), SplitModel)
     model.tlgc_region = region  # type: ignore[assignment]
-
-
-def collect_checkpoint_info(model: nn.Module) -> None:
-    """Marks a split model as DeepSpeed marks its own: nothing left to search for, and every split described."""
-    model.ds_autotp_parsed = True  # type: ignore[assignment]
-    setattr(model, UNIVERSAL_CHECKPOINT_INFO, collect_autotp_universal_checkpoint_info(model))

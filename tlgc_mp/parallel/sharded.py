@@ -1,23 +1,19 @@
 """What all sharded layers have in common: they store a share, and show the whole.
 
-A sharded layer keeps its class, its names and its code; what it gets beside them is called ``tlgc_...``, or as
-DeepSpeed calls it. What it stores is this rank's share; what its code, and anybody else's, reads as ``layer.weight`` is
+A sharded layer keeps its class, its names and its code; what it gets beside them is called ``tlgc_...``. What it stores
+is this rank's share; what its code, and anybody else's, reads as ``layer.weight`` is
 a :class:`SplitTensor`, the whole weight to all appearances. So a subclass with a forward of its own, a hook, or a
 penalty on weights computes what it does on one device.
-
-Each is a ``TensorParallel_Layer`` of DeepSpeed's, too, which is how the engine's gradient norm, its consolidated 16-bit
-save and its checkpoint metadata treat it as one of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from deepspeed.module_inject.layers import TensorParallel_Layer
 from torch import Tensor, nn
 
 from tlgc_mp.errors import UsageError
@@ -129,15 +125,6 @@ class ShardedLayer:
             )
         super().register_parameter(name, param)  # type: ignore[misc]
 
-    @property
-    def mp_group(self) -> dist.ProcessGroup:
-        """DeepSpeed's name for the tensor-parallel group."""
-        return self.tlgc_region.tp_ranks.group
-
-    @mp_group.setter
-    def mp_group(self, group: Any) -> None:
-        """It follows from the region."""
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduced(self)
 
@@ -158,50 +145,6 @@ class ShardedLayer:
         made = SplitTensor(tensor.contiguous(), self.tlgc_placement.layout(key), self.tlgc_region.tp_ranks)
         return whole(made).clone(memory_format=torch.contiguous_format)
 
-    @torch.no_grad()
-    def gather_params(self, params_list: list[Tensor]) -> None:
-        """Replaces each given parameter's data by the whole one. DeepSpeed calls it around a consolidated save."""
-        for param in params_list:
-            key = next((key for key, own in self._parameters.items() if own is param), None)  # type: ignore[attr-defined]
-            if key in self.tlgc_placement.dims:
-                full = self.tlgc_gather_whole(key)
-                param.data_partition = param.data  # type: ignore[attr-defined]
-                param.data = full
-
-    @torch.no_grad()
-    def _tp_partition(self, params_list: list[Tensor]) -> None:
-        """Undoes :meth:`gather_params`: each given parameter holds this rank's share again."""
-        for param in params_list:
-            if hasattr(param, "data_partition"):
-                param.data = param.data_partition
-                del param.data_partition
-
-    def _mark_uc_metadata(self) -> None:
-        """Describes each parameter's split for DeepSpeed's universal checkpoints."""
-        layer: Any = self
-        for key, param in layer.named_parameters(recurse=False, remove_duplicate=False):
-            dim = self.tlgc_placement.dims.get(key)
-            shape = list(getattr(param, "ds_shape", param.shape))  # ds_shape: before ZeRO 3 partitions it
-            if dim is not None:
-                share = shape[dim]
-                shape[dim] *= self.tlgc_region.ranks.size
-            layer._set_param_uc_meta(
-                param,
-                partition_type="row" if dim == 1 else "column",
-                partition_dim=dim,
-                logical_shape=tuple(shape),
-                original_shape=tuple(shape),
-                partition_sizes=None if dim is None else (share,) * self.tlgc_region.ranks.size,
-                sub_param_shard_widths=self._tlgc_widths(key),
-                is_bias=key == "bias",
-                replicated=dim is None,
-            )
-
-    def _tlgc_widths(self, key: str) -> list[list[int]] | None:
-        """What each rank holds of each segment of the parameter ``key``; ``None`` where it is one piece."""
-        segments, ranks = self.tlgc_placement.layout(key).segments, self.tlgc_region.ranks.size
-        return None if segments is None else [[segment // ranks] * ranks for segment in segments]
-
 
 def keep_gradient_plain(param: nn.Parameter, dim: int | None, region: Region) -> None:
     """Sees to it that a parameter that is not cut gets a plain gradient: a function of autograd's own kind may hand a
@@ -213,15 +156,14 @@ def keep_gradient_plain(param: nn.Parameter, dim: int | None, region: Region) ->
 def split_class(base: Any, kind: Any) -> Any:
     """The class of a layer or model of class ``base`` after it is sharded. It bears the same name."""
     if (base, kind) not in _CLASSES:
-        joins = issubclass(kind, ShardedLayer) and not issubclass(base, TensorParallel_Layer)
-        bases = (kind, base, TensorParallel_Layer) if joins else (kind, base)
+        behind = getattr(kind, "tlgc_behind", ())
         own = {
             "__doc__": base.__doc__,
             "extra_repr": base.extra_repr,
             "__deepcopy__": getattr(base, "__deepcopy__", None),
         }
-        names = {"made_from": (base, kind), "__module__": base.__module__, **own}  # and not DeepSpeed's
-        _CLASSES[base, kind] = type(base.__name__, bases, names)
+        names = {"made_from": (base, kind), "__module__": base.__module__, **own}
+        _CLASSES[base, kind] = type(base.__name__, (kind, base, *behind), names)
     return _CLASSES[base, kind]
 
 
@@ -292,14 +234,13 @@ def extra_state(module: nn.Module) -> dict[str, Any]:
 @contextlib.contextmanager
 def zero3_gathered(parameters: Sequence[Any]) -> Iterator[bool]:
     """A context in which parameters that ZeRO 3 has partitioned are whole, and whether there are any. Collective."""
-    from deepspeed.runtime.zero import GatheredParameters
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    away = [p for p in parameters if hasattr(p, "ds_id") and p.ds_status is not ZeroParamStatus.AVAILABLE]
-    if not away:
-        yield any(hasattr(p, "ds_id") for p in parameters)
+    partitioned = [param for param in parameters if hasattr(param, "ds_id")]
+    if not partitioned:
+        yield False
         return
-    with GatheredParameters(away):
+    zero = sys.modules["deepspeed.runtime.zero.partition_parameters"]  # which has partitioned them
+    away = [param for param in partitioned if param.ds_status is not zero.ZeroParamStatus.AVAILABLE]
+    with zero.GatheredParameters(away) if away else contextlib.nullcontext():
         yield True
 
 

@@ -15,7 +15,7 @@ from tlgc_mp.nn import FullyLearnableGroupConv2d
 from tlgc_mp.nn.arguments import check_device, check_module
 from tlgc_mp.nn.init import check_drawable, draw_by_blocks, draw_whole, drawn_by_blocks
 from tlgc_mp.parallel.joins import agreed_joins
-from tlgc_mp.parallel.layers import check_names, make_root, shard_layer
+from tlgc_mp.parallel.layers import make_root, shard_layer
 from tlgc_mp.parallel.layout import Layout, Ranks
 from tlgc_mp.parallel.plan import Placement, goes_plain, plan
 from tlgc_mp.parallel.replicas import agree_on_model, watch_replicas
@@ -94,7 +94,6 @@ def shard(
     region = Region(ranks, Ranks(group), goes_plain(model, placements), replicas)
     check_drawable(model)
     _check_memory(model)
-    check_names(model, placements)
     target = None if device is None else torch.device(device)
     split_layers(model, placements, region, target, drawn_from)
     watch_replicas(model, ranks, bound)

@@ -80,11 +80,6 @@ def across_hosts(topology: Topology, hosts: list[str]) -> str:
     )
 
 
-def usable_cores() -> int:
-    """CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @dataclass(frozen=True)
 class Launch:
     """What the launcher told this process: ``world`` ranks, this one's ``rank``, and its ``local_rank`` on its node

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from tlgc_mp.engine.initialization import barrier
+from tlgc_mp.engine.start import barrier
 
 _KEY = "tlgc_mp/stop_before_step"
 _PATIENCE_SECONDS = 2.0

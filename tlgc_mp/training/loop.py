@@ -23,11 +23,12 @@ from tlgc_mp.data import Datasets, EvaluationBatches, TrainingBatches, load_data
 from tlgc_mp.data.preparation import Preparation
 from tlgc_mp.data.streams import stream_seed
 from tlgc_mp.engine import checkpoint_activations, initialize
-from tlgc_mp.engine.initialization import start_distributed
+from tlgc_mp.engine.start import start_distributed
 from tlgc_mp.errors import UsageError
+from tlgc_mp.host import usable_cores
 from tlgc_mp.parallel.plan import parameter_counts
 from tlgc_mp.parallel.sharding import effective_parameters
-from tlgc_mp.parallel.topology import Launch, usable_cores
+from tlgc_mp.parallel.topology import Launch
 from tlgc_mp.resilience.claim import claimed
 from tlgc_mp.resilience.interrupt import StopRequest
 from tlgc_mp.resilience.watchdog import Watchdog

@@ -8,8 +8,7 @@ import resource
 import sys
 from typing import Any
 
-from tlgc_mp.files import replace_file
-from tlgc_mp.provenance import describe_run
+from tlgc_mp.host import describe_run, replace_file
 from tlgc_mp.training.monitors import EPOCH, STEPS, Event, Monitors, naming
 from tlgc_mp.training.runs import METRICS, RESULT
 from tlgc_mp.training.settings import TrainSettings

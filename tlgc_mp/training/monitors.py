@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
-from tlgc_mp.files import replace_file
+from tlgc_mp.host import replace_file
 
 Event: TypeAlias = tuple[str, float, int]
 """KIND/FIGURE, its value, and the step."""

@@ -16,8 +16,9 @@ from tlgc_mp.checkpoint.folder import CHECKPOINTS, LATEST, find_checkpoint, save
 from tlgc_mp.data import check_dataset
 from tlgc_mp.engine.config import check_values, read_config, tensor_parallel_size, zero_stage
 from tlgc_mp.errors import UsageError, is_count, shown
+from tlgc_mp.host import usable_cores
 from tlgc_mp.models.names import check_coarse_level, check_model, check_split, library_model
-from tlgc_mp.parallel.topology import Launch, Topology, default_tensor_parallel, usable_cores
+from tlgc_mp.parallel.topology import Launch, Topology, default_tensor_parallel
 from tlgc_mp.training.changes import check_resumed, find_resumed, named_here
 from tlgc_mp.training.recipes import Recipe, default_recipe, departures, find_recipe, with_flags
 from tlgc_mp.training.runs import METRICS

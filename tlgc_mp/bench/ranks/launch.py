@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tlgc_mp.engine.initialization import free_port
+from tlgc_mp.host import free_port
 
 POLL_SECONDS = 0.05
 SSH = ("ssh", "-o", "BatchMode=yes")

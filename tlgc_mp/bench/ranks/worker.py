@@ -16,8 +16,8 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from tlgc_mp.engine.initialization import barrier, use_huge_pages
-from tlgc_mp.files import replace_file
+from tlgc_mp.engine.start import barrier
+from tlgc_mp.host import keep_freed_memory, replace_file, use_huge_pages
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,8 @@ ZERO_MEMORY = "zero-memory"
 """In place of a strategy: measure the memory of each ZeRO stage."""
 SAVING = "saving"
 """In place of a strategy: measure what a checkpoint costs."""
+ZERO_3 = "zero3"
+
 CORE_RATE = "core-rate"
 """In place of a strategy: measure the best rate of a dense 3x3 convolution."""
 
@@ -76,8 +78,8 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         ``gradient_bytes``, ``optimizer_bytes`` and
         ``activation_bytes``.
     """
-    from tlgc_mp.engine.initialization import start_distributed
     from tlgc_mp.engine.quiet import quiet_start
+    from tlgc_mp.engine.start import start_distributed
 
     with quiet_start():
         import torch
@@ -89,6 +91,8 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     start_distributed()
     accelerator = get_accelerator()
     device = torch.device(accelerator.current_device_name())
+    if device.type == "cpu" and request["strategy"] != ZERO_3:  # whose holes would stay
+        keep_freed_memory()
     if request["strategy"] == CORE_RATE:
         memory = None if device.type == "cpu" else int(accelerator.available_memory())
         return {

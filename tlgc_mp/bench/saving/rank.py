@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from tlgc_mp.bench.zero.rank import training_engine
 from tlgc_mp.checkpoint import CheckpointSaver
-from tlgc_mp.engine.initialization import barrier
+from tlgc_mp.engine.start import barrier
 
 _BLOCK = 1 << 24
 _STEPS = 2

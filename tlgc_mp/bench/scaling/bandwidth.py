@@ -27,8 +27,7 @@ from tlgc_mp.bench.report import describe, table
 from tlgc_mp.bench.scaling.growth import COLORS
 from tlgc_mp.bench.settings import Case, check_counts, make_case, output_folder, parse_strategy
 from tlgc_mp.errors import UsageError
-from tlgc_mp.files import replace_file
-from tlgc_mp.provenance import describe_run
+from tlgc_mp.host import describe_run, replace_file
 
 STRATEGIES = ("gc-2l", "gc", "channel-parallel", "naive-mp", "zero3")
 RATES = (UNLIMITED, "1gbit", "100mbit", "20mbit")

@@ -22,8 +22,7 @@ from tlgc_mp.bench.ranks.worker import CORE_RATE
 from tlgc_mp.bench.scaling import capacity
 from tlgc_mp.bench.scaling.rows import Record, make_row, median_seconds
 from tlgc_mp.bench.settings import BenchSettings, Case
-from tlgc_mp.files import replace_file
-from tlgc_mp.provenance import describe_run
+from tlgc_mp.host import describe_run, replace_file
 
 
 def run(settings: BenchSettings) -> int:

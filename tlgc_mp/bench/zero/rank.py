@@ -18,6 +18,7 @@ from tlgc_mp.bench.settings import IMAGE_SIZE, NUM_CLASSES
 from tlgc_mp.bench.zero.sweep import BOUNDED, OWN, STAGES, bounds
 from tlgc_mp.engine import initialize
 from tlgc_mp.engine.memory import engine_memory, peak_during_backward
+from tlgc_mp.host import keep_freed_memory, return_freed_memory
 from tlgc_mp.models import create_model
 from tlgc_mp.parallel.topology import Topology
 
@@ -60,6 +61,8 @@ def training_engine(
     def optimizer(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=MOMENTUM)
 
+    if device.type == "cpu":
+        return_freed_memory() if zero["stage"] == 3 else keep_freed_memory()
     engine, *_ = initialize(model=model, optimizer=optimizer, config=config, seed=SEED)
     generator = torch.Generator().manual_seed(SEED + topology.dp_rank)
     count = request["batch_size"] // topology.data_parallel

@@ -21,9 +21,8 @@ from tlgc_mp.bench.ranks.worker import ZERO_MEMORY
 from tlgc_mp.bench.report import describe, table
 from tlgc_mp.bench.settings import check_counts, check_ranks, output_folder
 from tlgc_mp.errors import UsageError
-from tlgc_mp.files import replace_file
+from tlgc_mp.host import describe_run, replace_file
 from tlgc_mp.models.names import check_model, check_split
-from tlgc_mp.provenance import describe_run
 
 STAGES = (0, 1, 2, 3)
 OWN, BOUNDED = "DeepSpeed's own", "bounded"
