@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests that depend most on torch and DeepSpeed with other releases of them, each set of releases in a fresh
 # environment in a temporary folder (6 GB in TMPDIR while it is used). Adds a row each to runs/versions.md, which is the
-# table of docs/versions.md.
+# table of docs/lab/versions.md.
 #
 #   scripts/versions.sh                     the lowest releases that pyproject.toml allows, then the newest that pip finds
 #   scripts/versions.sh torch==2.9.0,torchvision==0.24.0,deepspeed ...         these

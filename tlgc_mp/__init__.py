@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from tlgc_mp.checkpoint import load_checkpoint, load_model, save_checkpoint
     from tlgc_mp.engine import checkpoint_activations, initialize
     from tlgc_mp.models import convert, create_model, fold
+    from tlgc_mp.nn import TwoLevelConv2d
     from tlgc_mp.parallel import shard
 
 __version__ = "0.1.0"
 __all__ = [
+    "TwoLevelConv2d",
     "UsageError",
     "checkpoint_activations",
     "convert",
@@ -30,6 +32,7 @@ __all__ = [
 __getattr__ = lazy.attributes(
     __name__,
     {
+        "TwoLevelConv2d": "tlgc_mp.nn",
         "checkpoint_activations": "tlgc_mp.engine",
         "convert": "tlgc_mp.models",
         "create_model": "tlgc_mp.models",

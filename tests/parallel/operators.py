@@ -4,7 +4,7 @@ Every sample of an operator is computed twice, with plain tensors and with split
 seed: value, shape, type and strides of what it returns, what it wrote, the gradients, what a later write to a view
 does, and the random numbers that it took have to be the same.
 
-``python -m tests.parallel.operators --output docs/operators.md`` writes the table of all operators.
+``python -m tests.parallel.operators --output docs/lab/operators.md`` writes the table of all operators.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def run(names: tuple[str, ...], size: int, quick: bool = False, timeout: float =
 
 
 def table(records: Records, ran: dict[int, int], total: int) -> str:
-    """The contents of ``docs/operators.md``. ``ran``: ranks -> how many of the ``total`` entries were run over them."""
+    """The contents of ``docs/lab/operators.md``. ``ran``: ranks -> how many of the ``total`` were run over them."""
     counts = collections.Counter(record.verdict for record in records.values())
     calls = sum(record.kinds.total() for record in records.values())
     how = computed(records)
@@ -152,7 +152,7 @@ def table(records: Records, ran: dict[int, int], total: int) -> str:
         "# Operators on split tensors",
         "",
         f"torch {torch.__version__.split('+')[0]}. Written by `python -m tests.parallel.operators --output"
-        " docs/operators.md`, which runs torch's own operator",
+        " docs/lab/operators.md`, which runs torch's own operator",
         "database on split tensors, in double precision, and compares outputs, gradients, in-place and `out=` forms,"
         " strides, aliasing",
         "and random numbers with those of one device.",

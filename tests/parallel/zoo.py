@@ -4,8 +4,8 @@ Each takes a training step with its dropout and drop path, from the same seed: i
 and parameters, and, after a step of SGD, every weight, every running statistic and what it gives in evaluation have to
 be the same.
 
-``python -m tests.parallel.zoo --output docs/models.md`` runs all of them and writes the table. Results are kept in a
-file as they come, and what is there is not run again.
+``python -m tests.parallel.zoo --output docs/lab/models.md`` runs all of them and writes the table. Results are kept
+in a file as they come, and what is there is not run again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a sweep over the networks of the zoo found: the file that keeps it, and the table ``docs/models.md`` of it."""
+"""What a sweep over the networks of the zoo found: the file that keeps it, and its table ``docs/lab/models.md``."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ Shares are rounded down.
 
 
 def table(results: list[Result], wanted: list[tuple[str, int]], networks: dict[str, Network]) -> str:
-    """The contents of ``docs/models.md``.
+    """The contents of ``docs/lab/models.md``.
 
     Args:
         wanted: networks, and numbers of ranks, that the sweep is to run; what has no result is listed as not run.
@@ -138,7 +138,7 @@ def _provenance() -> str:
         for name, module in (("torch", torch), ("torchvision", torchvision), ("timm", timm))
     )
     return (
-        f"Written by `python -m tests.parallel.zoo --output docs/models.md` on {datetime.date.today():%d %B %Y}, on"
+        f"Written by `python -m tests.parallel.zoo --output docs/lab/models.md` on {datetime.date.today():%d %B %Y}, on"
         f" {machine['cpu']}, {machine['cores']} cores, with one thread a rank; {versions}."
     )
 

@@ -28,7 +28,7 @@ NARROW = 256
 PASS_INPUT, PASS_OUTPUT, GROUP_WIDTH = 20, 60, 32
 """Of the two levels apart, in multiplications of a dense convolution: what restricting an input channel costs for each
 tap, what adding up an output channel costs, and the width at which a group convolution takes twice its arithmetic. One
-thread of a Xeon, 1x1 and 3x3, 16 to 1024 channels, N = 2 to 16; docs/performance.md."""
+thread of a Xeon, 1x1 and 3x3, 16 to 1024 channels, N = 2 to 16; docs/lab/performance.md."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from tlgc_mp.nn.composed import Dense, KeptFilters, composed_out_of_place
 from tlgc_mp.nn.fusing import NotFusedByTorch
 
 WIDE_GROUP = 48
-"""Output channels of a group from which on the restriction is computed on its own; measured in docs/performance.md."""
+"""Output channels of a group from which on the restriction is computed on its own; measured in docs/lab/performance.md."""
 WIDE_SHARE = 32
 """The same in a layer whose groups are split over ranks, where the collectives then run under the fine convolution."""
 
@@ -43,7 +43,7 @@ DENSE_BELOW = 256
 
 PASS_INPUT, PASS_OUTPUT = 20, 120
 """On a CPU that holds all groups: what the coarse level costs beside its arithmetic, in multiplications of a dense
-convolution, for a tap of an input channel and for an output channel; measured in docs/performance.md."""
+convolution, for a tap of an input channel and for an output channel; measured in docs/lab/performance.md."""
 
 COARSE_MODES = ("overlapped", "fused", "dense")
 
@@ -53,7 +53,7 @@ COARSE_INITS = {"zero": (1.0, 0.0), "scaled": (0.5, 0.5), "he": (1.0, 2.0)}
 zero: a group convolution with He initialization and no coarse term at first, the prolongation being zero. scaled: both
 terms have the same variance, and their sum has that of a group convolution with He initialization. he: He
 initialization of every part (fan-in d * d * n/N, N for the prolongation), so the coarse term has twice the variance of
-the fine one. docs/reproduction.md compares them.
+the fine one. docs/results.md compares them.
 """
 
 
