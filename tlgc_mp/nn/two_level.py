@@ -31,7 +31,7 @@ from tlgc_mp.nn.composed import Dense, KeptFilters, composed_out_of_place
 from tlgc_mp.nn.fusing import NotFusedByTorch
 
 WIDE_GROUP = 48
-"""Output channels of a group from which on the restriction is computed on its own; measured in docs/lab/performance.md."""
+"""Output channels of a group from which on the restriction is computed on its own (docs/lab/performance.md)."""
 WIDE_SHARE = 32
 """The same in a layer whose groups are split over ranks, where the collectives then run under the fine convolution."""
 
