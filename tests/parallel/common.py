@@ -143,7 +143,7 @@ def gather_gradients(model: nn.Module) -> dict[str, Tensor]:
             assert param.grad is not None, f"{name}.{key} has no gradient"
             grad = param.grad
             if isinstance(module, ShardedLayer) and key in module.tlgc_placement.dims:
-                grad = gather_shares(grad, module.tlgc_placement.layout(key), module.mp_group)
+                grad = gather_shares(grad, module.tlgc_placement.layout(key), module.tlgc_region.tp_ranks.group)
             gradients[f"{name}.{key}"] = grad
     return gradients
 

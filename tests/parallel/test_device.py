@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tlgc_mp import UsageError
-from tlgc_mp.engine import initialization as engine
+from tlgc_mp.engine import start
 
 
 class Accelerators:
@@ -33,18 +33,18 @@ def _found(monkeypatch: pytest.MonkeyPatch, name: str) -> Accelerators:
 
 def test_takes_that_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerators = _found(monkeypatch, "cuda")
-    engine._take_device(1)
+    start._take_device(1)
     assert accelerators.taken == [1]
 
 
 def test_a_rank_too_many_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerators = _found(monkeypatch, "cuda")
     with pytest.raises(UsageError, match=r"^local rank 2 has no accelerator: this node has 2 of kind cuda; start 2 "):
-        engine._take_device(2)
+        start._take_device(2)
     assert accelerators.taken == []
 
 
 def test_any_number_of_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerators = _found(monkeypatch, "cpu")
-    engine._take_device(7)
+    start._take_device(7)
     assert accelerators.taken == []
