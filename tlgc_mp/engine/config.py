@@ -121,4 +121,4 @@ def zero_stage(settings: Mapping[str, Any]) -> int:
     stage = section.get("stage", 0) if isinstance(section, Mapping) else section
     if not is_count(stage, 0) or stage > 3:
         raise UsageError(f"zero_optimization.stage={shown(stage)} is not a ZeRO stage; use one of 0, 1, 2, 3")
-    return stage
+    return int(stage)

@@ -141,7 +141,7 @@ def initialize(
         optimizer, lr_scheduler = (OwnCode(code) if callable(code) else code for code in (optimizer, lr_scheduler))
         try:
             with ScalarsAsBytes():
-                made = deepspeed.initialize(
+                made: tuple[Any, Any, Any, Any] = deepspeed.initialize(
                     model=model,
                     optimizer=optimizer,
                     model_parameters=model_parameters,

@@ -63,7 +63,8 @@ class SumOfLevels(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, H, W) -> (B, m, h, w)."""
-        return self.fine(x).add_(self.prolongation(self.restriction(x)))
+        y: Tensor = self.fine(x)
+        return y.add_(self.prolongation(self.restriction(x)))
 
 
 def fold(model: nn.Module) -> nn.Module:

@@ -20,7 +20,7 @@ LAST = "features.18.0"
 """The last 1x1 convolution, from 320 to 1280 channels."""
 
 
-class MobileNetV2(torchvision.models.MobileNetV2):
+class MobileNetV2(torchvision.models.MobileNetV2):  # type: ignore[misc]  # it has no types
     """(B, 3, H, W) -> (B, num_classes) logits, channels_last from stem to classifier.
 
     Modules have torchvision's names: with dense convolutions, either's weights load into the other.
@@ -55,4 +55,5 @@ class MobileNetV2(torchvision.models.MobileNetV2):
     def forward(self, images: Tensor) -> Tensor:
         x = self.features(images.contiguous(memory_format=torch.channels_last))
         # torchvision's own ending takes a mean, which hands back a gradient in another format.
-        return self.classifier(F.avg_pool2d(x, x.shape[2:]).flatten(1))
+        logits: Tensor = self.classifier(F.avg_pool2d(x, x.shape[2:]).flatten(1))
+        return logits

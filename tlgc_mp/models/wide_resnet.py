@@ -36,7 +36,7 @@ class ResidualUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.bn1(x), inplace=True)
         residual = x if self.shortcut is None else self.shortcut(activated)
-        out = self.conv2(F.relu(self.bn2(self.conv1(activated)), inplace=True))
+        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated)), inplace=True))
         return out + residual
 
 
@@ -85,7 +85,8 @@ class WideResNet(nn.Module):
         x = self.units(self.stem(images.contiguous(memory_format=torch.channels_last)))
         x = F.relu(self.bn(x), inplace=True)
         # Unlike a mean, pooling hands a channels_last gradient back.
-        return self.head(F.avg_pool2d(x, x.shape[2:]).flatten(1))
+        logits: Tensor = self.head(F.avg_pool2d(x, x.shape[2:]).flatten(1))
+        return logits
 
 
 def cifar_wide_resnet(depth: int, width: int, num_classes: int, conv: ConvFactory) -> WideResNet:

@@ -176,7 +176,8 @@ def _sum_over_positions(taps: Tensor, x: Tensor) -> Tensor:
     if parts == 1:
         return taps @ x
     by_part = taps.unflatten(2, (parts, -1)).transpose(1, 2)  # G, parts, taps, L / parts
-    return (by_part @ x.unflatten(1, (parts, -1))).sum(1)
+    products: Tensor = by_part @ x.unflatten(1, (parts, -1))
+    return products.sum(1)
 
 
 def convolution_backward(

@@ -30,7 +30,8 @@ def composed_out_of_place(
 ) -> Tensor:
     """The same, of ``shape`` (n, d, d) an output, where no tensor may be written in place, nor asked for its shape."""
     coarse = prolongation @ _in_blocks(restriction, groups, shape[0]).flatten(1)
-    return _in_blocks(weight, groups, shape[0]) + coarse.unflatten(1, shape)
+    filters: Tensor = _in_blocks(weight, groups, shape[0]) + coarse.unflatten(1, shape)
+    return filters
 
 
 def _in_blocks(filters: Tensor, groups: int, channels: int) -> Tensor:

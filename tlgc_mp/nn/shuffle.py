@@ -53,7 +53,8 @@ class ShuffleConv2d(NotFusedByTorch, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if is_captured(x):
-            return super().forward(x).unflatten(-3, (self.groups, -1)).transpose(-4, -3).flatten(-4, -3)
+            rows: Tensor = super().forward(x).unflatten(-3, (self.groups, -1))
+            return rows.transpose(-4, -3).flatten(-4, -3)
         if x.dim() == 3:  # as Conv2d takes it
             return self.forward(x.unsqueeze(0)).squeeze(0)
         return self._shuffled(super().forward(x))
@@ -62,5 +63,5 @@ class ShuffleConv2d(NotFusedByTorch, nn.Conv2d):
         """Channel k of group g, (g, k), moves to place (k, g)."""
         if not y.is_contiguous(memory_format=torch.channels_last):
             return F.channel_shuffle(y, self.groups)
-        rows = y.permute(0, 2, 3, 1).unflatten(3, (self.groups, -1))  # B, h, w, N, m/N
+        rows: Tensor = y.permute(0, 2, 3, 1).unflatten(3, (self.groups, -1))  # B, h, w, N, m/N
         return rows.transpose(3, 4).flatten(3).permute(0, 3, 1, 2)

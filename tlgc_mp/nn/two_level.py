@@ -230,11 +230,14 @@ class TwoLevelConv2d(NotFusedByTorch):
             (x,) = _computed_in(x)
             tensors = (self.weight, self.restriction, self.prolongation_matrix())
             kept = self._kept.filters(x.dtype, *tensors) if self._keeps(x) else None
-            return Dense.apply(x, *tensors, self.bias, self.fine_window, kept)
+            y: Tensor = Dense.apply(x, *tensors, self.bias, self.fine_window, kept)
+            return y
         tensors = _computed_in(x, self.weight, self.restriction, self.prolongation_matrix(), self.bias)
         if mode == "fused":
-            return Fused.apply(*tensors, self.fine_window, groups, self.exchange)
-        return Overlapped.apply(*tensors, self.fine_window, self.coarse_window, groups, self.exchange)
+            y = Fused.apply(*tensors, self.fine_window, groups, self.exchange)
+        else:
+            y = Overlapped.apply(*tensors, self.fine_window, self.coarse_window, groups, self.exchange)
+        return y
 
     def _keeps(self, x: Tensor) -> bool:
         """Whether this call may take filters that an earlier one composed: on a CPU, which need not wait to compare."""

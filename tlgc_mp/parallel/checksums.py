@@ -5,6 +5,8 @@ Both depend on where an element stands, so that an image and its mirror image di
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def agree(first: tuple[float, float], second: tuple[float, float]) -> bool:
     """Whether two results of :func:`rounded` are those of tensors that are the same up to rounding."""
     if repr(first) == repr(second):  # NaN, too
         return True
-    return abs(first[0] - second[0]) <= ROUNDING * max(first[1], second[1]) ** 0.5
+    return abs(first[0] - second[0]) <= ROUNDING * math.sqrt(max(first[1], second[1]))
 
 
 def flattened(tensor: Tensor) -> Tensor:

@@ -318,7 +318,8 @@ def all_reduce(tensor: Tensor, ranks: TensorParallelRanks, op: dist.ReduceOp.Red
     Not differentiable. Of a tensor on the meta device, the shape only.
     """
     if _is_traced(tensor) and op == dist.ReduceOp.SUM:
-        return sum_partials(tensor, ranks.group_name)
+        summed: Tensor = sum_partials(tensor, ranks.group_name)
+        return summed
     total = tensor.to(_REDUCED_AS.get(tensor.dtype, tensor.dtype), copy=True)
     if total.is_meta or not total.numel():
         _note("all_reduce", total)
@@ -388,7 +389,9 @@ class CoarseExchange(Exchange):
     def reduce_scatter(self, full: Tensor) -> Callable[[], Tensor]:
         return self._started("coarse_reduce_scatter", coarse_reduce_scatter, _start_reduce_scatter, full)
 
-    def _started(self, name: str, operator: Any, start: Any, tensor: Tensor) -> Callable[[], Tensor]:
+    def _started(
+        self, name: str, operator: Any, start: Callable[[Tensor, int, str], Callable[[], Tensor]], tensor: Tensor
+    ) -> Callable[[], Tensor]:
         if torch.compiler.is_compiling() or type(tensor) is not Tensor:
             # What is traced is a graph of whole operators; a compiler finds its own overlap.
             result = operator(tensor, self.ranks, self.group_name)

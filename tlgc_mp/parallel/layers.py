@@ -82,8 +82,8 @@ class ParallelShuffle(LocalLayer):
 
     def _shuffled(self, y: Tensor) -> Tensor:
         channels_last = y.is_contiguous(memory_format=torch.channels_last)
-        by_place = y.unflatten(1, (self.groups, -1)).permute(2, 1, 0, 3, 4).flatten(0, 1)  # type: ignore[attr-defined]
-        received = exchange_channels(by_place, self._sends, self._receives, self.tlgc_region.ranks.group_name)
+        by_place: Tensor = y.unflatten(1, (self.groups, -1)).permute(2, 1, 0, 3, 4).flatten(0, 1)  # type: ignore[attr-defined]
+        received: Tensor = exchange_channels(by_place, self._sends, self._receives, self.tlgc_region.ranks.group_name)
         shuffled = received.index_select(0, self.receive_order).transpose(0, 1)
         return shuffled.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
@@ -243,7 +243,7 @@ class SplitModel:
         return reduced(self)
 
 
-@torch.compiler.disable  # a graph of split tensors would lose gradients
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph of split tensors would lose gradients
 def _run_eagerly(forward: Any, args: Any, kwargs: Any) -> Any:
     return whole(forward(*args, **kwargs))
 

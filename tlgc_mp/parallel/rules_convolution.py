@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tlgc_mp.parallel.layout import (
+    WHOLE,
     Layout,
     Ranks,
     gather_shares,
@@ -25,7 +26,7 @@ from tlgc_mp.parallel.layout import (
     start_scatter_sum,
     take_share,
 )
-from tlgc_mp.parallel.rules import WHOLE, aten, rule
+from tlgc_mp.parallel.rules import aten, rule
 from tlgc_mp.parallel.rules_layers import CHANNELS, cut_dim, optional, ranks_of
 from tlgc_mp.parallel.split_tensor import SplitTensor, share_in
 
@@ -97,7 +98,8 @@ def convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         return SplitTensor(share, outputs, ranks)
 
     def convolve(part: Tensor, filters: Tensor, added: Tensor | None = None) -> Tensor:
-        return func(part, filters, added, *geometry, groups)
+        y: Tensor = func(part, filters, added, *geometry, groups)
+        return y
 
     if kind == "column":
         return SplitTensor(_column(x, own, own_bias, 1 if not transposed else 0, convolve, ranks), outputs, ranks)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tlgc_mp.parallel import collectives
-from tlgc_mp.parallel.layout import Layout, Ranks, contiguous_geometry, gather_shares, take_share
-from tlgc_mp.parallel.rules import WHOLE, aten, operators, pointwise, pointwise_in_place, rule, wrap, wrap_all
+from tlgc_mp.parallel.layout import WHOLE, Layout, Ranks, contiguous_geometry, gather_shares, take_share
+from tlgc_mp.parallel.rules import aten, operators, pointwise, pointwise_in_place, rule, wrap, wrap_all
 from tlgc_mp.parallel.split_tensor import SplitTensor, share_in
 
 CHANNELS = Layout(1, None)

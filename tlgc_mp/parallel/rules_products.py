@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tlgc_mp.parallel.layout import Layout, Ranks, scatter_sum
-from tlgc_mp.parallel.rules import WHOLE, aten, operators, rule
+from tlgc_mp.parallel.layout import WHOLE, Layout, Ranks, scatter_sum
+from tlgc_mp.parallel.rules import aten, operators, rule
 from tlgc_mp.parallel.rules_layers import cut_dim, ranks_of
 from tlgc_mp.parallel.split_tensor import SplitTensor, share_in
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tlgc_mp.parallel.layout import Layout
-from tlgc_mp.parallel.rules import WHOLE, _first, aten, operators, rule, unfilled, wrap
+from tlgc_mp.parallel.layout import WHOLE, Layout
+from tlgc_mp.parallel.rules import _first, aten, operators, rule, unfilled, wrap
 from tlgc_mp.parallel.split_tensor import Family, SplitTensor, as_view, made_as_view, share_in
 
 MOST_SEGMENTS = 256

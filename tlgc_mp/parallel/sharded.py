@@ -117,7 +117,7 @@ class ShardedLayer:
             )
         super().__delattr__(name)
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+    def register_parameter(self, name: str, param: Tensor | None) -> None:
         if type(param) is SplitTensor:
             raise UsageError(
                 f"{name} of a split {type(self).__name__} must be a parameter of its own, got one that is held in "
@@ -139,11 +139,13 @@ class ShardedLayer:
 
     def tlgc_gather_whole(self, key: str) -> Tensor:
         """The whole parameter or buffer ``key``, assembled from the shares of all ranks of the group. Collective."""
-        tensor = {**self._parameters, **self._buffers}[key].detach()  # type: ignore[attr-defined]
+        tensor: Tensor = {**self._parameters, **self._buffers}[key].detach()  # type: ignore[attr-defined]
         if key not in self.tlgc_placement.dims:
             return tensor.clone()
-        made = SplitTensor(tensor.contiguous(), self.tlgc_placement.layout(key), self.tlgc_region.tp_ranks)
-        return whole(made).clone(memory_format=torch.contiguous_format)
+        made: Tensor = whole(
+            SplitTensor(tensor.contiguous(), self.tlgc_placement.layout(key), self.tlgc_region.tp_ranks)
+        )
+        return made.clone(memory_format=torch.contiguous_format)
 
 
 def keep_gradient_plain(param: nn.Parameter, dim: int | None, region: Region) -> None:

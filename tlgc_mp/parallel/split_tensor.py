@@ -178,7 +178,9 @@ class SplitTensor(Tensor):
 
     # What reads memory without an operator.
     def __format__(self, spec: str) -> str:
-        return format(self.item(), spec) if self.dim() == 0 else super().__format__(spec)  # one value: never split
+        if self.dim() == 0:  # one value is never split
+            return format(self.item(), spec)
+        return Tensor.__format__(self, spec)  # type: ignore[no-any-return, no-untyped-call]
 
     def numpy(self, *, force: bool = False) -> Any:
         """The whole tensor as a NumPy array that cannot be written to, since writes would not reach the shares."""
@@ -209,7 +211,7 @@ class SplitTensor(Tensor):
 
     def __deepcopy__(self, memo: Any) -> Any:
         if not self.is_leaf:
-            return super().__deepcopy__(memo)  # raises as torch does
+            return Tensor.__deepcopy__(self, memo)  # type: ignore[no-untyped-call]  # raises as torch does
         return memo.setdefault(id(self), self.detach().clone().requires_grad_(self.requires_grad))
 
 
@@ -224,7 +226,8 @@ def _entered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
             args[0].register_hook(plain_gradient)  # of its value before it changes, which may get a split gradient
         rest, named = enter_leaves((args[1:], kwargs), ranks)
         return (args[0], *rest), named
-    return enter_leaves((args, kwargs), ranks)
+    entered: tuple[tuple[Any, ...], dict[str, Any]] = enter_leaves((args, kwargs), ranks)
+    return entered
 
 
 def _holds_plain(tree: Any) -> bool:
@@ -342,17 +345,17 @@ def share_in(tensor: Tensor, layout: Layout, ranks: Ranks) -> Tensor:
 
 def enter_ranks(tensor: Tensor, ranks: Ranks) -> SplitTensor:
     """A plain tensor that every rank holds alike, as a SplitTensor. Differentiable."""
-    return _Enter.apply(tensor, ranks)  # type: ignore[return-value]
+    return _Enter.apply(tensor, ranks)  # type: ignore[no-any-return]
 
 
 def from_share(share: Tensor, layout: Layout, ranks: Ranks) -> SplitTensor:
     """The SplitTensor of which each rank holds its ``share``. Differentiable."""
-    return _FromShare.apply(share, layout, ranks)  # type: ignore[return-value]
+    return _FromShare.apply(share, layout, ranks)  # type: ignore[no-any-return]
 
 
 def to_share(tensor: Tensor, layout: Layout, ranks: Ranks) -> Tensor:
     """This rank's share of ``tensor``, split or plain and whole, in ``layout``. Differentiable."""
-    return _ToShare.apply(tensor, layout, ranks)  # type: ignore[return-value]
+    return _ToShare.apply(tensor, layout, ranks)  # type: ignore[no-any-return]
 
 
 def enter_leaves(tree: Any, ranks: Ranks) -> Any:

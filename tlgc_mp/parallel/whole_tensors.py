@@ -68,8 +68,9 @@ def compute_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
     def linked(index: int | None, share: Tensor) -> SplitTensor:
         def viewed(data: Tensor) -> Tensor:
-            view = func(data, *plain_args[1:], **plain_kwargs)
-            return view if index is None else view[index]
+            made = func(data, *plain_args[1:], **plain_kwargs)
+            view: Tensor = made if index is None else made[index]
+            return view
 
         made = made_as_view(share, WHOLE, base, share.storage_offset())
         made.family = Family()
