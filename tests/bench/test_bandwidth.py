@@ -14,6 +14,7 @@ import pytest
 from tests.bench import fabricated
 from tlgc_mp.bench.ranks import launch, link
 from tlgc_mp.bench.scaling import bandwidth
+from tlgc_mp.bench.settings import Steps
 from tlgc_mp.cli.main import main
 
 needs_hosts = pytest.mark.skipif(
@@ -66,8 +67,8 @@ class Measurements:
     def limit(self, rate: str) -> None:
         self._rate = rate
 
-    def __call__(self, request: dict[str, Any], ranks: int, time_limit: float, places: Any) -> launch.Outcome:
-        self.asked.append((request["strategy"], self._rate))
+    def __call__(self, request: Steps, ranks: int, time_limit: float, places: Any) -> launch.Outcome:
+        self.asked.append((request.strategy, self._rate))
         if self.error is not None and len(self.asked) == 2:
             return launch.Outcome(error=self.error)
         result = fabricated.rank_result([0.5, 0.75, 0.5], [0.5] * 3, network_bytes=self.network_bytes)

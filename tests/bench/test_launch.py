@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,19 +15,12 @@ from typing import Any
 import pytest
 
 from tlgc_mp.bench.ranks import launch
+from tlgc_mp.bench.settings import Case
 
-REQUEST = {
-    "strategy": "zero3",
-    "depth": 10,
-    "width": 1,
-    "groups": 1,
-    "batch_size": 2,
-    "dtype": "fp32",
-    "momentum": True,
-    "update_in_backward": False,
-    "micro_batches": 1,
-    "steps": 1,
-}
+REQUEST = Case("zero3", depth=10, width=1, groups=1, ranks=1, batch_size=2).steps(
+    dtype="fp32", momentum=True, update_in_backward=False, micro_batches=1, steps=1
+)
+KIND, VALUES = "tlgc_mp.bench.settings:Steps", json.dumps(dataclasses.asdict(REQUEST))
 
 
 class Ranks:
@@ -70,7 +64,7 @@ def test_a_rank_that_the_kernel_kills_has_run_out_of_memory(ranks: Ranks) -> Non
 
 
 def test_a_rank_that_hangs_is_ended(ranks: Ranks) -> None:
-    ranks.run('[ "$RANK" = 1 ] || echo "{}" >"$4"\nexec sleep 100')
+    ranks.run('[ "$RANK" = 1 ] || echo "{}" >"$5"\nexec sleep 100')
     outcome = launch.measure(REQUEST, 2, time_limit=1.0)
     assert outcome.error == "rank 1: no result within 1 s"
     ranks.assert_all_gone(2)
@@ -90,7 +84,7 @@ def test_an_interrupt_ends_all_ranks(ranks: Ranks, monkeypatch: pytest.MonkeyPat
 
 
 def test_an_error_on_a_real_rank_is_told() -> None:
-    outcome = launch.measure({**REQUEST, "depth": 11}, 2, time_limit=100.0)
+    outcome = launch.measure(dataclasses.replace(REQUEST, depth=11), 2, time_limit=100.0)
     assert outcome.error is not None and not outcome.out_of_memory
     assert re.match(r"rank [01]: UsageError: model='wrn-11-1': depth 11 is not 6 u \+ 4", outcome.error)
 
@@ -102,7 +96,7 @@ def test_ranks_on_hosts_are_started_through_ssh(ranks: Ranks, tmp_path: Path, mo
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("NCCL_NOTE", "a b'c")
     values = '"$HOST $RANK $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $NCCL_NOTE $PWD"'
-    ranks.run(f"""[ "$3" = '{json.dumps(REQUEST)}' ] || exit 8\nprintf '["%s"]' {values} >"$4"\nexec cat""")
+    ranks.run(f"""[ "$3 $4" = '{KIND} {VALUES}' ] || exit 8\nprintf '["%s"]' {values} >"$5"\nexec cat""")
     outcome = launch.measure(REQUEST, 4, 50.0, launch.places(["one", "two"]), str(tmp_path))
     assert outcome.error is None
     here = f"one a b'c {os.getcwd()}"
@@ -111,8 +105,8 @@ def test_ranks_on_hosts_are_started_through_ssh(ranks: Ranks, tmp_path: Path, mo
 
 
 def test_a_rank_ends_with_its_standard_input(tmp_path: Path) -> None:
-    request = json.dumps({**REQUEST, "depth": 11})
-    command = [sys.executable, "-m", "tlgc_mp.bench.ranks.worker", request, str(tmp_path / "result")]
+    values = json.dumps({**json.loads(VALUES), "depth": 11})
+    command = [sys.executable, "-m", "tlgc_mp.bench.ranks.worker", KIND, values, str(tmp_path / "result")]
     place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     rank = subprocess.Popen(command, env={**os.environ, **place}, stdin=subprocess.PIPE)
     try:
@@ -128,7 +122,9 @@ def test_a_rank_ends_with_its_standard_input(tmp_path: Path) -> None:
 
 
 def test_ranks_do_not_outlive_a_benchmark_that_is_killed(tmp_path: Path) -> None:
-    code = f"from tlgc_mp.bench.ranks.launch import measure; measure({ {**REQUEST, 'steps': 10**9}!r}, 1, 300.0)"
+    request = dataclasses.replace(REQUEST, steps=10**9)
+    code = "from tlgc_mp.bench.ranks.launch import measure; from tlgc_mp.bench.settings import Steps; "
+    code += f"measure({request!r}, 1, 300.0)"
     driver = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
     try:
         child = _wait_for(lambda: _children(driver.pid), "the rank to start")[0]

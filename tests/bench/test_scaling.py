@@ -11,7 +11,7 @@ import pytest
 from tests.bench import fabricated
 from tlgc_mp.bench.ranks import launch
 from tlgc_mp.bench.scaling import capacity
-from tlgc_mp.bench.settings import STRATEGIES
+from tlgc_mp.bench.settings import STRATEGIES, Steps
 from tlgc_mp.cli.main import main
 from tlgc_mp.models import create_model
 from tlgc_mp.parallel.plan import parameter_counts
@@ -108,16 +108,17 @@ class Measurements:
         self.device_memory = device_memory
 
     def __call__(
-        self, request: dict[str, Any], ranks: int, time_limit: float, places: Any, shared_folder: str | None
+        self, request: launch.Request, ranks: int, time_limit: float, places: Any, shared_folder: str | None
     ) -> launch.Outcome:
-        key = (request["strategy"], request.get("micro_batches", 1))
+        key = (request.strategy, request.micro_batches) if isinstance(request, Steps) else ("core-rate", 1)
         self.asked.append(key)
         self.on.append((ranks, [place.address for place in places], shared_folder))
         if key[0] == "core-rate":
             name = None if self.device_memory is None else "Abacus X"
             rate = {"best_flops_per_second": 2e9, "device": name, "device_memory_bytes": self.device_memory}
             return launch.Outcome([rate] * ranks)
-        self.momentum.add(request["momentum"])
+        assert isinstance(request, Steps)
+        self.momentum.add(request.momentum)
         seconds = 1.0 / key[1] if key[1] < 8 else 9.0
         return self.answers.get(key) or launch.Outcome([fabricated.rank_result([seconds], [seconds])] * ranks)
 

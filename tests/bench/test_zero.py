@@ -25,7 +25,7 @@ from tlgc_mp.parallel import checksums
 from tlgc_mp.parallel.plan import parameter_counts
 
 RANKS, REPLICAS, MODEL, GROUPS = 2, 2, "wrn-10-2", 4
-REQUEST = {"model": MODEL, "groups": GROUPS, "tensor_parallel": RANKS, "batch_size": 4}
+REQUEST = zero.ZeroMemory(MODEL, GROUPS, RANKS, batch_size=4)
 CASES = [(0, zero.OWN), *((stage, name) for stage in (1, 2, 3) for name in (zero.OWN, zero.BOUNDED))]
 TENTH = 0.1
 
@@ -152,8 +152,8 @@ def test_promise(stage: int, megabytes: tuple[int, int, int]) -> None:
     assert tuple(zero.promise(stage, 3_000_000, 4).values()) == tuple(1e6 * mb for mb in megabytes)
 
 
-def _answer(request: dict[str, Any], ranks: int, time_limit: float) -> launch.Outcome:
-    assert (ranks, time_limit) == (6, 60.0) and request["model"] == "wrn-16-4"
+def _answer(request: zero.ZeroMemory, ranks: int, time_limit: float) -> launch.Outcome:
+    assert (ranks, time_limit) == (6, 60.0) and request.model == "wrn-16-4"
     kinds = ("bucket_bytes", "parameter_bytes", "state_bytes", "master_bytes", "gradient_bytes", "other_bytes")
     moments = {name: dict.fromkeys(kinds, 5_000_000) for name in ("in_backward", "after_backward", "at_step")}
     case = {"stage": 2, "settings": zero.OWN, "zero_optimization": {}, "parameters": 3_000_000, **moments}

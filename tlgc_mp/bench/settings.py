@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from tlgc_mp.bench.ranks.launch import Request
 from tlgc_mp.errors import UsageError, divisors, one_of
 from tlgc_mp.models.names import check_model, check_split
 
@@ -44,6 +45,12 @@ LARGEST_COUNT = 1_000_000
 LARGEST_RANKS = 256
 NUM_CLASSES = 10
 
+WARM_UP_STEPS = 2
+"""The first allocates, the second finds what the first has freed."""
+
+INSTRUMENTED_STEPS = 2
+"""After the timed ones."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -71,10 +78,44 @@ class Case:
         """The convolution of the network."""
         return STRATEGIES[self.strategy]
 
-    def request(self, **others: Any) -> dict[str, Any]:
-        """What :func:`tlgc_mp.bench.ranks.worker.run` takes to measure this case; ``others`` is what it leaves open."""
+    def steps(self, **others: Any) -> Steps:
+        """What is asked of the ranks to measure this case; ``others`` is what it leaves open."""
         named = ("strategy", "depth", "width", "groups", "batch_size", "activation_checkpointing")
-        return {**{name: getattr(self, name) for name in named}, **others}
+        return Steps(**{name: getattr(self, name) for name in named}, **others)
+
+
+@dataclass(frozen=True)
+class Steps(Request):
+    """Training steps of a case.
+
+    Attributes:
+        dtype: fp32, or bf16 for autocast.
+        momentum: whether SGD keeps any.
+        update_in_backward: whether each parameter is stepped as soon as its gradient is there (naive-mp only).
+        micro_batches: of ``pipeline``; 1 of others.
+        steps: how many are timed.
+    """
+
+    measured_by: ClassVar[str] = "tlgc_mp.bench.scaling.rank:measure_steps"
+    strategy: str
+    depth: int
+    width: int
+    groups: int
+    batch_size: int
+    activation_checkpointing: bool
+    dtype: str
+    momentum: bool
+    update_in_backward: bool
+    micro_batches: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class CoreRate(Request):
+    """The best rate of a dense 3x3 convolution."""
+
+    measured_by: ClassVar[str] = "tlgc_mp.bench.scaling.rank:measure_core_rate"
+    dtype: str
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ closes when this process is gone, or the ssh that it was started through (:func:
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from tlgc_mp.host import free_port
 
@@ -48,6 +49,17 @@ class Place:
         return [*self.enter, shlex.join(["env", "-C", os.getcwd(), *assigned, *words])]
 
 
+@dataclass(frozen=True)
+class Request:
+    """What ranks are to measure. Fields hold what JSON does.
+
+    Attributes:
+        measured_by: what measures it on a rank, as module:function; it is given the request and the rank's device.
+    """
+
+    measured_by: ClassVar[str]
+
+
 HERE = (Place(),)
 
 
@@ -72,18 +84,17 @@ class Outcome:
 
 
 def measure(
-    request: dict[str, Any],
+    request: Request,
     ranks: int,
     time_limit: float,
     places: Sequence[Place] = HERE,
     shared_folder: str | None = None,
 ) -> Outcome:
-    """Runs the measurement that ``request`` describes on ``ranks`` new processes.
+    """Has ``ranks`` new processes measure what ``request`` asks for.
 
     Each has one thread and is pinned to one core, rank r to core r modulo the number of cores.
 
     Args:
-        request: what :func:`tlgc_mp.bench.ranks.worker.run` takes.
         time_limit: seconds until all are killed.
         places: among which the ranks are divided evenly, consecutive ones to each.
         shared_folder: one that all places see, for what the ranks leave; this machine's own for such things if None.
@@ -107,7 +118,8 @@ def measure(
                     sys.executable,
                     "-m",
                     "tlgc_mp.bench.ranks.worker",
-                    json.dumps(request),
+                    f"{type(request).__module__}:{type(request).__name__}",
+                    json.dumps(dataclasses.asdict(request)),
                     _result(folder, rank),
                 ]
                 with open(_log(folder, rank), "wb") as log:

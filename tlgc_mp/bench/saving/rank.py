@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tlgc_mp.bench.saving.sweep import Saving
 from tlgc_mp.bench.zero.rank import training_engine
 from tlgc_mp.checkpoint import CheckpointSaver
 from tlgc_mp.engine.start import barrier
@@ -20,18 +21,14 @@ _BLOCK = 1 << 24
 _STEPS = 2
 
 
-def measure_saving(request: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def measure_saving(request: Saving, device: torch.device) -> dict[str, Any]:
     """What saving costs this rank, in seconds, and its bytes, for :func:`tlgc_mp.bench.saving.sweep.make_row`.
 
     Collective: all ranks are up already.
-
-    Args:
-        request: ``model``, ``groups``, ``tensor_parallel``, ``batch_size``, ``rounds`` and ``folder``, on whose disk it
-            is written.
     """
-    engine, step = training_engine(request, {"stage": request["stage"]}, device)
+    engine, step = training_engine(request, {"stage": request.stage}, device)
     step()  # after which there is momentum
-    folder = os.path.join(request["folder"], "checkpoints")
+    folder = os.path.join(request.folder, "checkpoints")
     savers = {
         background: CheckpointSaver(engine, folder, keep=1, background=background) for background in (True, False)
     }
@@ -41,8 +38,8 @@ def measure_saving(request: dict[str, Any], device: torch.device) -> dict[str, A
         savers[True].wait()
         (mine,) = (f for f in os.scandir(savers[True].path) if f.name.startswith(f"shard-{dist.get_rank():02d}"))
         size = mine.stat().st_size
-        for _ in range(request["rounds"]):
-            figures["plain"].append(_timed(lambda: _write_plainly(request["folder"], size)))
+        for _ in range(request.rounds):
+            figures["plain"].append(_timed(lambda: _write_plainly(request.folder, size)))
             figures["blocking"].append(_timed(lambda: savers[False].save("blocking", {})))
             figures["step"].append(_timed(lambda: [step() for _ in range(_STEPS)]) / _STEPS)
             barrier()

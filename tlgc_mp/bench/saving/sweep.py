@@ -15,12 +15,12 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tlgc_mp.bench.ranks import launch
-from tlgc_mp.bench.ranks.worker import SAVING
 from tlgc_mp.bench.report import describe, table
 from tlgc_mp.bench.settings import check_counts, check_ranks, output_folder
+from tlgc_mp.bench.zero.sweep import TrainingEngine
 from tlgc_mp.errors import UsageError
 from tlgc_mp.host import describe_run, replace_file
 from tlgc_mp.models.names import check_model, check_split
@@ -84,19 +84,28 @@ def resolve(options: Any) -> SavingSettings:
     )
 
 
+@dataclass(frozen=True)
+class Saving(TrainingEngine):
+    """What a checkpoint costs at ZeRO ``stage``, in ``rounds``, on the disk of ``folder``."""
+
+    measured_by: ClassVar[str] = "tlgc_mp.bench.saving.rank:measure_saving"
+    stage: int
+    rounds: int
+    folder: str
+
+
 def run(settings: SavingSettings) -> int:
     """Measures, writes the files, and says how it goes; the exit status: 1 if it could not be measured."""
     description = describe_run()
-    request = {
-        "strategy": SAVING,
-        "model": settings.model,
-        "groups": settings.groups,
-        "tensor_parallel": settings.tensor_parallel,
-        "batch_size": settings.batch_size,
-        "stage": settings.stage,
-        "rounds": settings.rounds,
-        "folder": os.path.abspath(settings.output),
-    }
+    request = Saving(
+        settings.model,
+        settings.groups,
+        settings.tensor_parallel,
+        settings.batch_size,
+        settings.stage,
+        settings.rounds,
+        os.path.abspath(settings.output),
+    )
     outcome = launch.measure(request, settings.tensor_parallel, settings.time_limit)
     if outcome.error is not None:
         print(f"saving  {outcome.error}", flush=True)

@@ -22,10 +22,17 @@ from typing import Any
 
 from tlgc_mp.bench.ranks import launch
 from tlgc_mp.bench.ranks.link import UNLIMITED, Cable, bits_per_second, cable
-from tlgc_mp.bench.ranks.worker import INSTRUMENTED_STEPS, WARM_UP_STEPS
 from tlgc_mp.bench.report import describe, table
 from tlgc_mp.bench.scaling.growth import COLORS
-from tlgc_mp.bench.settings import Case, check_counts, make_case, output_folder, parse_strategy
+from tlgc_mp.bench.settings import (
+    INSTRUMENTED_STEPS,
+    WARM_UP_STEPS,
+    Case,
+    check_counts,
+    make_case,
+    output_folder,
+    parse_strategy,
+)
 from tlgc_mp.errors import UsageError
 from tlgc_mp.host import describe_run, replace_file
 
@@ -171,7 +178,7 @@ def _measure(
         row.missing = f"left out: {row.on_the_way:.0f} s a step for its {row.network_bytes / 1e6:.0f} MB alone"
         return True
     joined.limit(row.rate)
-    request = case.request(
+    request = case.steps(
         dtype="fp32", momentum=True, update_in_backward=False, micro_batches=case.micro_batches[0], steps=settings.steps
     )
     outcome = launch.measure(request, case.ranks, settings.time_limit, joined.places)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tlgc_mp.bench.scaling.flops import layer_flops
 from tlgc_mp.bench.scaling.layer_pipeline import LayerPipeline
-from tlgc_mp.bench.settings import IMAGE_SIZE, NUM_CLASSES, STRATEGIES
+from tlgc_mp.bench.settings import IMAGE_SIZE, NUM_CLASSES, STRATEGIES, Steps
 from tlgc_mp.engine import checkpoint_activations, initialize
 from tlgc_mp.engine.memory import engine_memory
 from tlgc_mp.models import create_model
@@ -56,27 +56,27 @@ class Workload:
     coarse_groups: frozenset[str]
 
 
-def build(request: dict[str, Any], ranks: int, rank: int, device: torch.device) -> Workload:
+def build(request: Steps, ranks: int, rank: int, device: torch.device) -> Workload:
     """The workload of one of ``ranks`` ranks of a measurement; ``torch.distributed`` is up. Collective."""
-    name = f"wrn-{request['depth']}-{request['width']}"
-    conv, groups = STRATEGIES[request["strategy"]], request["groups"]
+    name = f"wrn-{request.depth}-{request.width}"
+    conv, groups = STRATEGIES[request.strategy], request.groups
     model = create_model(name, conv=conv, groups=groups, num_classes=NUM_CLASSES, device="meta")
-    flops = layer_flops(name, conv, groups, request["batch_size"])
+    flops = layer_flops(name, conv, groups, request.batch_size)
     generator = torch.Generator().manual_seed(SEED)
-    batch_size = request["batch_size"]
+    batch_size = request.batch_size
     images = torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     labels = torch.randint(0, NUM_CLASSES, (batch_size,), generator=generator)
-    if request["strategy"] == "zero3":
+    if request.strategy == "zero3":
         images, labels = images.chunk(ranks)[rank], labels.chunk(ranks)[rank]
     images = images.to(device, memory_format=torch.channels_last)
     labels = labels.to(device)
 
     def optimizer(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(
-            parameters, lr=LEARNING_RATE, momentum=MOMENTUM if request["momentum"] else 0.0, weight_decay=WEIGHT_DECAY
+            parameters, lr=LEARNING_RATE, momentum=MOMENTUM if request.momentum else 0.0, weight_decay=WEIGHT_DECAY
         )
 
-    if request["strategy"] in ("naive-mp", "pipeline"):
+    if request.strategy in ("naive-mp", "pipeline"):
         assert isinstance(model, WideResNet)
         return _pipeline(model, optimizer, images, labels, request, flops)
     # Each of P ranks does as much of each layer, and each of D replicas all layers for as much of the batch.
@@ -84,17 +84,17 @@ def build(request: dict[str, Any], ranks: int, rank: int, device: torch.device) 
 
 
 def _pipeline(
-    model: WideResNet, optimizer: Any, images: Tensor, labels: Tensor, request: dict[str, Any], flops: dict[str, int]
+    model: WideResNet, optimizer: Any, images: Tensor, labels: Tensor, request: Steps, flops: dict[str, int]
 ) -> Workload:
     pipeline = LayerPipeline(
         model,
         optimizer,
-        micro_batches=request["micro_batches"],
-        batch_size=request["batch_size"],
+        micro_batches=request.micro_batches,
+        batch_size=request.batch_size,
         seed=SEED,
         device=images.device,
-        autocast_dtype=torch.bfloat16 if request["dtype"] == "bf16" else None,
-        update_in_backward=request["update_in_backward"],
+        autocast_dtype=torch.bfloat16 if request.dtype == "bf16" else None,
+        update_in_backward=request.update_in_backward,
     )
 
     def memory() -> dict[str, int]:
@@ -110,25 +110,25 @@ def _pipeline(
 
 
 def _engine(
-    model: nn.Module, optimizer: Any, images: Tensor, labels: Tensor, request: dict[str, Any], ranks: int, flops: int
+    model: nn.Module, optimizer: Any, images: Tensor, labels: Tensor, request: Steps, ranks: int, flops: int
 ) -> Workload:
-    zero3 = request["strategy"] == "zero3"
+    zero3 = request.strategy == "zero3"
     config: dict[str, Any] = {
-        "train_batch_size": request["batch_size"],
+        "train_batch_size": request.batch_size,
         "zero_optimization": {"stage": 3, **ZERO3_LIMITS} if zero3 else {"stage": 0},
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,
     }
     if not zero3 and ranks > 1:
         config["tensor_parallel"] = {"autotp_size": ranks}
-    if request["dtype"] == "bf16":
+    if request.dtype == "bf16":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    _, _, coarse_mode = request["strategy"].partition("gc-2l-")
+    _, _, coarse_mode = request.strategy.partition("gc-2l-")
     if coarse_mode:
         for module in model.modules():
             if isinstance(module, TwoLevelConv2d):
                 module.coarse_mode = coarse_mode
-    if request["activation_checkpointing"]:
+    if request.activation_checkpointing:
         checkpoint_activations(model)
     engine, *_ = initialize(model=model, optimizer=optimizer, config=config, seed=SEED)
 
@@ -146,7 +146,7 @@ def _engine(
 
     coarse = {m.tlgc_region.ranks.group_name for m in engine.module.modules() if isinstance(m, ShardedLayer)}
     return Workload(
-        step, engine.module, memory, flops, frozenset(coarse if STRATEGIES[request["strategy"]] == "gc-2l" else ())
+        step, engine.module, memory, flops, frozenset(coarse if STRATEGIES[request.strategy] == "gc-2l" else ())
     )
 
 

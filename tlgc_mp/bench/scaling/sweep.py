@@ -18,10 +18,9 @@ from typing import Any
 
 from tlgc_mp.bench import report
 from tlgc_mp.bench.ranks import launch
-from tlgc_mp.bench.ranks.worker import CORE_RATE
 from tlgc_mp.bench.scaling import capacity
 from tlgc_mp.bench.scaling.rows import Record, make_row, median_seconds
-from tlgc_mp.bench.settings import BenchSettings, Case
+from tlgc_mp.bench.settings import BenchSettings, Case, CoreRate
 from tlgc_mp.host import describe_run, replace_file
 
 
@@ -36,7 +35,7 @@ def run(settings: BenchSettings) -> int:
     rows: list[dict[str, Any]] = []
     for round_index in range(settings.rounds):
         for cores in sorted({min(case.ranks, cores_here) for case in settings.cases}):
-            outcome = _on_hosts({"strategy": CORE_RATE, "dtype": settings.dtype}, cores, settings)
+            outcome = _on_hosts(CoreRate(settings.dtype), cores, settings)
             result = outcome.error
             if result is None:
                 rate = max(rank["best_flops_per_second"] for rank in outcome.ranks)
@@ -44,7 +43,7 @@ def run(settings: BenchSettings) -> int:
                 description["machine"]["accelerator"] = outcome.ranks[0]["device"]
                 device_memory = outcome.ranks[0]["device_memory_bytes"]
                 result = f"{rate / 1e9:.1f} GFLOP/s each"
-            print(f"round {round_index + 1}  {CORE_RATE}  ranks={cores}  {result}", flush=True)
+            print(f"round {round_index + 1}  core-rate  ranks={cores}  {result}", flush=True)
         _write_json(settings, "run.json", description)
         if not records:
             host_memory = _host_memory(settings)  # once, so that all cases of a width are decided alike
@@ -64,7 +63,7 @@ def _row(record: Record, settings: BenchSettings, best: dict[int, float], cores:
     return make_row(record, settings.dtype, best.get(min(record.case.ranks, cores)), cores)
 
 
-def _on_hosts(request: dict[str, Any], ranks: int, settings: BenchSettings) -> launch.Outcome:
+def _on_hosts(request: launch.Request, ranks: int, settings: BenchSettings) -> launch.Outcome:
     shared_folder = settings.output if settings.hosts else None
     return launch.measure(request, ranks, settings.time_limit, launch.places(settings.hosts), shared_folder)
 
@@ -124,7 +123,7 @@ def _measure(record: Record, round_index: int, settings: BenchSettings, device_m
     kept: tuple[int, list[dict[str, Any]]] | None = None
     failed = launch.Outcome()
     for count in case.micro_batches if record.micro_batches is None else (record.micro_batches,):
-        request = case.request(
+        request = case.steps(
             dtype=settings.dtype,
             momentum=record.momentum,
             update_in_backward=record.update_in_backward,

@@ -15,7 +15,7 @@ from torch import Tensor
 from tlgc_mp.bench.ranks.meters import before_first_optimizer_step
 from tlgc_mp.bench.scaling.strategies import LEARNING_RATE, MOMENTUM, SEED
 from tlgc_mp.bench.settings import IMAGE_SIZE, NUM_CLASSES
-from tlgc_mp.bench.zero.sweep import BOUNDED, OWN, STAGES, bounds
+from tlgc_mp.bench.zero.sweep import BOUNDED, OWN, STAGES, TrainingEngine, bounds
 from tlgc_mp.engine import initialize
 from tlgc_mp.engine.memory import engine_memory, peak_during_backward
 from tlgc_mp.host import keep_freed_memory, return_freed_memory
@@ -23,12 +23,8 @@ from tlgc_mp.models import create_model
 from tlgc_mp.parallel.topology import Topology
 
 
-def measure_rank(request: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """``{"cases": [...]}``, for :func:`tlgc_mp.bench.zero.sweep.make_rows`. Collective: all ranks are up already.
-
-    Args:
-        request: ``model``, ``groups``, ``tensor_parallel`` and ``batch_size``.
-    """
+def measure_rank(request: TrainingEngine, device: torch.device) -> dict[str, Any]:
+    """``{"cases": [...]}``, for :func:`tlgc_mp.bench.zero.sweep.make_rows`. Collective: all ranks are up already."""
     cases: list[dict[str, Any]] = []
     shares: list[int] = []  # of each parameter, what this rank holds; known from the first engine, without ZeRO
     for stage in STAGES:
@@ -45,13 +41,13 @@ def measure_rank(request: dict[str, Any], device: torch.device) -> dict[str, Any
 
 
 def training_engine(
-    request: dict[str, Any], zero: dict[str, Any], device: torch.device
+    request: TrainingEngine, zero: dict[str, Any], device: torch.device
 ) -> tuple[Any, Callable[..., None]]:
     """An engine, and a training step of it, which calls what it is given between backward and the optimizer."""
-    topology = Topology(dist.get_world_size(), dist.get_rank(), request["tensor_parallel"])
-    model = create_model(request["model"], groups=request["groups"], num_classes=NUM_CLASSES, device="meta")
+    topology = Topology(dist.get_world_size(), dist.get_rank(), request.tensor_parallel)
+    model = create_model(request.model, groups=request.groups, num_classes=NUM_CLASSES, device="meta")
     config: dict[str, Any] = {
-        "train_batch_size": request["batch_size"],
+        "train_batch_size": request.batch_size,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
     }
@@ -65,7 +61,7 @@ def training_engine(
         return_freed_memory() if zero["stage"] == 3 else keep_freed_memory()
     engine, *_ = initialize(model=model, optimizer=optimizer, config=config, seed=SEED)
     generator = torch.Generator().manual_seed(SEED + topology.dp_rank)
-    count = request["batch_size"] // topology.data_parallel
+    count = request.batch_size // topology.data_parallel
     images = torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(device)
     labels = torch.randint(0, NUM_CLASSES, (count,), generator=generator).to(device)
 

@@ -14,10 +14,9 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tlgc_mp.bench.ranks import launch
-from tlgc_mp.bench.ranks.worker import ZERO_MEMORY
 from tlgc_mp.bench.report import describe, table
 from tlgc_mp.bench.settings import check_counts, check_ranks, output_folder
 from tlgc_mp.errors import UsageError
@@ -107,16 +106,27 @@ def promise(stage: int, parameters: int, replicas: int) -> dict[str, float]:
     }
 
 
+@dataclass(frozen=True)
+class TrainingEngine(launch.Request):
+    """An engine that trains ``model`` over P = ``tensor_parallel`` ranks a replica."""
+
+    model: str
+    groups: int
+    tensor_parallel: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class ZeroMemory(TrainingEngine):
+    """The memory of each ZeRO stage."""
+
+    measured_by: ClassVar[str] = "tlgc_mp.bench.zero.rank:measure_rank"
+
+
 def run(settings: ZeroSettings) -> int:
     """Measures, writes the files, and says how it goes; the exit status: 1 if it could not be measured."""
     description = describe_run()
-    request = {
-        "strategy": ZERO_MEMORY,
-        "model": settings.model,
-        "groups": settings.groups,
-        "tensor_parallel": settings.tensor_parallel,
-        "batch_size": settings.batch_size,
-    }
+    request = ZeroMemory(settings.model, settings.groups, settings.tensor_parallel, settings.batch_size)
     outcome = launch.measure(request, settings.tensor_parallel * settings.replicas, settings.time_limit)
     if outcome.error is not None:
         print(f"zero  {outcome.error}", flush=True)
