@@ -34,7 +34,7 @@ _context.set_forkserver_preload(
         "torch.distributed",
         "torch.utils.tensorboard",
         "tlgc_mp.parallel",
-        "tlgc_mp.training.loop",
+        "tlgc_mp.cli.train",
         "tests.ranks",
     ]
 )

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from tlgc_mp.models import convert, create_model, fold
     from tlgc_mp.nn import TwoLevelConv2d
     from tlgc_mp.parallel import shard
+    from tlgc_mp.training.trainer import Trainer
 
 __version__ = "0.1.0"
 __all__ = [
+    "Trainer",
     "TwoLevelConv2d",
     "UsageError",
     "checkpoint_activations",
@@ -32,6 +34,7 @@ __all__ = [
 __getattr__ = lazy.attributes(
     __name__,
     {
+        "Trainer": "tlgc_mp.training.trainer",
         "TwoLevelConv2d": "tlgc_mp.nn",
         "checkpoint_activations": "tlgc_mp.engine",
         "convert": "tlgc_mp.models",

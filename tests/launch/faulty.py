@@ -118,13 +118,13 @@ def _linger(moment: str, there: str) -> None:
 
 
 def _fail_while_ranks_meet(rank: int) -> None:
-    from tlgc_mp.training import loop
+    from tlgc_mp.cli import train
 
     def fail(*_: Any) -> NoReturn:
         raise KeyError("no such interface")
 
     if Launch.detect().rank == rank:
-        loop.start_distributed = fail
+        train.start_distributed = fail
 
 
 def _be_on_a_machine_of_its_own() -> None:

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from tlgc_mp.errors import UsageError
-from tlgc_mp.resilience.faults import Cause, NonFiniteError, cause_of
-from tlgc_mp.training.finite import check_weights
+from tlgc_mp.resilience.faults import Cause, cause_of
+from tlgc_mp.training.finite import NonFiniteError, check_weights
 
 GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242"
 TAKEN = (

@@ -179,7 +179,7 @@ def _evaluate() -> dict[str, Any]:
         rank=int(os.environ["RANK"]),
         replicas=int(os.environ["WORLD_SIZE"]),
     )
-    return evaluate(_model(), tests, classes=10, device=torch.device("cpu"))
+    return evaluate(_model(), tests, torch.device("cpu"))
 
 
 def _model() -> torch.nn.Module:

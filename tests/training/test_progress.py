@@ -125,11 +125,12 @@ def test_each_kind_of_model_is_counted() -> None:
 def _read_meter() -> dict[str, float]:
     import torch
 
-    settings = _settings("--epochs", "3", "--model", "wrn-10-1", "--tp", "2", world=2)
-    meter = Meter(settings, 3e12, steps=10, device=torch.device("cpu"))
+    meter = Meter(epochs=3, steps=10, batch_size=8, flops=3e12, device=torch.device("cpu"))
     meter.evaluation_seconds = 7.0
     for loss, seconds in ((2.0, 0.5), (1.0, 1.5)):
-        meter.add(torch.tensor(loss, dtype=torch.float64), seconds)
+        for part in (0.25, 0.75):  # of a step of two micro-batches
+            meter.add_loss(torch.tensor(part * loss, dtype=torch.float64))
+        meter.add_step(seconds)
     return meter.read(1, 4, 0.25)
 
 

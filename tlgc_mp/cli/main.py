@@ -314,14 +314,14 @@ def _train(options: Any, launch: Launch) -> int:
     with quiet_start():
         from deepspeed.accelerator import get_accelerator
 
+        from tlgc_mp.cli.train import train
         from tlgc_mp.resilience.interrupt import Interrupted
         from tlgc_mp.resilience.watchdog import Watchdog
-        from tlgc_mp.training.loop import train
     if get_accelerator().device_name() == "cpu" and zero_stage(settings.config) < 3:
         keep_freed_memory()
     try:
         with Watchdog(settings.topology, settings.output_dir, settings.rank_timeout) as watchdog:
-            train(settings, launch, watchdog)
+            train(options, settings, launch, watchdog)
     except Interrupted as stopped:
         return 128 + stopped.signal
     except Failed as failed:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from tlgc_mp.checkpoint import SaveError
 from tlgc_mp.errors import UsageError
+from tlgc_mp.training.finite import NonFiniteError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|cannot allocate memory|out of memory|unable to mmap", re.IGNORECASE)
@@ -22,10 +23,6 @@ _CONNECTION = re.compile(
 _PORT_TAKEN = re.compile(r"port: (\d+).*EADDRINUSE", re.DOTALL)
 _WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")  # by which torch tells that one is gone
 _LONGEST = 300
-
-
-class NonFiniteError(ArithmeticError):
-    """The loss, or a weight, is NaN or infinite."""
 
 
 @dataclass(frozen=True)

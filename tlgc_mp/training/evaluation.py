@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from tlgc_mp.data import EvaluationBatches
+from tlgc_mp.errors import UsageError
 
 EVALUATION_BATCH = 250
 TOP = 5
@@ -20,19 +18,17 @@ TOP = 5
 
 
 class Scores:
-    """How a network does on labelled images, added up batch by batch.
+    """How a network does on labelled images, added up batch by batch."""
 
-    Args:
-        classes: how many there are.
-        device: of the logits.
-    """
-
-    def __init__(self, classes: int, device: torch.device | str) -> None:
-        self._classes = classes
-        self._totals = torch.zeros(3 + 2 * classes, dtype=torch.float64, device=device)
+    def __init__(self) -> None:
+        self._classes = 0
+        self._totals = torch.empty(0)  # of losses, of labels not among the likeliest, of images; and two of each class
 
     def add(self, logits: Tensor, labels: Tensor, weights: Tensor) -> None:
         """Counts images of weight 1, and not those of weight 0."""
+        if not self._classes:
+            self._classes = logits.shape[1]
+            self._totals = torch.zeros(3 + 2 * self._classes, dtype=torch.float64, device=logits.device)
         weights = weights.double()
         losses = F.cross_entropy(logits, labels, reduction="none").double()
         ranked = logits.topk(min(TOP, self._classes)).indices  # B x TOP
@@ -44,7 +40,13 @@ class Scores:
     def read(self) -> dict[str, Any]:
         """``loss``, ``error_percent``, ``top5_error_percent`` (of more than five classes), ``images``, and
         ``class_accuracy_percent`` in the order of the classes, ``None`` of one without images. Collective where
-        torch.distributed is up."""
+        torch.distributed is up.
+
+        Raises:
+            UsageError: nothing was added.
+        """
+        if not self._classes:
+            raise UsageError("the test set must hold an image or more, got none")
         totals = reduced(self._totals) if dist.is_initialized() else self._totals
         loss, missed, images = totals[:3].tolist()
         right, held = totals[3:].view(2, self._classes).tolist()
@@ -59,30 +61,19 @@ class Scores:
 
 @torch.no_grad()
 def evaluate(
-    network: Any,
-    batches: EvaluationBatches,
-    *,
-    classes: int,
-    device: torch.device,
-    between: Callable[[], None] = lambda: None,
-    limit: int | None = None,
-    speaks: bool = True,
+    network: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], device: torch.device
 ) -> dict[str, Any]:
-    """The figures of :class:`Scores` over the test set, each image counted once. Collective.
+    """The figures of :class:`Scores` over a test set, each image counted once. Collective.
 
     Args:
-        network: an engine or a module, which is left in evaluation mode.
-        between: called before each batch, on every rank.
-        limit: batches after which it ends, where it is not over before.
-        speaks: whether this rank shows a bar, where standard error is a terminal.
+        network: an engine or a module on ``device``, which is left in evaluation mode.
+        batches: (images, labels, weights), as :class:`tlgc_mp.data.EvaluationBatches` yields them.
     """
     network.eval()
-    scores = Scores(classes, device)
-    count = len(batches) if limit is None else min(limit, len(batches))
-    for images, labels, weights in progress_bar(islice(batches, count), count, "evaluation", "batch", speaks):
-        between()
+    scores = Scores()
+    for images, labels, weights in batches:
         images, labels = to_device(images, labels, network, device)
-        scores.add(network(images).float(), labels, weights.to(device))
+        scores.add(wide(network(images)), labels, weights.to(device))
     return scores.read()
 
 
@@ -120,15 +111,6 @@ def to_device(images: Tensor, labels: Tensor, network: torch.nn.Module, device: 
     return images, labels.to(device, non_blocking=True)
 
 
-def progress_bar(items: Any, total: int, description: str, unit: str, speaks: bool, initial: int = 0) -> Any:
-    """A bar around ``items``, which goes when it is done; none where standard error is no terminal."""
-    return tqdm(
-        items,
-        total=total,
-        initial=initial,
-        desc=description,
-        unit=unit,
-        leave=False,
-        dynamic_ncols=True,
-        disable=None if speaks else True,
-    )
+def wide(logits: Tensor) -> Tensor:
+    """``logits`` as a loss takes them: float32 where they are half as wide."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -6,7 +6,9 @@ import math
 
 import torch
 
-from tlgc_mp.resilience.faults import NonFiniteError
+
+class NonFiniteError(ArithmeticError):
+    """The loss, or a weight, is NaN or infinite."""
 
 
 def check_finite(loss_sum: float, epoch: int, step: int) -> None:

@@ -17,6 +17,7 @@ from tlgc_mp.data import EvaluationBatches, load_datasets
 from tlgc_mp.data.pictures import read_image
 from tlgc_mp.data.preparation import Preparation
 from tlgc_mp.errors import UsageError
+from tlgc_mp.training.console import progress_bar
 from tlgc_mp.training.evaluation import EVALUATION_BATCH, evaluate
 
 _OF_TENSORS = ("digits", "synthetic")
@@ -73,7 +74,7 @@ def score(path: str, dataset: str, data_dir: str | None, *, workers: int, **argu
         test: Any = data.test
         test.transform = preparation.transform()
     batches = EvaluationBatches(data.test, batch_size=EVALUATION_BATCH, rank=0, replicas=1, num_workers=workers)
-    found = evaluate(model, batches, classes=len(own.classes), device=device)
+    found = evaluate(model, progress_bar(batches, len(batches), "evaluation", "batch"), device)
     accuracies = found.pop("class_accuracy_percent")
     return {**found, "class_accuracy_percent": dict(zip(own.classes, accuracies, strict=True))}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,44 +17,49 @@ from tlgc_mp.training.settings import TrainSettings
 class Meter:
     """Adds up what the steps since the last look have taken.
 
+    Args:
+        epochs, steps: of the training, and of an epoch.
+        batch_size: images a step, over all replicas.
+        flops: of a training step, over all ranks; ``None`` where they are not known.
+        device: of the losses.
+
     Attributes:
         interval: (the sum of this replica's losses, the steps) since the last look; a checkpoint holds it, so that a
             resumed run reports the same losses.
-
-    Args:
-        settings: of the run.
-        flops: of a training step, over all ranks.
-        steps: of an epoch.
-        device: of the losses.
+        evaluation_seconds: of the latest evaluation.
     """
 
-    def __init__(self, settings: TrainSettings, flops: float, steps: int, device: torch.device) -> None:
+    def __init__(self, *, epochs: int, steps: int, batch_size: int, flops: float | None, device: torch.device) -> None:
         self.interval = torch.zeros(2, dtype=torch.float64, device=device)
-        self._settings, self._flops, self._steps = settings, flops, steps
-        self._seconds, self._timed = 0.0, 0
         self.evaluation_seconds = 0.0
-        """Of the latest evaluation."""
+        self._loss, self._count = self.interval.unbind()  # views
+        self._epochs, self._steps, self._batch_size, self._flops = epochs, steps, batch_size, flops
+        self._seconds, self._timed = 0.0, 0
 
-    def add(self, loss: Tensor, seconds: float) -> None:
+    def add_loss(self, loss: Tensor) -> None:
+        """Adds a part of a step's loss."""
+        self._loss += loss
+
+    def add_step(self, seconds: float) -> None:
         """Counts a step."""
-        self.interval += torch.stack([loss, torch.ones_like(loss)])
+        self._count += 1
         self._seconds += seconds
         self._timed += 1
 
     def read(self, epoch: int, epoch_step: int, rate: float) -> dict[str, float]:
         """The figures of the steps since the last look, after ``epoch_step`` steps of 0-based ``epoch``. Collective."""
         total, count = reduced(self.interval).tolist()
-        world = self._settings.topology.world
         step_seconds = self._seconds / self._timed
-        epochs_left = self._settings.epochs - epoch
+        epochs_left = self._epochs - epoch
         steps_left = epochs_left * self._steps - epoch_step
         figures = {
             "loss": total / count,  # the ranks of one replica hold the same
             "learning_rate": rate,
-            "images_per_second": float(f"{self._settings.batch_size / step_seconds:.4g}"),
-            "tflops_per_rank": float(f"{self._flops / world / step_seconds / 1e12:.4g}"),
-            "remaining_seconds": round(steps_left * step_seconds + epochs_left * self.evaluation_seconds, 1),
+            "images_per_second": float(f"{self._batch_size / step_seconds:.4g}"),
         }
+        if self._flops is not None:
+            figures["tflops_per_rank"] = float(f"{self._flops / dist.get_world_size() / step_seconds / 1e12:.4g}")
+        figures["remaining_seconds"] = round(steps_left * step_seconds + epochs_left * self.evaluation_seconds, 1)
         self.interval.zero_()
         self._seconds, self._timed = 0.0, 0
         return figures
@@ -70,9 +76,11 @@ def step_flops(settings: TrainSettings, num_classes: int, image_size: int) -> fl
 
 def in_a_line(figures: dict[str, float]) -> str:
     """The figures of :meth:`Meter.read`, for people."""
+    speed = f"{figures['images_per_second']:,.4g} images/s"
+    if "tflops_per_rank" in figures:
+        speed += f"  {figures['tflops_per_rank']:.3g} TFLOP/s a rank"
     return (
-        f"loss {figures['loss']:.4f}  rate {figures['learning_rate']:.4g}  "
-        f"{figures['images_per_second']:,.4g} images/s  {figures['tflops_per_rank']:.3g} TFLOP/s a rank  "
+        f"loss {figures['loss']:.4f}  rate {figures['learning_rate']:.4g}  {speed}  "
         f"{as_time(figures['remaining_seconds'])} left"
     )
 

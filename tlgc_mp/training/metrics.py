@@ -8,10 +8,11 @@ import resource
 import sys
 from typing import Any
 
+import torch.distributed as dist
+
 from tlgc_mp.host import describe_run, replace_file
 from tlgc_mp.training.monitors import EPOCH, STEPS, Event, Monitors, naming
 from tlgc_mp.training.runs import METRICS, RESULT
-from tlgc_mp.training.settings import TrainSettings
 
 _COUNTS = ("epoch", "step", "samples")
 
@@ -21,22 +22,23 @@ class Metrics:
 
     Args:
         engine: the DeepSpeed engine.
-        settings: of the run.
+        folder: of the run; rank 0 has made it.
         first_epoch: lines of this epoch and later ones, left by a run that is being resumed, are dropped.
+        resumed: whether the run goes on from a checkpoint.
     """
 
-    def __init__(self, engine: Any, settings: TrainSettings, first_epoch: int) -> None:
-        self.path = os.path.join(settings.output_dir, METRICS)
+    def __init__(self, engine: Any, folder: str, first_epoch: int, *, resumed: bool) -> None:
+        self.path = os.path.join(folder, METRICS)
         self._lines: list[dict[str, Any]] = []
-        self._settings = settings
-        self._speaks = settings.topology.rank == 0
+        self._folder = folder
+        self._speaks = dist.get_rank() == 0
         self._engine = engine
-        self._monitors = Monitors(engine, settings.output_dir)
+        self._monitors = Monitors(engine, folder)
         if self._speaks:
             told = _read_lines(self.path)
             self._lines = [line for line in told if self._stays(line, first_epoch)]
             replace_file(self.path, "".join(json.dumps(line) + "\n" for line in self._lines))
-            if settings.resume_from is not None or told:
+            if resumed or told:
                 self._monitors.take_back(engine.global_steps)
                 self._monitors.write(
                     [e for line in self._lines if line["step"] >= engine.global_steps for e in _events(line)]
@@ -62,26 +64,32 @@ class Metrics:
             file.write(json.dumps(line) + "\n")
         self._monitors.write(_events(line))
 
-    def write_result(self, num_classes: int, figures: dict[str, Any]) -> None:
-        """Writes ``result.json``, the row of a finished run: what it was, what came out, epoch by epoch, and where."""
+    def write_result(self, run: dict[str, Any]) -> None:
+        """Writes ``result.json``, the row of a finished ``run``: what it was, what came out, epoch by epoch, and
+        where."""
         last = self.lines[-1]
         result = {
-            **self._settings.description(),
-            "num_classes": num_classes,
-            **figures,
+            **run,
             "test_error_percent": last["test_error_percent"],
-            "best_test_error_percent": self.best()["test_error_percent"],
+            "best_test_error_percent": self.best("test_error_percent")["test_error_percent"],
             "seconds": last["seconds"],
             "train_seconds": last["train_seconds"],
             "data_seconds": last["data_seconds"],
             "epoch_lines": self.lines,
             **describe_run(),
         }
-        replace_file(os.path.join(self._settings.output_dir, RESULT), json.dumps(result) + "\n")
+        replace_file(os.path.join(self._folder, RESULT), json.dumps(result) + "\n")
 
-    def best(self) -> dict[str, Any]:
-        """The epoch with the smallest test error, the earliest of equals."""
-        return min(self.lines, key=lambda line: line["test_error_percent"])
+    def best(self, figure: str) -> dict[str, Any]:
+        """The line of the epoch with the smallest ``figure``, the earliest of equals; empty where none has it."""
+        lines = [line for line in self.lines if figure in line]
+        return min(lines, key=lambda line: line[figure], default={})
+
+
+def in_words(figure: str, value: float) -> str:
+    """A figure of an epoch for people: ``test error 12.50 %``."""
+    name = figure.replace("_", " ")
+    return f"{name.removesuffix(' percent')} {value:.2f} %" if name.endswith(" percent") else f"{name} {value:.4f}"
 
 
 def _of_epoch(line: dict[str, Any]) -> bool:

@@ -32,7 +32,6 @@ class Monitors:
         from deepspeed.monitor.config import DeepSpeedMonitorConfig
         from deepspeed.monitor.monitor import MonitorMaster
 
-        _leave_to_the_main_thread()
         self._naming: Any = contextlib.nullcontext
         if engine.monitor.enabled:
             self._monitor = engine.monitor
@@ -96,8 +95,11 @@ def naming(path: str) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, error.filename or path) from error
 
 
-def _leave_to_the_main_thread() -> None:
-    """Has TensorBoard's thread not tell of a file that it cannot write: the error comes up in the main thread too."""
+def leave_to_the_main_thread() -> None:
+    """Has TensorBoard's thread not tell of a file that it cannot write: the error comes up in the main thread too.
+
+    It changes the hook of the whole process, and so is for a command to call.
+    """
     before = threading.excepthook
 
     def hook(failed: threading.ExceptHookArgs) -> None:

@@ -10,8 +10,39 @@ OUTPUT/lock                         locked while a run writes here; it says whic
 OUTPUT/rank-K.traceback             of an exception that ended rank K
 """
 
+from __future__ import annotations
+
+import os
+
+from tlgc_mp.checkpoint.folder import CHECKPOINTS, LATEST, tags
+from tlgc_mp.errors import UsageError
+
 LOCK = "lock"
 OPTIONS = "run.yaml"
 METRICS = "metrics.jsonl"
 PROFILE = "profile"
 RESULT = "result.json"
+
+
+def check_free(path: str, argument: str, again: str) -> None:
+    """Refuses a folder, given as ``argument``, that cannot take a new run; ``again`` says how one is resumed."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise UsageError(f"{argument}={path!r} is a file; give a folder")
+    metrics = os.path.join(path, METRICS)
+    # One cut off in its first epoch has written no line.
+    if os.path.exists(metrics) and os.path.getsize(metrics) and not _never_saved(os.path.join(path, CHECKPOINTS)):
+        raise UsageError(f"{argument}={path!r} holds a run already; {again} to continue it, or another folder")
+    existing = path
+    while not os.path.exists(existing):
+        existing = os.path.dirname(os.path.abspath(existing))
+    if not os.path.isdir(existing):
+        raise UsageError(f"{argument}={path!r}: {existing!r} is a file; give a folder")
+    if not os.access(existing, os.W_OK):
+        raise UsageError(f"{argument}={path!r} cannot be written; give a folder in which you may write")
+
+
+def _never_saved(checkpoints: str) -> bool:
+    """Whether a run was cut off while its first checkpoint was being written, the first epoch's figures just before: it
+    cannot be gone on with, only begun again."""
+    latest = os.path.join(checkpoints, LATEST)
+    return os.path.isdir(checkpoints) and not os.path.exists(latest) and not tags(checkpoints)

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from tlgc_mp.checkpoint.folder import CHECKPOINTS, LATEST, find_checkpoint, saved_run, tags
+from tlgc_mp.checkpoint.folder import find_checkpoint, saved_run
 from tlgc_mp.data import check_dataset
 from tlgc_mp.engine.config import check_values, read_config, tensor_parallel_size, zero_stage
 from tlgc_mp.errors import UsageError, is_count, shown
@@ -21,7 +21,7 @@ from tlgc_mp.models.names import check_coarse_level, check_model, check_split, l
 from tlgc_mp.parallel.topology import Launch, Topology, default_tensor_parallel
 from tlgc_mp.training.changes import check_resumed, find_resumed, named_here
 from tlgc_mp.training.recipes import Recipe, default_recipe, departures, find_recipe, with_flags
-from tlgc_mp.training.runs import METRICS
+from tlgc_mp.training.runs import check_free
 
 DEFAULT_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 """The DeepSpeed configuration where none is given."""
@@ -53,7 +53,6 @@ class TrainSettings:
         init_from: the exported file or the run whose weights it begins with.
         profile_steps: training steps to trace.
         dry_run: whether nothing is to be trained or written.
-        options: what this was made from.
         fingerprint: of the folder of images, where they are in one and once it was read.
     """
 
@@ -91,7 +90,6 @@ class TrainSettings:
     init_from: str | None
     profile_steps: int | None
     dry_run: bool
-    options: Any
     fingerprint: str | None = None
 
     @property
@@ -227,11 +225,10 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         init_from=None if options.init_from is None else os.path.abspath(options.init_from),
         profile_steps=options.profile,
         dry_run=options.dry_run,
-        options=options,
     )
     if saved is None:
         _check_weights(settings.init_from)
-        _check_output(output_dir)
+        check_free(output_dir, "--output-dir", "give --resume")
     else:
         check_resumed(settings, saved, named)
     return settings
@@ -365,27 +362,3 @@ def _check_weights(init_from: str | None) -> None:
             find_checkpoint(init_from)
         except UsageError as error:
             raise UsageError(f"--init-from: {error}, or a file that tlgc-mp export wrote") from None
-
-
-def _never_saved(checkpoints: str) -> bool:
-    """Whether a run was cut off while its first checkpoint was being written, the first epoch's figures just before: it
-    cannot be gone on with, only begun again."""
-    latest = os.path.join(checkpoints, LATEST)
-    return os.path.isdir(checkpoints) and not os.path.exists(latest) and not tags(checkpoints)
-
-
-def _check_output(path: str) -> None:
-    """Refuses an output folder that cannot take a new run."""
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise UsageError(f"--output-dir={path!r} is a file; give a folder")
-    metrics = os.path.join(path, METRICS)
-    # One cut off in its first epoch has written no line.
-    if os.path.exists(metrics) and os.path.getsize(metrics) and not _never_saved(os.path.join(path, CHECKPOINTS)):
-        raise UsageError(f"--output-dir={path!r} holds a run already; give --resume to continue it, or another folder")
-    existing = path
-    while not os.path.exists(existing):
-        existing = os.path.dirname(os.path.abspath(existing))
-    if not os.path.isdir(existing):
-        raise UsageError(f"--output-dir={path!r}: {existing!r} is a file; give a folder")
-    if not os.access(existing, os.W_OK):
-        raise UsageError(f"--output-dir={path!r} cannot be written; give a folder in which you may write")
