@@ -1,4 +1,4 @@
-"""The script in docs that trains on folders of images, is stopped, goes on and uses what came of it."""
+"""The examples in docs that train, stop, go on and use what came of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-SCRIPT = Path(__file__).parents[2] / "docs/examples/cifar10.sh"
+DOCS = Path(__file__).parents[2] / "docs"
+SCRIPT = DOCS / "examples/cifar10.sh"
 CLASSES = ("airplane", "automobile", "bird")
 
 
@@ -51,3 +52,33 @@ def test_the_script_in_docs(tmp_path: Path) -> None:
     labels = re.findall(r"/test/(\w+)/0001\.jpg: (\w+) (\d+\.\d) %, ", done.stdout)
     assert [true for true, _, _ in labels] == list(CLASSES)
     assert all(seen in CLASSES and float(share) > 100 / 3 for _, seen, share in labels)
+
+
+def test_the_page_shows_the_trainer() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "trainer.md").read_text(), re.DOTALL)
+    assert block == (DOCS / "examples/trainer.py").read_text()
+
+
+@pytest.mark.timeout(400)
+def test_the_trainer_in_docs(tmp_path: Path) -> None:
+    """Three epochs on two tensor-parallel ranks, the fourth by two replicas."""
+    printed = []
+    for epochs, tensor_parallel in ((3, 2), (4, 1)):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+                *(str(DOCS / "examples/trainer.py"), str(tmp_path)),
+                *("--epochs", str(epochs), "--tp", str(tensor_parallel)),
+            ],
+            **{"capture_output": True, "text": True, "timeout": 180},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        printed.append(done.stdout)
+    assert "Resuming in epoch 3, after step 16, from " in printed[1] and "Resuming" not in printed[0]
+    assert f"The last checkpoint is {tmp_path}/checkpoints/epoch-4" in printed[1]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" not in line]  # of epochs
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 16), (2, 32), (3, 48), (4, 64)]
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"] / 10
+    assert lines[-1]["test_error_percent"] < 5 and lines[-1]["test_confident_percent"] > 80
