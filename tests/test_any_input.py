@@ -133,7 +133,7 @@ def test_any_configuration_file(content: bytes, world: int) -> None:
         found = check_train(["--deepspeed_config", str(path), "--output-dir", f"{folder}/run"], world)
         assert [entry.name for entry in Path(folder).iterdir()] == ["config.json"]
     if isinstance(found, TrainSettings):
-        config = found.config
+        config = found.deepspeed_config
         assert config["train_batch_size"] == found.micro_batch * found.accumulation * found.topology.data_parallel > 0
         assert 0 < found.learning_rate < math.inf
         assert config.get("tensor_parallel", {}).get("autotp_size", 1) == found.topology.tensor_parallel

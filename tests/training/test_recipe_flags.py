@@ -128,7 +128,7 @@ def _over_ranks(flags: tuple[str, ...], tensor_parallel: int, stage: int) -> Tra
         lr_scheduler=optimization.make_scheduler(settings, TOTAL // 4),
         config=config,
     )
-    average, criterion = Average(engine, settings.recipe.ema), optimization.Loss(settings, 10)
+    average, criterion = Average(engine, settings.method.ema), optimization.Loss(settings, 10)
     losses, rates = [], []
     for step, batch in enumerate(_batches()):
         images, labels = criterion.mixed(batch[0].to(dtype), batch[1], step)

@@ -49,7 +49,7 @@ def test_as_many_tensor_parallel_ranks_as_share_the_groups(
     settings = settle("--groups", str(groups), "--batch-size", "48", world=world)
     assert settings.topology.tensor_parallel == tensor_parallel
     assert settings.topology.data_parallel == world // tensor_parallel
-    section = settings.config.get("tensor_parallel")
+    section = settings.deepspeed_config.get("tensor_parallel")
     assert section == (None if tensor_parallel == 1 else {"autotp_size": tensor_parallel})
 
 
@@ -79,9 +79,11 @@ def test_batch_arithmetic(
 ) -> None:
     settings = settle(*flags, config=config, world=world)
     assert (settings.micro_batch, settings.accumulation) == (micro, accumulation)
-    assert settings.config["train_micro_batch_size_per_gpu"] == micro
-    assert settings.config["gradient_accumulation_steps"] == accumulation
-    assert settings.config["train_batch_size"] == total == micro * accumulation * settings.topology.data_parallel
+    found = settings.deepspeed_config
+    assert found["train_micro_batch_size_per_gpu"] == micro
+    assert found["gradient_accumulation_steps"] == accumulation
+    assert found["train_batch_size"] == total == micro * accumulation * settings.topology.data_parallel
+    assert settings.batch_size == settings.description()["batch_size"] == total
 
 
 @pytest.mark.parametrize(
@@ -157,6 +159,51 @@ def test_resolving_writes_nothing(settle: Setup) -> None:
     settings = settle()
     assert not Path(settings.output_dir).exists()
     assert settings.output_dir == str(settle.folder / "run")
+
+
+def test_what_a_run_is(settle: Setup) -> None:
+    """By these names it stands in checkpoints and in tables of runs."""
+    flags = ("--batch-size", "8", "--data-dir", "images", "--momentum", "0.5", "--epochs", "3", "--workers", "0")
+    config = {"gradient_accumulation_steps": 2, "zero_optimization": {"stage": 2}}
+    assert settle(*flags, config=config, world=8, rank=5).description() == {
+        **{"model": "wrn-10-1", "conv": "gc-2l", "groups": 4},
+        **{"coarse_everywhere": False, "coarse_kernel_size": None, "coarse_init": "he"},
+        **{"dataset": "synthetic", "data_dir": str(Path("images").absolute()), "data_fingerprint": None},
+        **{"val_split": None, "image_size": None, "seed": 0},
+        **{"tensor_parallel": 4, "data_parallel": 2, "zero_stage": 2, "accumulation": 2, "batch_size": 8},
+        **{"recipe": "cifar", "departures": {"momentum": 0.5}, "epochs": 3, "limit_steps": None, "learning_rate": 0.1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("flag", "least", "most"),
+    [
+        *[(f"--{name}", 1, 10**9) for name in ("epochs", "batch-size", "limit-steps", "log-interval", "keep")],
+        *[("--save-every-steps", 1, 10**9), ("--profile", 1, 1000), ("--workers", 0, 256)],
+        *[("--seed", 0, 2**63 - 1), ("--image-size", 8, 4096)],
+    ],
+)
+def test_counts_have_bounds(settle: Setup, flag: str, least: int, most: int) -> None:
+    for value in (least, most):
+        settle(flag, str(value))
+    with pytest.raises(UsageError, match=f"^{flag}={least - 1} is too small; use {least} or more$"):
+        settle(flag, str(least - 1))
+    with pytest.raises(UsageError, match=f"^{flag}={most + 1} is too large; use {most} or less$"):
+        settle(flag, str(most + 1))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--learning-rate", "inf", "--learning-rate=inf is not a positive number; use one, 0.1 say"),
+        ("--save-every", "0", "--save-every must be a positive number of minutes, 10080 at most, got 0; use 10, say"),
+        ("--rank-timeout", "0.5", "--rank-timeout=0.5 is no time to wait; use 1 second or more, 604800 at most"),
+    ],
+)
+def test_other_values_have_bounds(settle: Setup, flag: str, value: str, said: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        settle(flag, value)
+    assert str(refused.value) == said
 
 
 def test_a_checkpoint_tells_where_the_coarse_level_is(settle: Setup) -> None:

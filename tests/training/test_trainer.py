@@ -215,16 +215,31 @@ def test_resumed_as_if_never_stopped(tmp_path: Path, step: int | None, tag: str)
     assert export_checkpoint(str(tmp_path / "run"), str(tmp_path / "weights.safetensors")) is None
 
 
+class _Batches:
+    def __len__(self) -> int:
+        return 1
+
+    def epoch(self, epoch: int, start: int = 0) -> Any:
+        return iter(())
+
+
 def _refusals(folder: str) -> list[str]:
     said = []
     for attempt in (
-        lambda: _trainer(folder, 2, epochs=0),
+        lambda: _trainer(folder, 2, epochs=None),
         lambda: _trainer(folder, 2, log_interval=1.5),
+        lambda: _trainer(folder, 2, save_steps=0),
+        lambda: _trainer(folder, 2, save_seconds=-1),
+        lambda: _trainer(folder, 2, seed="x"),
+        lambda: _trainer(folder, 2, ema=1),
+        lambda: _trainer(folder, 2, keep=0),
         lambda: _trainer(folder, 2, accumulation=6, epochs=1, limit_steps=1).train(),
         lambda: _trainer(folder, 2).train(),
         lambda: _trainer(folder, 2).resume(),
         lambda: _trainer(folder, 2).resume(f"{folder}/nowhere"),
         lambda: tlgc_mp.Trainer("engine", [], epochs=1, folder=folder),  # type: ignore[arg-type]
+        lambda: tlgc_mp.Trainer("engine", _Batches(), epochs=1, folder=folder),
+        lambda: tlgc_mp.Trainer("engine", _Batches(), epochs=1, folder=""),
     ):
         try:
             attempt()
@@ -238,13 +253,20 @@ def _refusals(folder: str) -> list[str]:
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
     parts = [
-        "epochs must be an int, 1 or more, got 0",
-        "log_interval must be an int, 1 or more, got 1.5",
+        "epochs must be 1 or more, got null; give an int",
+        "log_interval must be 1 or more, got 1.5; give an int",
+        "save_steps must be 1 or more, got 0; give an int",
+        "save_seconds must be a positive number, got -1; use 600, say",
+        'seed must be an int, got "x"; use 0, say',
+        "ema must be more than 0 and less than 1, got 1; use 0.999, say",
+        "keep=0 is no number of checkpoints; use 1 or more",
         "taken",
         f"folder={folder!r} holds a run already; call resume() to continue it, or another folder",
         "the checkpoint must be of epochs of 4 steps, got 1; train on the same data, with the same batch size",
         f"'{folder}/nowhere' holds no checkpoint",
+        "batches must have a length and a method epoch, got list; give tlgc_mp.data.TrainingBatches",
         "engine: a str is none",
+        'folder="" is no path',
     ]
     for said in run_ranks(2, _refusals, folder):
         assert [part for part, text in zip(parts, said, strict=True) if not text.startswith(part)] == [], said

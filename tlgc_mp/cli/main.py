@@ -17,15 +17,16 @@ from typing import Any, NoReturn
 from tlgc_mp import __version__
 from tlgc_mp.checkpoint.folder import find_checkpoint
 from tlgc_mp.cli.bench import add_bench_parser
-from tlgc_mp.cli.options import Parser, add_model_arguments, add_train_parser, data_of_run, parse
+from tlgc_mp.cli.options import Parser, add_options, add_train_parser, data_of_run, parse
 from tlgc_mp.data.catalog import DATASETS, check_dataset
 from tlgc_mp.engine.config import zero_stage
 from tlgc_mp.errors import UsageError, one_of
 from tlgc_mp.host import keep_freed_memory, replace_file, use_huge_pages
-from tlgc_mp.models.names import check_coarse_level, check_model, check_split
+from tlgc_mp.models.names import check_split
 from tlgc_mp.parallel.topology import Launch
 from tlgc_mp.resilience.verdicts import Failed, leave_verdict
-from tlgc_mp.training.settings import LARGEST_WORKERS, default_workers
+from tlgc_mp.training.options import LARGEST_WORKERS, ModelOptions, check_network, model_arguments
+from tlgc_mp.training.settings import default_workers
 
 
 def _parser() -> Parser:
@@ -112,7 +113,7 @@ def _parser() -> Parser:
         "one of P tensor-parallel ranks holds. Nothing is allocated.",
         allow_abbrev=False,
     )
-    add_model_arguments(params)
+    add_options(params, ModelOptions)
     params.add_argument("--tp", type=int, default=1, metavar="P", help="tensor-parallel ranks (default: %(default)s)")
     params.add_argument(
         "--layout",
@@ -188,21 +189,12 @@ def entry() -> NoReturn:
 
 
 def _params(options: Any, launch: Launch) -> int:
-    check_model(options.model, options.conv, options.groups, options.num_classes, options.coarse_everywhere)
-    check_coarse_level(options.conv, options.coarse_kernel_size, options.coarse_init)
+    check_network(options)
     check_split(options.model, options.conv, options.groups, options.tp)
     from tlgc_mp.models.factory import create_meta_model
     from tlgc_mp.parallel.plan import parameter_counts
 
-    model = create_meta_model(
-        options.model,
-        conv=options.conv,
-        groups=options.groups,
-        num_classes=options.num_classes,
-        coarse_everywhere=options.coarse_everywhere,
-        coarse_kernel_size=options.coarse_kernel_size,
-        coarse_init=options.coarse_init,
-    )
+    model = create_meta_model(options.model, **model_arguments(options, options.num_classes))
     if options.layout is None:
         print(json.dumps(parameter_counts(model, options.tp)))
         return 0
@@ -317,7 +309,7 @@ def _train(options: Any, launch: Launch) -> int:
         from tlgc_mp.cli.train import train
         from tlgc_mp.resilience.interrupt import Interrupted
         from tlgc_mp.resilience.watchdog import Watchdog
-    if get_accelerator().device_name() == "cpu" and zero_stage(settings.config) < 3:
+    if get_accelerator().device_name() == "cpu" and zero_stage(settings.deepspeed_config) < 3:
         keep_freed_memory()
     try:
         with Watchdog(settings.topology, settings.output_dir, settings.rank_timeout) as watchdog:

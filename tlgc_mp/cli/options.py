@@ -11,22 +11,19 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from tlgc_mp.checkpoint.folder import BEST, CHECKPOINTS, DESCRIPTION, LATEST
-from tlgc_mp.data.catalog import DATASETS
 from tlgc_mp.engine.config import read_config
 from tlgc_mp.errors import UsageError, shown
 from tlgc_mp.host import replace_file
-from tlgc_mp.models.names import COARSE_INITS, CONVOLUTIONS, IMAGENET_WIDE_RESNET, MOBILENET_V2
 from tlgc_mp.training.changes import RESUME_AUTO
-from tlgc_mp.training.recipes import OPTIMIZERS, RECIPES, SCHEDULES
+from tlgc_mp.training.options import EACH_START, KEPT, ModelOptions, TrainOptions, flags_of
 from tlgc_mp.training.runs import OPTIONS
 from tlgc_mp.training.settings import output_folder
 
 _DATA = ("dataset", "data_dir", "val_split", "image_size", "num_classes", "seed")
-_OF_A_START = ("command", "config", "dry_run", "local_rank", "output_dir", "profile", "resume", "run")
-"""What is said at each start, and stands in no file that a run writes."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,160 +62,23 @@ def add_train_parser(commands: Any, run: Callable[..., int]) -> None:
         description="Train a model. The same command runs in one process, and under deepspeed, mpirun and torchrun.",
         allow_abbrev=False,
     )
-    add_model_arguments(train)
-    train.add_argument("--dataset", default="cifar10", help=f"{', '.join(DATASETS)} (default: %(default)s)")
-    train.add_argument("--data-dir", metavar="DIR", help="where the images are; CIFAR is downloaded there if missing")
-    train.add_argument("--val-split", metavar="NAME", help="folder in DIR to test on (default: test, else val)")
-    train.add_argument("--image-size", type=int, metavar="PIXELS", help="for imagefolder and synthetic")
-    train.add_argument("--recipe", help=f"{', '.join(RECIPES)} (default: by data set): epochs, batch, rate and decay")
-    train.add_argument("--epochs", type=int, help="default: the recipe's; its milestones move along")
-    train.add_argument(
-        "--limit-steps",
-        type=int,
-        metavar="K",
-        help="end each epoch after K steps, and its evaluation after K batches, to try a run (default: no limit)",
-    )
-    train.add_argument(
-        "--log-interval",
-        type=int,
-        default=50,
-        metavar="K",
-        help="report loss, rate, speed and remaining time every K steps (default: %(default)s)",
-    )
-    train.add_argument("--batch-size", type=int, help="samples a step over all replicas (default: the recipe's)")
-    train.add_argument(
-        "--learning-rate",
-        "--lr",
-        type=float,
-        metavar="RATE",
-        help="the initial one, the largest of onecycle (default: the recipe's; 0.001 for adamw)",
-    )
-    train.add_argument("--optimizer", metavar="NAME", help=f"{', '.join(OPTIMIZERS)} (default: the recipe's, sgd)")
-    train.add_argument("--momentum", type=float, metavar="M", help="of sgd (default: the recipe's, 0.9)")
-    train.add_argument("--weight-decay", type=float, metavar="D", help="default: the recipe's; 0.01 for adamw")
-    train.add_argument("--schedule", metavar="NAME", help=f"{', '.join(SCHEDULES)} (default: the recipe's, step)")
-    train.add_argument(
-        "--warmup-epochs", type=int, metavar="K", help="in which the rate rises to the initial one (default: none)"
-    )
-    train.add_argument("--label-smoothing", type=float, metavar="SHARE", help="default: 0")
-    train.add_argument("--mixup", type=float, metavar="ALPHA", help="mix images in pairs (default: not)")
-    train.add_argument(
-        "--ema",
-        nargs="?",
-        const=0.999,
-        type=float,
-        metavar="DECAY",
-        help="evaluate and export a moving average of the weights (default: not; 0.999 where no DECAY is given)",
-    )
-    train.add_argument(
-        "--tp",
-        type=int,
-        metavar="P",
-        help="tensor-parallel ranks a replica (default: as many of a host as share the groups)",
-    )
-    train.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
-    train.add_argument("--workers", type=int, metavar="W", help="data worker processes a rank (default: by data set)")
-    train.add_argument(
-        "--activation-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="residual units keep only their input for backward, and are computed again there",
-    )
-    train.add_argument(
-        "--config",
-        metavar="YAML",
-        help="a file of these options, as run.yaml in a run's output folder is one: flags win over it",
-    )
-    train.add_argument(
-        "--output-dir",
-        metavar="DIR",
-        help="default: runs/MODEL-CONV-GROUPS-DATASET, with a folder's name and a digest of its path for imagefolder",
-    )
-    train.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="DIR",
-        help="go on from the newest checkpoint of the run in DIR (default: in the output folder), with its options, as "
-        "run.yaml there holds them; flags win, and may change epochs, batch and rate; with `auto`, in the output "
-        "folder where there is one, and else begin",
-    )
-    train.add_argument(
-        "--init-from",
-        metavar="PATH",
-        help="begin with the weights of an exported file or of a run, all but a last layer that does not fit",
-    )
-    train.add_argument(
-        "--keep",
-        type=int,
-        default=2,
-        metavar="K",
-        help="checkpoints to keep: the newest ones, and the best (default: %(default)s)",
-    )
-    train.add_argument(
-        "--save-every",
-        type=float,
-        metavar="MINUTES",
-        help="save when so long has passed since the last checkpoint (default: at the end of an epoch only)",
-    )
-    train.add_argument("--save-every-steps", type=int, metavar="K", help="save after each K steps of an epoch, too")
-    train.add_argument(
-        "--blocking-save",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="write a checkpoint before training goes on, which saves the copy that is written beside it otherwise",
-    )
-    train.add_argument(
-        "--rank-timeout",
-        type=float,
-        default=60.0,
-        metavar="SECONDS",
-        help="end the run when a rank has given no sign of life for so long (default: %(default)g)",
-    )
-    train.add_argument(
-        "--deepspeed_config", "--deepspeed-config", metavar="JSON", help="a DeepSpeed configuration (default: ZeRO 1)"
-    )
-    train.add_argument(
-        "--profile",
-        nargs="?",
-        const=3,
-        type=int,
-        metavar="K",
-        help="write a trace of K steps, the third and on (default: 3), by torch's profiler to DIR/profile",
-    )
-    train.add_argument(
-        "--dry-run",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="check everything and say what would be trained, and train and write nothing",
-    )
+    add_options(train, TrainOptions)
     train.set_defaults(run=run)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        default="wrn-28-10",
-        help=f"wrn-<depth>-<width>, {IMAGENET_WIDE_RESNET}, {MOBILENET_V2}, torchvision:<name> or timm:<name> "
-        "(default: %(default)s)",
-    )
-    parser.add_argument("--conv", default="gc-2l", help=f"{', '.join(CONVOLUTIONS)} (default: %(default)s)")
-    parser.add_argument("--groups", type=int, help="N (default: 4; 1 for sc)")
-    parser.add_argument("--num-classes", type=int, metavar="C", help="default: the data set's, or 10 or 1000")
-    parser.add_argument(
-        "--coarse-everywhere",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help=f"a coarse level in the last 1x1 convolution of {MOBILENET_V2} too, which is a group convolution else",
-    )
-    parser.add_argument(
-        "--coarse-kernel-size", type=int, metavar="D0", help="of the restriction (default: that of its convolution)"
-    )
-    parser.add_argument(
-        "--coarse-init",
-        default=COARSE_INITS[0],
-        help=f"{', '.join(COARSE_INITS)}: initial weights (default: %(default)s)",
-    )
+_NUMBERS = {"int": int, "float": float}
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type[ModelOptions]) -> None:
+    """Adds the flags of a class of options."""
+    for option in fields(kind):
+        argument = dict(option.metadata["argument"])
+        declared = str(option.type).partition(" ")[0]
+        if declared == "bool":
+            argument["action"] = argparse.BooleanOptionalAction
+        elif declared in _NUMBERS:
+            argument["type"] = _NUMBERS[declared]
+        parser.add_argument(*flags_of(option), default=option.default, **argument)
 
 
 def parse(parser: Parser, words: Sequence[str], world: int) -> Any:
@@ -261,8 +121,7 @@ def write(options: Any, output_dir: str) -> None:
     """Writes the options of a run where ``--config`` and ``--resume`` find them."""
     import yaml
 
-    entries = {key: value for key, value in sorted(vars(options).items()) if key not in _OF_A_START}
-    entries = {key: value for key, value in entries.items() if value is not None}
+    entries = {key: value for key in KEPT if (value := getattr(options, key)) is not None}
     if entries["groups"] == default_groups(options.conv):
         del entries["groups"]  # so that --conv sc can win over the file
     for key in ("data_dir", "init_from"):
@@ -323,7 +182,7 @@ def _as_words(parser: Parser, entries: dict[str, Any], path: str) -> list[str]:
         flag = "--" + key.replace("_", "-")
         if isinstance(value, dict | list):
             raise UsageError(f"{path!r}: {key} must be a number, text, true or false, got {shown(value)}")
-        if key in _OF_A_START and key != "output_dir":
+        if key in EACH_START and key != "output_dir":
             raise UsageError(f"{path!r}: {key} must be left out: give it as a flag")
         word = f"--no-{flag[2:]}" if value is False else flag if value is True else f"{flag}={value}"
         try:

@@ -52,7 +52,7 @@ def train(options: Any, settings: TrainSettings, launch: Launch, watchdog: Watch
     """
     _use_cores(launch)
     leave_to_the_main_thread()
-    speaks = settings.topology.rank == 0
+    speaks, config = settings.topology.rank == 0, settings.deepspeed_config
     check_library(settings)
     say(f"Reading {settings.dataset} ...", speaks)
     data = load_datasets(
@@ -82,7 +82,7 @@ def train(options: Any, settings: TrainSettings, launch: Launch, watchdog: Watch
     watchdog.start()
     if settings.dry_run:
         for monitor in MONITORS:
-            settings.config.pop(monitor, None)  # each would begin to write
+            config.pop(monitor, None)  # each would begin to write
     with contextlib.nullcontext() if settings.dry_run else claimed(settings.output_dir, settings.resume_from):
         if speaks and not settings.dry_run:
             write(options, settings.output_dir)
@@ -92,9 +92,9 @@ def train(options: Any, settings: TrainSettings, launch: Launch, watchdog: Watch
         say(headline(settings, counts, data, steps), speaks)
         engine, _, _, _ = initialize(
             model=model,
-            optimizer=None if "optimizer" in settings.config else optimization.make_optimizer(settings),
-            lr_scheduler=None if "scheduler" in settings.config else optimization.make_scheduler(settings, steps),
-            config=settings.config,
+            optimizer=None if "optimizer" in config else optimization.make_optimizer(settings),
+            lr_scheduler=None if "scheduler" in config else optimization.make_scheduler(settings, steps),
+            config=config,
             seed=settings.seed,
             sample_inputs=torch.empty(settings.micro_batch, 3, data.image_size, data.image_size, device="meta"),
         )

@@ -91,8 +91,8 @@ def changes(settings: TrainSettings, saved: dict[str, Any]) -> list[str]:
     ]
     before, after = saved["departures"], now["departures"]
     flags = [flag for flag in FLAGS if before.get(flag) != after.get(flag)]
-    default = find_recipe(settings.recipe_name)
-    return changed + [f"{f} {before.get(f, getattr(default, f))} -> {getattr(settings.recipe, f)}" for f in flags]
+    default = find_recipe(settings.recipe)
+    return changed + [f"{f} {before.get(f, getattr(default, f))} -> {getattr(settings.method, f)}" for f in flags]
 
 
 def place(settings: TrainSettings, saved: dict[str, Any], progress: dict[str, Any], steps: int) -> int:

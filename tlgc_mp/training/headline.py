@@ -37,7 +37,7 @@ def headline(settings: TrainSettings, counts: dict[str, int], data: Datasets, st
     """What the run is, where its ranks lie, and what it trains on in epochs of ``steps`` steps. Collective."""
     hosts = [""] * settings.topology.world
     dist.all_gather_object(hosts, socket.gethostname())
-    topology = settings.topology
+    topology, config = settings.topology, settings.deepspeed_config
     groups = "" if settings.conv == "sc" else f", {settings.groups} groups"
     shares = [
         f"{count} {what}"
@@ -52,7 +52,7 @@ def headline(settings: TrainSettings, counts: dict[str, int], data: Datasets, st
         f"{len(data.train):,} images of {data.num_classes} classes, {data.image_size} x {data.image_size} pixels, "
         f"batch {settings.batch_size}{divided}, {count_of(steps, 'step')} an epoch, "
         f"{count_of(settings.epochs, 'epoch')}; {_device()}, "
-        f"{_dtype(settings.config)}, ZeRO {zero_stage(settings.config)}; output in {settings.output_dir}"
+        f"{_dtype(config)}, ZeRO {zero_stage(config)}; output in {settings.output_dir}"
     )
 
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tlgc_mp.models import libraries
 from tlgc_mp.models.factory import create_meta_model
 from tlgc_mp.training.evaluation import reduced
-from tlgc_mp.training.model import model_arguments
+from tlgc_mp.training.options import model_arguments
 from tlgc_mp.training.settings import TrainSettings
 
 

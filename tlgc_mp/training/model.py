@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -11,6 +9,7 @@ from tlgc_mp.errors import UsageError
 from tlgc_mp.models import create_model, libraries
 from tlgc_mp.models.factory import create_meta_model
 from tlgc_mp.models.names import library_model
+from tlgc_mp.training.options import model_arguments
 from tlgc_mp.training.settings import TrainSettings
 
 
@@ -34,18 +33,6 @@ def model_of(settings: TrainSettings, num_classes: int, image_size: int) -> nn.M
         _check_single_images(create_meta_model(settings.model, **arguments), image_size, settings)
     torch.manual_seed(settings.seed)
     return create_model(settings.model, **arguments, device="meta")
-
-
-def model_arguments(settings: TrainSettings, num_classes: int) -> dict[str, Any]:
-    """Those of :func:`~tlgc_mp.models.create_model` for a run's model, but for its name."""
-    return {
-        "conv": settings.conv,
-        "groups": settings.groups,
-        "num_classes": num_classes,
-        "coarse_everywhere": settings.coarse_everywhere,
-        "coarse_kernel_size": settings.coarse_kernel_size,
-        "coarse_init": settings.coarse_init,
-    }
 
 
 def _check_single_images(model: nn.Module, image_size: int, settings: TrainSettings) -> None:

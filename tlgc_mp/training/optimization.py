@@ -19,7 +19,7 @@ WARMUP_START = 0.01
 
 
 def make_optimizer(settings: TrainSettings) -> Any:
-    recipe, rate = settings.recipe, settings.learning_rate
+    recipe, rate = settings.method, settings.learning_rate
     if recipe.optimizer == "adamw":
         return lambda parameters: torch.optim.AdamW(parameters, lr=rate, weight_decay=recipe.weight_decay)
     return lambda parameters: torch.optim.SGD(
@@ -29,7 +29,7 @@ def make_optimizer(settings: TrainSettings) -> Any:
 
 def make_scheduler(settings: TrainSettings, steps: int) -> Any:
     """What makes the schedule of epochs of ``steps`` steps, which is stepped with the optimizer."""
-    recipe, total = settings.recipe, settings.epochs * steps
+    recipe, total = settings.method, settings.epochs * steps
     warmup = recipe.warmup_epochs * steps
 
     def make(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
@@ -52,8 +52,8 @@ class Loss:
     """The loss of a micro-batch, of images that are mixed in pairs where the recipe has it so."""
 
     def __init__(self, settings: TrainSettings, num_classes: int) -> None:
-        self._smoothing, self._seed = settings.recipe.label_smoothing, settings.seed
-        alpha = settings.recipe.mixup
+        self._smoothing, self._seed = settings.method.label_smoothing, settings.seed
+        alpha = settings.method.mixup
         self._mixup = None if alpha is None else v2.MixUp(alpha=alpha, num_classes=num_classes)
 
     def mixed(self, images: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -77,11 +77,11 @@ def change(engine: Any, settings: TrainSettings, steps: int, done: int) -> None:
     optimizer = engine.basic_optimizer
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = settings.learning_rate
-        if "optimizer" not in settings.config:
-            group["weight_decay"] = settings.recipe.weight_decay
+        if "optimizer" not in settings.deepspeed_config:
+            group["weight_decay"] = settings.method.weight_decay
             if "momentum" in group:
-                group["momentum"] = settings.recipe.momentum
-    if "scheduler" in settings.config:
+                group["momentum"] = settings.method.momentum
+    if "scheduler" in settings.deepspeed_config:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # no step of the optimizer goes with these

@@ -44,16 +44,16 @@ class RecipeTrainer(Trainer):
             limit_steps=settings.limit_steps,
             log_interval=settings.log_interval,
             keep=settings.keep,
-            save_seconds=settings.save_seconds,
-            save_steps=settings.save_steps,
-            background_save=settings.background_save,
-            ema=settings.recipe.ema,
+            save_seconds=None if settings.save_every is None else 60.0 * settings.save_every,
+            save_steps=settings.save_every_steps,
+            background_save=not settings.blocking_save,
+            ema=settings.method.ema,
             flops=step_flops(settings, data.num_classes, data.image_size),
         )
         self.settings, self.preparation = settings, data.preparation
         self.loss = optimization.Loss(settings, data.num_classes)
         folder = os.path.join(self.folder, PROFILE)
-        self.profiler = StepProfiler(settings.profile_steps, folder, settings.topology.rank)
+        self.profiler = StepProfiler(settings.profile, folder, settings.topology.rank)
 
     def begin(self) -> None:
         """Resumes from the checkpoint that the settings name, with what was asked to be otherwise, or takes the weights

@@ -82,23 +82,9 @@ def with_flags(recipe: Recipe, options: Any, config: dict[str, Any]) -> Recipe:
     """``recipe`` as the flags in ``options`` have it.
 
     Raises:
-        UsageError: a value that cannot work, or one that means nothing beside another or beside ``config``.
+        UsageError: a value that means nothing beside another or beside ``config``.
     """
     given = {name: value for name in FLAGS if (value := getattr(options, name)) is not None}
-    for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-        if given.get(name, known[0]) not in known:
-            raise UsageError(f"--{name} must be {one_of(known)}, got {given[name]!r}")
-    for name, fits, what in (
-        ("momentum", lambda value: 0 <= value < 1, "0 or more and less than 1; use 0.9, say"),
-        ("weight_decay", lambda value: 0 <= value < float("inf"), "0 or more; use 5e-4, say"),
-        ("warmup_epochs", lambda value: value >= 0, "0 or more; use 5, say"),
-        ("label_smoothing", lambda value: 0 <= value < 1, "0 or more and less than 1; use 0.1, say"),
-        ("mixup", lambda value: 0 < value < float("inf"), "a positive number; use 0.2, say"),
-        ("ema", lambda value: 0 < value < 1, "more than 0 and less than 1; use 0.999, say"),
-    ):
-        if name in given and not fits(given[name]):
-            need, _, use = what.partition("; ")
-            raise UsageError(f"--{name.replace('_', '-')} must be {need}, got {given[name]}; {use}")
     for section, names in (("optimizer", ("optimizer", "momentum", "weight_decay")), ("scheduler", ("schedule",))):
         names = (*names, "warmup_epochs") if section == "scheduler" else names
         for name in names if section in config else ():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tlgc_mp.checkpoint.folder import find_checkpoint, saved_run
@@ -17,111 +17,58 @@ from tlgc_mp.data import check_dataset
 from tlgc_mp.engine.config import check_values, read_config, tensor_parallel_size, zero_stage
 from tlgc_mp.errors import UsageError, is_count, shown
 from tlgc_mp.host import usable_cores
-from tlgc_mp.models.names import check_coarse_level, check_model, check_split, library_model
+from tlgc_mp.models.names import check_split, library_model
 from tlgc_mp.parallel.topology import Launch, Topology, default_tensor_parallel
 from tlgc_mp.training.changes import check_resumed, find_resumed, named_here
+from tlgc_mp.training.options import TrainOptions, check_network, check_options
 from tlgc_mp.training.recipes import Recipe, default_recipe, departures, find_recipe, with_flags
 from tlgc_mp.training.runs import check_free
 
 DEFAULT_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 """The DeepSpeed configuration where none is given."""
 
-LARGEST_COUNT = 1_000_000_000
-LARGEST_WORKERS = 256
-LARGEST_PROFILE = 1000
-LARGEST_SEED = 2**63 - 1
-LARGEST_IMAGE = 4096
-LONGEST_WAIT = 604_800
-"""A week, in seconds."""
 
-
-@dataclass(frozen=True)
-class TrainSettings:
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(TrainOptions):
     """A training run, every choice made.
 
     Attributes:
-        topology: this rank's place among P x D.
-        config: the DeepSpeed configuration, complete.
+        deepspeed_config: complete.
+        method: the recipe, as the options have it.
         micro_batch: samples a replica works on at once.
         accumulation: micro-batches an optimizer step.
-        limit_steps: optimizer steps after which an epoch ends, and batches after which its evaluation does, where they
-            are not over before.
-        log_interval: optimizer steps between two reports.
-        save_seconds, save_steps: how often to save between the ends of epochs; ``None`` for not at all.
-        rank_timeout: seconds without a sign of life after which a rank is lost, and the run ends.
+        topology: this rank's place among P x D.
         resume_from: the checkpoint to go on from, as (folder of checkpoints, tag); ``None`` starts afresh.
-        init_from: the exported file or the run whose weights it begins with.
-        profile_steps: training steps to trace.
-        dry_run: whether nothing is to be trained or written.
         fingerprint: of the folder of images, where they are in one and once it was read.
     """
 
-    model: str
-    conv: str
     groups: int
-    coarse_kernel_size: int | None
-    coarse_init: str
-    num_classes: int | None
-    coarse_everywhere: bool
-    dataset: str
-    data_dir: str | None
-    val_split: str | None
-    image_size: int | None
-    recipe_name: str
-    recipe: Recipe
+    recipe: str
     epochs: int
-    limit_steps: int | None
-    log_interval: int
+    batch_size: int
     learning_rate: float
+    workers: int
+    output_dir: str
+    deepspeed_config: dict[str, Any]
+    method: Recipe
     micro_batch: int
     accumulation: int
-    seed: int
-    workers: int
-    activation_checkpointing: bool
-    output_dir: str
-    keep: int
-    save_seconds: float | None
-    save_steps: int | None
-    rank_timeout: float
     topology: Topology
-    config: dict[str, Any]
-    background_save: bool
     resume_from: tuple[str, str] | None
-    init_from: str | None
-    profile_steps: int | None
-    dry_run: bool
     fingerprint: str | None = None
-
-    @property
-    def batch_size(self) -> int:
-        """Samples an optimizer step, over all replicas."""
-        return self.micro_batch * self.accumulation * self.topology.data_parallel
 
     def description(self) -> dict[str, Any]:
         """What the run is: the model, what it trains on and how, and how it is spread over ranks."""
+        described = [option.name for option in fields(TrainOptions) if option.metadata["described"]]
         return {
-            "model": self.model,
-            "conv": self.conv,
-            "groups": self.groups,
-            "coarse_everywhere": self.coarse_everywhere,
-            "coarse_kernel_size": self.coarse_kernel_size,
-            "coarse_init": self.coarse_init,
-            "dataset": self.dataset,
+            **{name: getattr(self, name) for name in described},
             "data_dir": None if self.data_dir is None else os.path.abspath(self.data_dir),
             "data_fingerprint": self.fingerprint,
-            "val_split": self.val_split,
-            "image_size": self.image_size,
+            "departures": departures(self.recipe, self.method),
             "tensor_parallel": self.topology.tensor_parallel,
             "data_parallel": self.topology.data_parallel,
-            "zero_stage": zero_stage(self.config),
-            "recipe": self.recipe_name,
-            "departures": departures(self.recipe_name, self.recipe),
-            "epochs": self.epochs,
-            "limit_steps": self.limit_steps,
-            "learning_rate": self.learning_rate,
-            "batch_size": self.batch_size,
+            "zero_stage": zero_stage(self.deepspeed_config),
             "accumulation": self.accumulation,
-            "seed": self.seed,
         }
 
 
@@ -132,8 +79,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         UsageError: an option that cannot work, two that contradict each other, a data set, configuration or checkpoint
             that is not as it should be.
     """
-    check_model(options.model, options.conv, options.groups, options.num_classes, options.coarse_everywhere)
-    check_coarse_level(options.conv, options.coarse_kernel_size, options.coarse_init)
+    check_network(options)
     check_dataset(options.dataset, options.data_dir, options.val_split)
     if options.num_classes is not None and options.dataset != "synthetic":
         raise UsageError(f"--num-classes={options.num_classes}: {options.dataset} says itself how many; leave it out")
@@ -145,33 +91,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
     recipe_name = options.recipe or default_recipe(options.dataset)
     recipe = find_recipe(recipe_name)
     epochs = recipe.epochs if options.epochs is None else options.epochs
-    for flag, value, least, most in (
-        ("--epochs", epochs, 1, LARGEST_COUNT),
-        ("--batch-size", options.batch_size, 1, LARGEST_COUNT),
-        ("--limit-steps", options.limit_steps, 1, LARGEST_COUNT),
-        ("--log-interval", options.log_interval, 1, LARGEST_COUNT),
-        ("--profile", options.profile, 1, LARGEST_PROFILE),
-        ("--workers", options.workers, 0, LARGEST_WORKERS),
-        ("--keep", options.keep, 1, LARGEST_COUNT),
-        ("--save-every-steps", options.save_every_steps, 1, LARGEST_COUNT),
-        ("--seed", options.seed, 0, LARGEST_SEED),
-        ("--image-size", options.image_size, 8, LARGEST_IMAGE),
-    ):
-        if value is not None and value < least:
-            raise UsageError(f"{flag}={value} is too small; use {least} or more")
-        if value is not None and value > most:
-            raise UsageError(f"{flag}={value} is too large; use {most} or less")
-    if options.learning_rate is not None and not 0 < options.learning_rate < float("inf"):
-        raise UsageError(f"--learning-rate={options.learning_rate} is not a positive number; use one, 0.1 say")
-    if options.save_every is not None and not 0 < options.save_every <= LONGEST_WAIT / 60:
-        raise UsageError(
-            f"--save-every must be a positive number of minutes, {LONGEST_WAIT / 60:g} at most, got "
-            f"{options.save_every:g}; use 10, say"
-        )
-    if not 1 <= options.rank_timeout <= LONGEST_WAIT:
-        raise UsageError(
-            f"--rank-timeout={options.rank_timeout:g} is no time to wait; use 1 second or more, {LONGEST_WAIT} at most"
-        )
+    check_options(options)
 
     config = dict(DEFAULT_CONFIG) if options.deepspeed_config is None else read_config(options.deepspeed_config)
     zero_stage(config)
@@ -188,43 +108,24 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
         raise UsageError(f"--resume: {error}") from None
     named = named_here(options, config)
     micro_batch, accumulation = _batches(options, config, recipe, topology, saved)
-    learning_rate = _learning_rate(options, config, recipe)
-
+    given = {option.name: getattr(options, option.name) for option in fields(TrainOptions)}
+    resolved = {
+        "recipe": recipe_name,
+        "epochs": epochs,
+        "batch_size": micro_batch * accumulation * topology.data_parallel,
+        "learning_rate": _learning_rate(options, config, recipe),
+        "workers": default_workers(options.dataset, launch.local_world) if options.workers is None else options.workers,
+        "output_dir": output_dir,
+        "init_from": None if options.init_from is None else os.path.abspath(options.init_from),
+        "deepspeed_config": config,
+    }
     settings = TrainSettings(
-        model=options.model,
-        conv=options.conv,
-        groups=options.groups,
-        coarse_kernel_size=options.coarse_kernel_size,
-        coarse_init=options.coarse_init,
-        num_classes=options.num_classes,
-        coarse_everywhere=options.coarse_everywhere,
-        dataset=options.dataset,
-        data_dir=options.data_dir,
-        val_split=options.val_split,
-        image_size=options.image_size,
-        recipe_name=recipe_name,
-        recipe=recipe,
-        epochs=epochs,
-        limit_steps=options.limit_steps,
-        log_interval=options.log_interval,
-        learning_rate=learning_rate,
+        **{**given, **resolved},
+        method=recipe,
         micro_batch=micro_batch,
         accumulation=accumulation,
-        seed=options.seed,
-        workers=default_workers(options.dataset, launch.local_world) if options.workers is None else options.workers,
-        activation_checkpointing=options.activation_checkpointing,
-        output_dir=output_dir,
-        keep=options.keep,
-        save_seconds=None if options.save_every is None else 60.0 * options.save_every,
-        save_steps=options.save_every_steps,
-        rank_timeout=options.rank_timeout,
         topology=topology,
-        config=config,
-        background_save=not options.blocking_save,
         resume_from=resume_from,
-        init_from=None if options.init_from is None else os.path.abspath(options.init_from),
-        profile_steps=options.profile,
-        dry_run=options.dry_run,
     )
     if saved is None:
         _check_weights(settings.init_from)

@@ -19,7 +19,7 @@ from tlgc_mp.checkpoint.folder import CHECKPOINTS, find_checkpoint, mark_best
 from tlgc_mp.checkpoint.loader import all_or_none
 from tlgc_mp.data import EvaluationBatches
 from tlgc_mp.data.streams import stream_seed
-from tlgc_mp.errors import UsageError, is_count, shown
+from tlgc_mp.errors import UsageError, shown
 from tlgc_mp.host import as_path
 from tlgc_mp.training.averaging import Average
 from tlgc_mp.training.changes import RESUME_AUTO, find_resumed
@@ -28,7 +28,7 @@ from tlgc_mp.training.evaluation import average_running_statistics, evaluate, re
 from tlgc_mp.training.finite import check_finite, check_weights
 from tlgc_mp.training.meter import Meter, in_a_line
 from tlgc_mp.training.metrics import Metrics, in_words
-from tlgc_mp.training.protocols import Batches, Guard, steps_of
+from tlgc_mp.training.protocols import Batches, Guard, check_arguments, steps_of
 from tlgc_mp.training.runs import check_free
 from tlgc_mp.training.schedule import SaveSchedule
 
@@ -93,9 +93,7 @@ class Trainer:
         flops: float | None = None,
     ) -> None:
         counts = {"epochs": epochs, "log_interval": log_interval, "limit_steps": limit_steps, "save_steps": save_steps}
-        for name, value in counts.items():
-            if not is_count(value) and not (value is None and name in ("limit_steps", "save_steps")):
-                raise UsageError(f"{name} must be an int, 1 or more, got {shown(value)}")
+        check_arguments(batches, seed=seed, save_seconds=save_seconds, ema=ema, **counts)
         self.folder = as_path("folder", folder)
         self.saver = CheckpointSaver(
             engine, os.path.join(self.folder, CHECKPOINTS), keep=keep, background=background_save
