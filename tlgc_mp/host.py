@@ -76,6 +76,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def host_on_network() -> str:
+    """What tells this host from others on the network; containers with networks of their own count as hosts."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/net"))
+    return "/".join(parts)
+
+
 def use_huge_pages() -> None:
     """Asks torch for huge pages under large CPU tensors; to be called before torch allocates its first."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -28,7 +28,7 @@ def test_formulas_are_those_of_the_layers(depth: int, width: int, groups: int) -
             module.register_forward_hook(see)
 
     model(torch.empty(8, 3, 32, 32, device="meta"))
-    assert growth.coarse_bytes(depth, 8, groups) == 2 * 2 * 4 * (groups - 1) * maps
+    assert growth.coarse_bytes(depth, 8, groups) == 2 * 4 * groups * maps
 
     row = {**fabricated.row("gc-2l", width, groups, 1.0, 1.0), "depth": depth}
     share = parameter_counts(model, groups)["per_rank"]

@@ -3,11 +3,15 @@
 Gradients are checked by finite differences on 2 and 3 ranks. The function checked has the inputs of all ranks for its
 input and the outputs of all ranks for its output, so every rank perturbs the same numbers in step, and its Jacobian
 says how each rank's output depends on every rank's input.
+
+On one host the coarse exchange is Gloo's collectives, and between hosts sends and receives. Here all ranks lie on one;
+for the other case the test says where each lies.
 """
 
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,9 +21,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
-from tests.parallel.common import SEED, gather_shares, run_ranks_once
+from tests.parallel.common import (
+    SEED,
+    assert_close,
+    assert_gradients_close,
+    gather_gradients,
+    gather_shares,
+    run_ranks_once,
+    smooth_network,
+)
+from tests.ranks import run_ranks
 from tlgc_mp.bench.ranks.meters import CollectiveClock
 from tlgc_mp.nn import TwoLevelConv2d
+from tlgc_mp.parallel import shard, sharding
 from tlgc_mp.parallel.collectives import (
     CoarseExchange,
     coarse_gather,
@@ -32,8 +46,8 @@ from tlgc_mp.parallel.layout import Layout
 RANKS = [2, 3]
 
 
-def _exchange(group: dist.ProcessGroup) -> CoarseExchange:
-    return CoarseExchange(dist.get_world_size(group), group.group_name)
+def _exchange(group: dist.ProcessGroup, over_network: bool) -> CoarseExchange:
+    return CoarseExchange(dist.get_world_size(group), group.group_name, over_network)
 
 
 def _world() -> dist.ProcessGroup:
@@ -87,17 +101,17 @@ def _check_gradients() -> dict[str, bool]:
 
     group_channels = 2
 
-    def two_level(mode: str, shares: Tensor, **parameters: Tensor) -> Tensor:
+    def two_level(mode: str, over_network: bool, shares: Tensor, **parameters: Tensor) -> Tensor:
         layer = TwoLevelConv2d(group_channels * ranks, ranks, 3, padding=1, stride=2, groups=ranks)
-        layer.local_groups, layer.exchange, layer.coarse_mode = 1, _exchange(_world()), mode
+        layer.local_groups, layer.exchange, layer.coarse_mode = 1, _exchange(_world(), over_network), mode
         for key, whole in parameters.items():
             delattr(layer, key)
             setattr(layer, key, _Mine.apply(whole))
         return _Everyones.apply(layer(_Mine.apply(shares)))
 
-    def check_two_level(mode: str) -> bool:
+    def check_two_level(mode: str, over_network: bool) -> bool:
         return check(
-            lambda x, w, r, p: two_level(mode, x, weight=w, restriction=r, prolongation=p),
+            lambda x, w, r, p: two_level(mode, over_network, x, weight=w, restriction=r, prolongation=p),
             _random(ranks, 1, group_channels, 3, 3),
             _random(ranks, 1, group_channels, 3, 3),
             _random(ranks, 1, group_channels, 3, 3),
@@ -112,21 +126,23 @@ def _check_gradients() -> dict[str, bool]:
         "sum_partials": check(summed, _random(ranks, 2, 3)),
         "copy_to_ranks": check(copied, _random(4, 2)),
         "copy_to_ranks, then sum_partials": check(column_then_row, _random(4, 2)),
-        "TwoLevelConv2d, overlapped": check_two_level("overlapped"),
-        "TwoLevelConv2d, fused": check_two_level("fused"),
+        "TwoLevelConv2d, overlapped": check_two_level("overlapped", False),
+        "TwoLevelConv2d, overlapped, between hosts": check_two_level("overlapped", True),
+        "TwoLevelConv2d, fused": check_two_level("fused", False),
+        "TwoLevelConv2d, fused, between hosts": check_two_level("fused", True),
     }
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_gradients_are_those_of_finite_differences(ranks: int) -> None:
     for checked in run_ranks_once(ranks, _check_gradients):
-        assert len(checked) == 6
+        assert len(checked) == 8
         assert all(checked.values())
 
 
-def _values() -> dict[str, Tensor]:
+def _values(over_network: bool) -> dict[str, Tensor]:
     rank, ranks, group = dist.get_rank(), dist.get_world_size(), _world()
-    exchange = _exchange(group)
+    exchange = _exchange(group, over_network)
     everyones = _random(ranks, ranks * 2, 3)
     first, second = exchange.reduce_scatter(everyones[rank]), exchange.reduce_scatter(2 * everyones[rank])
     doubled, single = second(), first()
@@ -141,10 +157,11 @@ def _values() -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("over_network", [False, True])
 @pytest.mark.parametrize("ranks", RANKS)
-def test_values(ranks: int) -> None:
+def test_values(ranks: int, over_network: bool) -> None:
     everyones = _random(ranks, ranks * 2, 3)
-    for rank, found in enumerate(run_ranks_once(ranks, _values)):
+    for rank, found in enumerate(run_ranks_once(ranks, _values, over_network)):
         assert torch.equal(found["gathered"], everyones.flatten(0, 1))
         assert torch.equal(found["gathered, not contiguous"], torch.cat([one.t() for one in everyones]))
         share = everyones.sum(0)[2 * rank : 2 * rank + 2]
@@ -156,7 +173,7 @@ def test_values(ranks: int) -> None:
 
 
 def _bytes_given() -> dict[str, tuple[int, int]]:
-    exchange, group = _exchange(_world()), _world()
+    exchange, group = _exchange(_world(), True), _world()
     found = {}
     for name, start, tensor in (
         ("gather", exchange.gather, torch.ones(2, 5)),
@@ -176,6 +193,47 @@ def test_a_rank_sends_a_share_to_every_other(ranks: int) -> None:
     shares = (ranks - 1) * 2 * 5 * 4
     for found in run_ranks_once(ranks, _bytes_given):
         assert found == {"gather": (shares, shares), "reduce_scatter": (shares, shares)}
+
+
+def _step_on_hosts(hosts: list[str]) -> tuple[dict[str, Tensor], dict[str, int], set[bool]]:
+    """Output and gradients of a step of ranks on ``hosts``, how often each kind of collective ran, and what the layers'
+    exchanges say of the hosts."""
+    with mock.patch.object(sharding, "host_on_network", return_value=hosts[dist.get_rank()]):
+        model = shard(smooth_network("cpu").double())
+    model(_images())  # the first pass compares the ranks
+    with CollectiveClock() as clock:
+        output = model(_images())
+        output.square().sum().backward()
+    found = {"output": output.detach(), **gather_gradients(model)}
+    kinds = {kind: int(traffic["calls"]) for kind, traffic in clock.by_kind().items()}
+    layers = [module for module in model.modules() if isinstance(module, TwoLevelConv2d)]
+    return found, kinds, {layer.exchange.over_network for layer in layers}
+
+
+def _images() -> Tensor:
+    return _random(2, 3, 8, 8)
+
+
+LAYERS, CLASSES = 3, 10
+"""Of the network: layers of two levels, and outputs of the head."""
+
+
+@pytest.mark.parametrize(
+    "hosts", [["one", "one"], ["one", "two"], ["one", "one", "one", "two"]], ids=lambda hosts: "-".join(hosts)
+)
+def test_only_ranks_on_several_hosts_exchange_by_sends(hosts: list[str]) -> None:
+    over_network, others = len(set(hosts)) > 1, len(hosts) - 1
+    model = smooth_network("cpu").double()
+    expected = model(_images())
+    expected.square().sum().backward()
+    gradients = {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+    for found, kinds, said in run_ranks(len(hosts), _step_on_hosts, hosts):
+        assert said == {over_network}
+        assert kinds.get("all_gather", 0) == kinds.get("reduce_scatter", 0) == (0 if over_network else LAYERS)
+        head = 0 if CLASSES % len(hosts) else 2 * others  # is gathered for, forward, and so are the logits
+        assert kinds["send"] == kinds["receive"] == head + (2 * LAYERS * others if over_network else 0)
+        assert_close({"output": found.pop("output")}, {"output": expected.detach()}, 1e-9)
+        assert_gradients_close(found, gradients, 1e-9)
 
 
 def _operator_checks() -> dict[str, dict[str, str]]:
@@ -221,9 +279,9 @@ def test_traced_graph_names_the_operators() -> None:
     assert called == ["tlgc_mp.coarse_gather.default", "tlgc_mp.coarse_reduce_scatter.default"]
 
 
-def _profiled_names() -> list[str]:
+def _profiled_names(over_network: bool) -> list[str]:
     layer = TwoLevelConv2d(4, 4, 1, groups=4)
-    layer.local_groups, layer.exchange = 2, _exchange(_world())
+    layer.local_groups, layer.exchange = 2, _exchange(_world(), over_network)
     for param in layer.parameters():
         param.data = param.data[:2]
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -231,7 +289,8 @@ def _profiled_names() -> list[str]:
     return [event.name for event in profiler.events()]
 
 
-def test_profiler_names_the_operators() -> None:
-    for names in run_ranks_once(2, _profiled_names):
+@pytest.mark.parametrize("over_network", [False, True])
+def test_profiler_names_the_operators(over_network: bool) -> None:
+    for names in run_ranks_once(2, _profiled_names, over_network):
         assert names.count("tlgc_mp::coarse_gather") == 1
         assert names.count("tlgc_mp::coarse_reduce_scatter") == 1

@@ -130,26 +130,21 @@ def _profiled(config_name: str) -> list[int]:
     return seen
 
 
-def _swap(size: int) -> list[Collective]:
-    """What a rank does to give each other ``size`` bytes, and to get as many."""
-    return [Collective("RECV", 0, size)] * (RANKS - 1) + [Collective("SEND", size, 0)] * (RANKS - 1)
-
-
 def _expected_activations() -> tuple[list[Collective], list[Collective]]:
     """In the order of the network, what each two-level layer sends forward, and the same backward."""
     forward, backward = [], []
 
     def note(layer: nn.Module, inputs: Any, output: Tensor) -> None:
         share = BATCH * (GROUPS // RANKS) * output.shape[2] * output.shape[3] * FLOAT
-        for sent in (forward, backward):
-            sent.extend(_swap(share))
+        forward.append(Collective("ALLGATHER", share, RANKS * share))
+        backward.append(Collective("REDUCE_SCATTER", RANKS * share, share))
 
     model = seeded_model("gc-2l", GROUPS, torch.float32, "cpu")
     layers = [module for module in model.modules() if isinstance(module, TwoLevelConv2d)]
     for layer in layers:
         layer.register_forward_hook(note)
     model(_batch()[0])
-    assert len(forward) == 2 * (RANKS - 1) * len(layers) == 18
+    assert len(forward) == len(layers) == 9
     return forward, backward
 
 

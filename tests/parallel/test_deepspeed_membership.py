@@ -104,8 +104,8 @@ def test_coarse_collectives_are_in_the_communication_log() -> None:
     """Of each of the three stages, at 8 x 8, 4 x 4 and 2 x 2 positions: three layers."""
     full = [BATCH * GROUPS * side * side * 4 for side in (8, 4, 2)]
     for found in run_ranks_once(RANKS, _membership):
-        for direction in ("isend", "irecv"):  # forward, and backward as much
-            assert found["logged"][direction] == {size // RANKS: 2 * 3 * STEPS for size in full}
+        assert found["logged"]["all_gather_into_tensor"] == {size // RANKS: 3 * STEPS for size in full}
+        assert found["logged"]["reduce_scatter_tensor"] == {size: 3 * STEPS for size in full}
         assert found["logged"]["all_reduce"][BATCH * 10 * 4] == STEPS
 
 

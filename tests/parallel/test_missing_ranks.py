@@ -92,9 +92,12 @@ def _two_of_four() -> dict[str, tuple[str, float]]:
     operations = {
         "all_reduce": lambda ranks: collectives.all_reduce(torch.ones(3), ranks),
         "coarse_gather": lambda ranks: collectives.coarse_gather(torch.ones(3, 2), world, ranks.group_name),
-        "coarse_reduce_scatter": lambda ranks: collectives.CoarseExchange(world, ranks.group_name).reduce_scatter(
-            torch.ones(world, 3)
-        )(),
+        **{
+            f"coarse_reduce_scatter{where}": lambda ranks, over_network=over_network: collectives.CoarseExchange(
+                world, ranks.group_name, over_network
+            ).reduce_scatter(torch.ones(world, 3))()
+            for where, over_network in (("", False), (" between hosts", True))
+        },
         "exchange_channels": lambda ranks: collectives.exchange_channels(
             torch.ones(world, 2), [1] * world, [1] * world, ranks.group_name
         ),
@@ -113,9 +116,9 @@ def _two_of_four() -> dict[str, tuple[str, float]]:
 def test_all_kinds_of_collectives_name_all_ranks_that_are_missing() -> None:
     ranks = run_ranks_once(4, _two_of_four)
     for rank in (0, 2):
-        assert len(ranks[rank]) == 4
+        assert len(ranks[rank]) == 5
         for name, (message, seconds) in ranks[rank].items():
-            assert message.startswith(f"ranks 1, 3 did not take part in {name} within "), message
+            assert message.startswith(f"ranks 1, 3 did not take part in {name.split()[0]} within "), message
             assert seconds < TIMEOUT + GRACE_SECONDS + SLACK
 
 

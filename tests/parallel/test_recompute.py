@@ -199,9 +199,9 @@ def test_representatives_are_gathered_once_more(run: str) -> None:
     for answers in run_ranks_once(2, _every_run):
         (_, plain), (_, checkpointed) = answers[run]
         for step in plain:
-            assert step == {"send": 2 * layers, "receive": 2 * layers, "all_reduce": logits}
+            assert step == {"all_gather": layers, "reduce_scatter": layers, "all_reduce": logits}
         for step in checkpointed:
-            assert step == {"send": 3 * layers, "receive": 3 * layers, "all_reduce": logits}
+            assert step == {"all_gather": 2 * layers, "reduce_scatter": layers, "all_reduce": logits}
 
 
 def test_names_stay_and_twice_is_once() -> None:

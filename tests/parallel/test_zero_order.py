@@ -110,9 +110,10 @@ def _check(answers: list[dict[int, list[dict[str, Any]]]], stage: int, steps: in
         assert torch.equal(delayed["losses"], plain["losses"]), f"stage {stage}, seed {SEED}"
         assert delayed["calls"] == plain["calls"]
         calls = plain["calls"]
-        for when, others in (("forward", 2), ("backward", 0)):  # of the head, and of the logits
-            swaps = (RANKS - 1) * (LAYERS + others) * steps
-            assert calls[when, "coarse", "send"] == calls[when, "coarse", "receive"] == swaps
+        for when, kind in (("forward", "all_gather"), ("backward", "reduce_scatter")):
+            assert calls[when, "coarse", kind] == LAYERS * steps
+        for direction in ("send", "receive"):
+            assert calls["forward", "coarse", direction] == (RANKS - 1) * 2 * steps, "of the head, and of the logits"
         reductions = sum(n for (when, whose, _), n in calls.items() if (when, whose) == ("backward", "ZeRO"))
         assert stage == 0 or reductions >= 4 * steps, "ZeRO's collectives lie after backward, not in it"
         assert sum(delayed["slept"]) > steps * SLEEP_SECONDS / 2, "nobody was late"

@@ -36,16 +36,8 @@ _REDUCED_AS = {torch.bool: torch.uint8, torch.int16: torch.int32}
 """Types that Gloo does not reduce, and what they are reduced as."""
 _SWAPS = ("coarse_gather", "coarse_reduce_scatter", "all_gather", "reduce_scatter")
 _TAGS = {name: tag for tag, name in enumerate(_SWAPS)}
-_GATHERED = {
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int8,
-    torch.uint8,
-}
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_GATHERED = {*_FLOATS, torch.int64, torch.int32, torch.int8, torch.uint8}
 """Types that every backend gathers; others are gathered as bytes."""
 
 
@@ -90,7 +82,7 @@ def coarse_gather(share: Tensor, ranks: int, group_name: str) -> Tensor:
     return _start_gather(share, ranks, group_name)()
 
 
-def _start_gather(share: Tensor, ranks: int, group_name: str) -> Callable[[], Tensor]:
+def _start_gather(share: Tensor, ranks: int, group_name: str, by_sends: bool = True) -> Callable[[], Tensor]:
     """Starts :func:`coarse_gather`; the function returned waits for its result."""
     share = share.contiguous()
     full = share.new_empty(ranks * share.shape[0], *share.shape[1:])
@@ -98,16 +90,16 @@ def _start_gather(share: Tensor, ranks: int, group_name: str) -> Callable[[], Te
         _note("coarse_gather", share)
         return lambda: full
     stacked = full.view(ranks, *share.shape)
-    arrived = _gather("coarse_gather", share, stacked, resolve_group(group_name))
+    arrived = _gather("coarse_gather", share, stacked, resolve_group(group_name), by_sends=by_sends)
     return lambda: arrived().view(full.shape)
 
 
 def _gather(
-    name: str, share: Tensor, stacked: Tensor, group: dist.ProcessGroup, of_pass: bool = True
+    name: str, share: Tensor, stacked: Tensor, group: dist.ProcessGroup, *, of_pass: bool = True, by_sends: bool = True
 ) -> Callable[[], Tensor]:
     """Starts gathering ``share`` of each rank in ``stacked``, P of them; the function returned waits for it."""
     call = _begin(name, share, group)
-    if _is_gloo(group) and of_pass:
+    if by_sends and is_gloo(group):
         share = share.detach()
         stacked[dist.get_rank(group)] = share
         return _start_swap(call, share.expand_as(stacked), stacked, group)
@@ -117,10 +109,12 @@ def _gather(
     return _arrival(call, work, stacked, share)
 
 
-def _scatter_sum(name: str, stacked: Tensor, row: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+def _scatter_sum(
+    name: str, stacked: Tensor, row: Tensor, group: dist.ProcessGroup, *, by_sends: bool = True
+) -> Callable[[], Tensor]:
     """Starts summing ``stacked``, one part for each of P ranks, into ``row``; the function returned waits for it."""
     call = _begin(name, stacked, group)
-    if _is_gloo(group):
+    if by_sends and is_gloo(group):
         stacked, received = stacked.detach(), torch.empty_like(stacked)
         received[dist.get_rank(group)] = stacked[dist.get_rank(group)]
         arrived = _start_swap(call, stacked, received, group)
@@ -130,7 +124,7 @@ def _scatter_sum(name: str, stacked: Tensor, row: Tensor, group: dist.ProcessGro
     return _arrival(call, work, row, stacked)
 
 
-def _is_gloo(group: dist.ProcessGroup) -> bool:
+def is_gloo(group: dist.ProcessGroup) -> bool:
     return bool(group.name() == "gloo")
 
 
@@ -140,6 +134,7 @@ def _start_swap(call: Call, sent: Tensor, received: Tensor, group: dist.ProcessG
 
     Gloo's own reduce-scatter is an all-reduce, which sends twice the bytes. In its other collectives the word that a
     rank is ready to receive may queue behind what it sends, and the two directions of a slow link then take turns.
+    Sends take time of the thread that starts them, which Gloo's collectives leave to a thread of Gloo's.
     """
     ranks, own = dist.get_process_group_ranks(group), dist.get_rank(group)
     others = [(own + distance) % len(ranks) for distance in range(1, len(ranks))]
@@ -182,14 +177,15 @@ def _(full: Tensor, ranks: int, group_name: str) -> Tensor:
     return full.new_empty(full.shape[0] // ranks, *full.shape[1:])
 
 
-def _start_reduce_scatter(full: Tensor, ranks: int, group_name: str) -> Callable[[], Tensor]:
+def _start_reduce_scatter(full: Tensor, ranks: int, group_name: str, by_sends: bool = True) -> Callable[[], Tensor]:
     """Starts :func:`coarse_reduce_scatter`; the function returned waits for its result."""
     full = full.contiguous()
     share = full.new_empty(full.shape[0] // ranks, *full.shape[1:])
     if full.is_meta or not share.numel():
         _note("coarse_reduce_scatter", full)
         return lambda: share
-    return _scatter_sum("coarse_reduce_scatter", full.view(ranks, *share.shape), share, resolve_group(group_name))
+    stacked, group = full.view(ranks, *share.shape), resolve_group(group_name)
+    return _scatter_sum("coarse_reduce_scatter", stacked, share, group, by_sends=by_sends)
 
 
 def _gather_context(ctx: Any, inputs: tuple[Tensor, int, str], output: Tensor) -> None:
@@ -303,7 +299,8 @@ def start_all_gather(share: Tensor, ranks: TensorParallelRanks, *, of_pass: bool
     if share.dtype not in _GATHERED:
         sent = sent.as_strided(sent.shape, (1,))  # a single element may have any stride
         sent, received = sent.view(torch.uint8), received.view(torch.uint8)
-    arrived = _gather("all_gather", sent, received, ranks.group, of_pass)
+    # Torch 2.14's profiler crashes where a send that began under it ends after it, as one of no pass may.
+    arrived = _gather("all_gather", sent, received, ranks.group, of_pass=of_pass, by_sends=of_pass)
 
     def wait() -> Tensor:
         arrived()
@@ -377,11 +374,15 @@ class CoarseExchange(Exchange):
         ranks: how many there are.
         group_name: the group's, which is used for nothing else, so that the coarse gather never queues behind other
             traffic.
+        over_network: whether they lie on several hosts, the same on every rank. Over Gloo, sends and receives then
+            make the most of the network; on one host, they would cost the computation that hides the exchange more
+            than Gloo's own collectives do.
     """
 
-    def __init__(self, ranks: int, group_name: str) -> None:
+    def __init__(self, ranks: int, group_name: str, over_network: bool) -> None:
         self.ranks = ranks
         self.group_name = group_name
+        self.over_network = over_network
 
     def gather(self, share: Tensor) -> Callable[[], Tensor]:
         return self._started("coarse_gather", coarse_gather, _start_gather, share)
@@ -397,4 +398,4 @@ class CoarseExchange(Exchange):
             result = operator(tensor, self.ranks, self.group_name)
             return lambda: result
         with torch.profiler.record_function(f"tlgc_mp::{name}"):
-            return start(tensor, self.ranks, self.group_name)
+            return start(tensor, self.ranks, self.group_name, self.over_network)

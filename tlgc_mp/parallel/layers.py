@@ -54,7 +54,8 @@ class ParallelTwoLevel(LocalLayer):
 
     def _tlgc_adjust(self) -> None:
         self.local_groups = self.groups // self.tlgc_region.ranks.size  # type: ignore[attr-defined]
-        self.exchange = CoarseExchange(self.tlgc_region.ranks.size, self.tlgc_region.ranks.group_name)
+        region = self.tlgc_region
+        self.exchange = CoarseExchange(region.ranks.size, region.ranks.group_name, region.over_network)
 
 
 class ParallelShuffle(LocalLayer):

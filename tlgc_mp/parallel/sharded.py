@@ -31,15 +31,24 @@ class Region:
         channels_apart: whether they can, since the model's code between layers leaves channels apart.
         plain: whether shares go from layer to layer as plain tensors, now.
         replicas: the ranks that hold this share, one of each replica; ``None`` where nobody asks.
+        over_network: whether the tensor-parallel ranks lie on several hosts.
         report: how each layer is held, as ``model.layout``; a model may have an attribute of its own of that name.
     """
 
-    def __init__(self, ranks: Ranks, tp_ranks: Ranks, channels_apart: bool, replicas: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        tp_ranks: Ranks,
+        channels_apart: bool,
+        replicas: Ranks | None = None,
+        over_network: bool = False,
+    ) -> None:
         self.ranks = ranks
         self.tp_ranks = tp_ranks
         self.channels_apart = channels_apart
         self.plain = ranks.size == 1
         self.replicas = replicas
+        self.over_network = over_network
         self.report: Any = None
 
     @contextlib.contextmanager

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tlgc_mp.errors import UsageError
+from tlgc_mp.host import host_on_network
 from tlgc_mp.nn import FullyLearnableGroupConv2d
 from tlgc_mp.nn.arguments import check_device, check_module
 from tlgc_mp.nn.init import check_drawable, draw_by_blocks, draw_whole, drawn_by_blocks
+from tlgc_mp.parallel.collectives import is_gloo
 from tlgc_mp.parallel.joins import agreed_joins
 from tlgc_mp.parallel.layers import make_root, shard_layer
 from tlgc_mp.parallel.layout import Layout, Ranks
@@ -91,13 +93,23 @@ def shard(
         alike: list[Any] = [coarse_group, *([] if data_parallel_group is None else [data_parallel_group])]
         placements = agreed_joins(model, placements, sample_inputs, alike)
     replicas = _replicas(model, members, data_parallel_group)
-    region = Region(ranks, Ranks(group), goes_plain(model, placements), replicas)
+    over_network = _lie_on_several_hosts(coarse_group)
+    region = Region(ranks, Ranks(group), goes_plain(model, placements), replicas, over_network)
     check_drawable(model)
     _check_memory(model)
     target = None if device is None else torch.device(device)
     split_layers(model, placements, region, target, drawn_from)
     watch_replicas(model, ranks, bound)
     return model
+
+
+def _lie_on_several_hosts(group: dist.ProcessGroup) -> bool:
+    """Whether the ranks of ``group`` lie on several hosts, if it is Gloo's; the same on every rank. Collective."""
+    if not is_gloo(group):
+        return False
+    hosts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(hosts, host_on_network(), group=group)
+    return len(set(hosts)) > 1
 
 
 def _check_memory(model: nn.Module) -> None:

@@ -18,11 +18,11 @@ _BYTES_A_PARAMETER = 12  # itself, its gradient, its momentum, in float32
 
 
 def coarse_bytes(depth: int, batch_size: int, groups: int) -> int:
-    """What a rank gives and takes at the coarse level of a step, in float32 and with a group a rank: of every two-level
-    layer, its representatives to N - 1 others and theirs, forward, and as many gradients back."""
+    """What the coarse level of a step brings to a rank on one host, in float32: of every two-level layer, N
+    representatives of all groups forward and as many gradients back."""
     units = (depth - 4) // 6
     positions = sum((2 * units + 1) * (IMAGE_SIZE >> stage) ** 2 for stage in range(3))
-    return 2 * 2 * 4 * (groups - 1) * batch_size * positions
+    return 2 * 4 * groups * batch_size * positions
 
 
 def curves(rows: list[Row]) -> dict[int, list[Row]]:
@@ -42,7 +42,7 @@ def formulas(row: Row) -> dict[str, float]:
     return {
         "seconds": row["flops_per_rank"] / row["best_flops_per_second"],
         "memory": _BYTES_A_PARAMETER * parameters / 1e6,
-        "bytes": coarse_bytes(row["depth"], row["batch_size"], row["groups"]) / 1e6,
+        "bytes": coarse_bytes(row["depth"], row["batch_size"], row["groups"]) / 1e6 if row["tp"] > 1 else 0.0,
     }
 
 
