@@ -391,7 +391,7 @@ class CoarseExchange(Exchange):
         return self._started("coarse_reduce_scatter", coarse_reduce_scatter, _start_reduce_scatter, full)
 
     def _started(
-        self, name: str, operator: Any, start: Callable[[Tensor, int, str], Callable[[], Tensor]], tensor: Tensor
+        self, name: str, operator: Any, start: Callable[[Tensor, int, str, bool], Callable[[], Tensor]], tensor: Tensor
     ) -> Callable[[], Tensor]:
         if torch.compiler.is_compiling() or type(tensor) is not Tensor:
             # What is traced is a graph of whole operators; a compiler finds its own overlap.

@@ -11,11 +11,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from tlgc_mp.parallel.layout import Layout, Ranks
-from tlgc_mp.parallel.split_tensor import FUNCTIONS, SplitTensor, enter_ranks, from_share, share_in, whole
+from tlgc_mp.parallel.split_tensor import (
+    FUNCTIONS,
+    SplitTensor,
+    enter_ranks,
+    from_share,
+    share_in,
+    through_torch,
+    whole,
+)
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
@@ -229,6 +238,31 @@ def _matrix_rank(*args: Any, out: Any = None, **kwargs: Any) -> Any:
     return out
 
 
+# Row-parallel linear layers. Autograd asks for the gradients of the input and of the weight in two products, and each
+# would gather the gradient of the output.
+
+
+def _gathered(grad: Tensor) -> Tensor:
+    """``grad`` as a split tensor that is whole on every rank. Differentiable."""
+    return enter_ranks(whole(grad), grad.ranks) if type(grad) is SplitTensor and grad.cut.dim is not None else grad
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    y = through_torch(F.linear, (x, weight, bias), None)
+    is_row = type(y) is SplitTensor and type(weight) is SplitTensor and weight.cut.dim == 1
+    if is_row and y.cut.dim == y.dim() - 1 and x.requires_grad and weight.requires_grad:
+        y.register_hook(_gathered)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _attention(*args: Any, **kwargs: Any) -> Any:
+    """Its last product is that of a row-parallel layer."""
+    y, weights = through_torch(F.multi_head_attention_forward, args, kwargs)
+    if type(y) is SplitTensor and y.cut.dim == y.dim() - 1 and y.requires_grad:
+        y.register_hook(_gathered)  # type: ignore[no-untyped-call]
+    return y, weights
+
+
 _TENSOR: Any = Tensor
 """Of which an attribute is a descriptor."""
 
@@ -239,6 +273,8 @@ FUNCTIONS.update(
         torch.autograd.grad: _grad,
         torch.autograd.backward: _backward,
         Tensor.backward: _tensor_backward,
+        F.linear: _linear,
+        F.multi_head_attention_forward: _attention,
         torch.linalg.matrix_rank: _matrix_rank,
         torch.tensor_split: _tensor_split(torch.tensor_split),
         Tensor.tensor_split: _tensor_split(Tensor.tensor_split),

@@ -140,20 +140,11 @@ class SplitTensor(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in FUNCTIONS:
-            result = FUNCTIONS[func](*args, **(kwargs or {}))
-            if result is not NotImplemented:
-                return result
-        elif torch.is_grad_enabled():
-            for value in args if not kwargs else (*args, *kwargs.values()):
-                kind = type(value)
-                if kind is SplitTensor or kind is int or kind is float:
-                    continue
-                if (isinstance(value, Tensor) and value.requires_grad) or (
-                    isinstance(value, list | tuple | dict) and _holds_plain(value)
-                ):
-                    args, kwargs = _entered(func, args, kwargs or {})
-                    break
+        if func not in FUNCTIONS:
+            return through_torch(func, args, kwargs)
+        result = FUNCTIONS[func](*args, **(kwargs or {}))
+        if result is not NotImplemented:
+            return result
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs) if kwargs else func(*args)
 
@@ -213,6 +204,22 @@ class SplitTensor(Tensor):
         if not self.is_leaf:
             return Tensor.__deepcopy__(self, memo)  # type: ignore[no-untyped-call]  # raises as torch does
         return memo.setdefault(id(self), self.detach().clone().requires_grad_(self.requires_grad))
+
+
+def through_torch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+    """Calls a function of torch's, with plain tensors that need gradients as split ones that are whole."""
+    if torch.is_grad_enabled():
+        for value in args if not kwargs else (*args, *kwargs.values()):
+            kind = type(value)
+            if kind is SplitTensor or kind is int or kind is float:
+                continue
+            if (isinstance(value, Tensor) and value.requires_grad) or (
+                isinstance(value, list | tuple | dict) and _holds_plain(value)
+            ):
+                args, kwargs = _entered(func, args, kwargs or {})
+                break
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 def _entered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
