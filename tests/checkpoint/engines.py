@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 import tlgc_mp.checkpoint.saver
 from tlgc_mp.checkpoint import CheckpointSaver, SaveError, load_checkpoint, save_checkpoint
+from tlgc_mp.checkpoint.folder import tags
 from tlgc_mp.engine import initialize
 from tlgc_mp.errors import UsageError
 from tlgc_mp.nn import TwoLevelConv2d
@@ -271,3 +274,50 @@ def save_an_odd_schedule(folder: str) -> str:
     except UsageError as error:
         return str(error)
     return ""
+
+
+# What saving asks of the ranks' store.
+
+
+class _Counted:
+    """A store that counts what is asked of it."""
+
+    def __init__(self, store: Any) -> None:
+        self.store, self.calls = store, 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls += 1
+        return getattr(self.store, name)
+
+
+def save_while_others_use_the_store(folder: str, saves: int) -> tuple[list[str], int, int]:
+    """(checkpoints, calls of the store, keys left in it) of a rank whose saver waits for a rank that is late: it writes
+    only when the store has been used beside that wait."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method="env://", rank=rank, world_size=world)  # its store is a TCPStore
+    engine = engine_of(Shape(1, world, 0))
+    train_steps(engine, Shape(1, world, 0), range(1))
+    shared = dist.distributed_c10d._get_default_store()
+    write = tlgc_mp.checkpoint.saver.save_file
+
+    def held_up(*arguments: Any, **options: Any) -> None:
+        if rank == 0:
+            shared.wait([f"tests/{saver.path}"], datetime.timedelta(seconds=20.0))
+        write(*arguments, **options)
+
+    tlgc_mp.checkpoint.saver.save_file = held_up
+    saver = CheckpointSaver(engine, folder)
+    counted = saver._store = _Counted(saver._store)
+    dist.barrier()
+    before = shared.num_keys()
+    for number in range(saves):
+        saver.save(f"save-{number}", {})
+        if rank == 1:
+            time.sleep(1.0)
+            shared.set(f"tests/{saver.path}", "")
+            shared.wait([f"tests/{saver.path}"], datetime.timedelta(seconds=20.0))
+        saver.wait()
+    dist.barrier()
+    tlgc_mp.checkpoint.saver.save_file = write
+    return tags(folder), counted.calls, shared.num_keys() - before - saves

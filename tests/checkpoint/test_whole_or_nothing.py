@@ -14,6 +14,7 @@ from tests.checkpoint.engines import (
     save_several,
     save_until_killed,
     save_where_a_file_is,
+    save_while_others_use_the_store,
     train_on_while_it_is_written,
 )
 from tests.ranks import run_ranks
@@ -84,3 +85,11 @@ def test_what_could_not_be_loaded_safely_is_not_saved(tmp_path: Path) -> None:
     (said,) = run_ranks(1, save_an_odd_schedule, str(tmp_path / "checkpoints"))
     assert "MultiStepLR holds Python objects" in said
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.timeout(120)
+def test_a_save_waits_on_the_store_beside_its_other_users_and_leaves_nothing_in_it(tmp_path: Path) -> None:
+    for found, calls, left in run_ranks(2, save_while_others_use_the_store, str(tmp_path), 3):
+        assert found == ["save-2", "save-1", "save-0"]
+        assert calls <= 3 * 20, calls  # a few for each save, however long it waits
+        assert left == 0

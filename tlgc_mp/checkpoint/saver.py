@@ -2,17 +2,21 @@
 
 A rank copies its share of the state, which is all that training waits for, and a thread writes it. The threads agree
 over the job's key-value store, so no collective is added: rank 0 makes the folder, every rank writes its file and
-posts size and checksum, and rank 0 names the checkpoint when all have. One save is under way at a time.
+posts size and checksum, and rank 0 names the checkpoint when all have. One save is under way at a time, and leaves
+nothing in the store.
 """
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import io
 import json
 import os
 import pickle
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +35,6 @@ from tlgc_mp.host import as_path, describe_run
 SAVE_SECONDS = 1800.0
 """How long ranks wait for each other's files before a save has failed."""
 
-_POLL_SECONDS = 0.02
 _saves = 0
 
 
@@ -71,7 +74,7 @@ class CheckpointSaver:
             raise UsageError(f"keep={shown(keep)} is no number of checkpoints; use 1 or more")
         self.folder, self.keep, self.background = as_path("folder", folder), keep, background
         self._state = EngineState(engine)
-        self._store: Any = dist.distributed_c10d._get_default_store()
+        self._store = _store_to_wait_on()
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._saved_by = describe_run() if self._rank == 0 else None
         self._copies: dict[str, Tensor] = {}
@@ -198,6 +201,7 @@ class CheckpointSaver:
         except Exception as error:
             save.error = f"checkpoint {os.path.join(self.folder, save.tag)!r} was not written: {told(error)}"
         finally:
+            self._tidy(save)
             with self._lock:
                 if save.best and save.error is None and self._rank == 0:
                     try:
@@ -260,18 +264,41 @@ class CheckpointSaver:
             return {"error": f"rank {self._rank}: {told(error)}"}
 
     def _post(self, save: _Save, step: str, outcome: Any) -> None:
-        self._store.set(f"tlgc_mp/checkpoint/{save.number}/{step}", json.dumps(outcome))
+        self._store.set(f"{save.number}/{step}", json.dumps(outcome))
 
     def _wait_for(self, save: _Save, step: str) -> Any:
-        key, deadline = f"tlgc_mp/checkpoint/{save.number}/{step}", time.monotonic() + SAVE_SECONDS
-        while not self._store.check([key]):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no word of {step} within {SAVE_SECONDS:.0f} s")
-            time.sleep(_POLL_SECONDS)
+        key, began = f"{save.number}/{step}", time.monotonic()
+        try:
+            self._store.wait([key], datetime.timedelta(seconds=SAVE_SECONDS))
+        except RuntimeError:
+            if time.monotonic() - began < SAVE_SECONDS:
+                raise  # the store is gone, and with it the rank that kept it
+            raise TimeoutError(f"no word of {step} within {SAVE_SECONDS:.0f} s") from None
         outcome = json.loads(self._store.get(key))
         if "error" in outcome:
             raise SaveError(outcome["error"])
         return outcome["result"]
+
+    def _tidy(self, save: _Save) -> None:
+        """Removes the save's keys once no rank waits for one of them: the last rank to come here does."""
+        with contextlib.suppress(RuntimeError):  # the store is gone, and its keys with it
+            if self._store.add(f"{save.number}/left", 1) == self._world:
+                for step in ("folder", *(f"rank-{rank}" for rank in range(self._world)), "end", "left"):
+                    self._store.delete_key(f"{save.number}/{step}")
+
+
+def _store_to_wait_on() -> dist.Store:
+    """The store through which the ranks met, over a connection of its own: whoever waits on the shared one holds up
+    the watchdog and the training, which ask it between steps."""
+    shared = dist.distributed_c10d._get_default_store()
+    # A connection knows nothing of the prefixes that keep apart two jobs, or two attempts at one, in the same store.
+    name = shared.compare_set("tlgc_mp/checkpoint", "", uuid.uuid4().hex).decode()
+    store = shared
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, dist.TCPStore):
+        store = dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
+    return dist.PrefixStore(f"tlgc_mp/checkpoint/{name}", store)
 
 
 def save_checkpoint(
