@@ -13,6 +13,7 @@ import torch.distributed as dist
 from tlgc_mp.cli.options import write
 from tlgc_mp.data import Datasets, EvaluationBatches, TrainingBatches, load_datasets
 from tlgc_mp.engine import checkpoint_activations, initialize
+from tlgc_mp.engine.compiled import compile_training
 from tlgc_mp.engine.start import start_distributed
 from tlgc_mp.host import usable_cores
 from tlgc_mp.parallel.plan import parameter_counts
@@ -104,6 +105,8 @@ def train(options: Any, settings: TrainSettings, launch: Launch, watchdog: Watch
             watchdog.workers.may_end()
             say("Nothing is trained or written (--dry-run)", speaks)
             return
+        if settings.compile:
+            say(f"The first step compiles the model ({compile_training(engine)}), which takes a while", speaks)
         with StopRequest(agreed=watchdog.workers.may_end) as stop, trainer.profiler:
             saved = trainer.train(stop)
         watchdog.workers.may_end()

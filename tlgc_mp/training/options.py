@@ -178,6 +178,7 @@ class TrainOptions(ModelOptions):
     activation_checkpointing: bool = _option(
         "residual units keep only their input for backward, and are computed again there", default=False
     )
+    compile: bool = _option("compile the model for training, by torch.compile", default=False)
     config: str | None = _option(
         "a file of these options, as run.yaml in a run's output folder is one: flags win over it",
         each_start=True,

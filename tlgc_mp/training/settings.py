@@ -14,6 +14,7 @@ from typing import Any
 
 from tlgc_mp.checkpoint.folder import find_checkpoint, saved_run
 from tlgc_mp.data import check_dataset
+from tlgc_mp.engine.compiled import check_compiled
 from tlgc_mp.engine.config import check_values, read_config, tensor_parallel_size, zero_stage
 from tlgc_mp.errors import UsageError, is_count, shown
 from tlgc_mp.host import usable_cores
@@ -100,6 +101,8 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
     if recipe.warmup_epochs >= epochs:
         raise UsageError(f"--warmup-epochs must be less than the {epochs} epochs, got {recipe.warmup_epochs}")
     topology = _topology(options, config, launch)
+    if options.compile:
+        check_compiled(options.model, topology.tensor_parallel, options.activation_checkpointing)
     output_dir = output_folder(options)
     try:
         resume_from = None if options.resume is None else find_resumed(options.resume, output_dir)
