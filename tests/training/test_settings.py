@@ -167,7 +167,7 @@ def test_what_a_run_is(settle: Setup) -> None:
     config = {"gradient_accumulation_steps": 2, "zero_optimization": {"stage": 2}}
     assert settle(*flags, config=config, world=8, rank=5).description() == {
         **{"model": "wrn-10-1", "conv": "gc-2l", "groups": 4},
-        **{"coarse_everywhere": False, "coarse_kernel_size": None, "coarse_init": "he"},
+        **{"coarse_everywhere": False, "coarse_kernel_size": None, "coarse_init": "zero"},
         **{"dataset": "synthetic", "data_dir": str(Path("images").absolute()), "data_fingerprint": None},
         **{"val_split": None, "image_size": None, "seed": 0},
         **{"tensor_parallel": 4, "data_parallel": 2, "zero_stage": 2, "accumulation": 2, "batch_size": 8},
