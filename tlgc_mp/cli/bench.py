@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tlgc_mp.bench.settings import CHECKPOINTED, DTYPES, STRATEGIES, resolve
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import UsageError, check_installed
 from tlgc_mp.parallel.topology import Launch
 
 
@@ -151,6 +151,7 @@ def add_bench_parser(commands: Any) -> None:
 def _scaling(options: Any, launch: Launch) -> int:
     if launch.world > 1:
         raise UsageError(f"bench scaling starts its own ranks, and this is one of {launch.world}; start it plainly")
+    check_installed("matplotlib", "bench", "bench scaling")
     settings = resolve(options)
     from tlgc_mp.bench.scaling import sweep as scaling
 
@@ -160,6 +161,7 @@ def _scaling(options: Any, launch: Launch) -> int:
 def _bandwidth(options: Any, launch: Launch) -> int:
     if launch.world > 1:
         raise UsageError(f"bench bandwidth starts its own ranks, and this is one of {launch.world}; start it plainly")
+    check_installed("matplotlib", "bench", "bench bandwidth")
     from tlgc_mp.bench.scaling import bandwidth
 
     return bandwidth.run(bandwidth.resolve(options))

@@ -6,6 +6,7 @@ What can be checked is checked before torch is loaded. Every rank of a launch ch
 from __future__ import annotations
 
 import argparse
+import importlib.resources
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ from tlgc_mp.cli.bench import add_bench_parser
 from tlgc_mp.cli.options import Parser, add_options, add_train_parser, data_of_run, parse
 from tlgc_mp.data.catalog import DATASETS, check_dataset
 from tlgc_mp.engine.config import zero_stage
-from tlgc_mp.errors import UsageError, one_of
+from tlgc_mp.errors import UsageError, check_installed, one_of
 from tlgc_mp.host import keep_freed_memory, replace_file, use_huge_pages
 from tlgc_mp.models.names import check_split
 from tlgc_mp.parallel.topology import Launch
@@ -47,14 +48,30 @@ def _parser() -> Parser:
         description="Run COMMAND, any launch of tlgc-mp train under any launcher, and when it fails make sure that "
         "nothing of it is left and run it again, with --resume where its output folder holds a checkpoint. A run that "
         "ended well, has a mistake in its options (status 2) or was asked to stop is not run again. SIGINT, SIGTERM "
-        "and SIGUSR1 are passed on. The exit status is the last attempt's.",
-        usage="tlgc-mp launch [--max-restarts N] -- COMMAND ...",
+        "and SIGUSR1 are passed on. The exit status is the last attempt's. With --mpi or --hosts it is mpirun that "
+        "starts COMMAND, of which `train OPTIONS` is enough; MPIRUN_FLAGS in the environment adds flags of mpirun.",
+        usage="tlgc-mp launch [--max-restarts N] [--mpi P] [--hosts HOST:P,...] -- COMMAND ...",
         allow_abbrev=False,
     )
     again.add_argument("--max-restarts", type=int, default=3, metavar="N", help="at most (default: %(default)s)")
+    again.add_argument("--mpi", type=int, metavar="P", help="start P ranks of COMMAND under mpirun")
+    again.add_argument(
+        "--hosts",
+        metavar="HOST:P,...",
+        help="the hosts of these ranks, under mpirun, with how many each takes: node1:2,node2:2",
+    )
     again.add_argument("launch", nargs=argparse.REMAINDER, metavar="COMMAND", help="deepspeed, mpirun, torchrun, ...")
     again.set_defaults(run=_launch)
 
+    config = commands.add_parser(
+        "config",
+        help="print one of the DeepSpeed configurations that come with the package",
+        description="Print a DeepSpeed configuration, for a file that train --deepspeed_config takes: tlgc-mp config "
+        "zero2 > zero2.json. Without NAME, list them all.",
+        allow_abbrev=False,
+    )
+    config.add_argument("name", nargs="?", metavar="NAME", help="zero2, for example")
+    config.set_defaults(run=_config)
     export = commands.add_parser(
         "export",
         help="write a checkpoint's weights as one safetensors file, for one device and torch alone",
@@ -281,10 +298,30 @@ def _launch(options: Any, launch: Launch) -> int:
     from tlgc_mp.resilience import restarts
 
     command = options.launch[1:] if options.launch[:1] == ["--"] else options.launch
+    if options.mpi is not None or options.hosts is not None:
+        from tlgc_mp.cli.mpi import mpi_command
+
+        command = mpi_command(command, options.mpi, options.hosts)
     return restarts.run(command, options.max_restarts, lambda words: parse(_parser(), words, launch.world))
 
 
+def _config(options: Any, launch: Launch) -> int:
+    folder = importlib.resources.files("tlgc_mp") / "ds_configs"
+    texts = {file.name.removesuffix(".json"): file.read_text(encoding="utf-8") for file in folder.iterdir()}
+    if options.name is not None and options.name not in texts:
+        raise UsageError(
+            f"NAME must be a configuration of the package, got {options.name!r}; use {one_of(sorted(texts))}"
+        )
+    if options.name is not None:
+        print(texts[options.name], end="")
+    else:
+        width = max(map(len, texts)) + 2
+        print("\n".join(f"{name:<{width}}{json.dumps(json.loads(text))}" for name, text in sorted(texts.items())))
+    return 0
+
+
 def _report(options: Any, launch: Launch) -> int:
+    check_installed("matplotlib", "bench", "report")
     from tlgc_mp.paper import report as training_report
 
     training_report.write(options.sources, options.output)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tlgc_mp.data.folders import IMAGE_SUFFIXES, class_folders, may_hold_images
-from tlgc_mp.errors import UsageError, one_of, shown
+from tlgc_mp.errors import UsageError, check_installed, one_of, shown
 
 DATASETS: tuple[str, ...] = ("digits", "cifar10", "cifar100", "imagenet", "imagefolder", "synthetic")
 
@@ -34,6 +34,8 @@ def check_dataset(name: str, data_dir: str | None, val_split: str | None = None)
         UsageError: ``name`` is unknown, or ``data_dir`` is missing or does not hold what ``name`` needs, or
             ``val_split`` is given where the set has no folders.
     """
+    if name == "digits":
+        check_installed("sklearn", "train", "--dataset digits")
     if name not in DATASETS:
         raise UsageError(f"--dataset {name} is unknown; use {one_of(DATASETS)}")
     if val_split is not None and name not in ("imagenet", "imagefolder"):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from tlgc_mp.engine.interface import GLOO_INTERFACE, gloo_interface
 from tlgc_mp.engine.quiet import quiet_start
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import UsageError, check_installed
 from tlgc_mp.host import free_port
 from tlgc_mp.parallel.topology import Launch
 
@@ -136,6 +136,7 @@ def _port_over_mpi(default: int) -> int:
     """The port on which the ranks of an MPI job meet: MASTER_PORT where it is set, else one that is free on rank 0."""
     if "MASTER_PORT" in os.environ:
         return int(os.environ["MASTER_PORT"])
+    check_installed("mpi4py", "mpi", "a launch by mpirun")
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD

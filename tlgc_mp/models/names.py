@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 
-from tlgc_mp.errors import UsageError, divisors, is_count, one_of
+from tlgc_mp.errors import UsageError, check_installed, divisors, is_count, one_of
 
 CONVOLUTIONS = ("sc", "gc", "gc-2l", "gc-2l-proto", "shuffle", "flgc")
 """sc: dense. gc: group convolution. gc-2l: two-level group convolution, gc-2l-proto its prototype. shuffle: group
@@ -86,8 +85,8 @@ def library_model(name: str) -> tuple[str, str] | None:
         plain = f"{library}:{name.partition(':')[2].partition('.')[0]}"
         hint = f"use {plain}, without trained weights" if _LIBRARY_MODEL.fullmatch(plain) else f"use {library}:<name>"
         raise UsageError(f"model must be the name of a model, of letters, digits and _, got {name!r}; {hint}")
-    if library == "timm" and importlib.util.find_spec("timm") is None:
-        raise UsageError(f"model={name!r} needs timm, which is not installed; pip install timm")
+    if library == "timm":
+        check_installed("timm", "timm", f"model={name!r}")
     return match[1], match[2]
 
 
