@@ -315,8 +315,7 @@ def all_reduce(tensor: Tensor, ranks: TensorParallelRanks, op: dist.ReduceOp.Red
     Not differentiable. Of a tensor on the meta device, the shape only.
     """
     if _is_traced(tensor) and op == dist.ReduceOp.SUM:
-        summed: Tensor = sum_partials(tensor, ranks.group_name)
-        return summed
+        return sum_partials(tensor, ranks.group_name)  # type: ignore[no-any-return]
     total = tensor.to(_REDUCED_AS.get(tensor.dtype, tensor.dtype), copy=True)
     if total.is_meta or not total.numel():
         _note("all_reduce", total)

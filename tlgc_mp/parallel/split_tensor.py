@@ -168,10 +168,8 @@ class SplitTensor(Tensor):
         return result
 
     # What reads memory without an operator.
-    def __format__(self, spec: str) -> str:
-        if self.dim() == 0:  # one value is never split
-            return format(self.item(), spec)
-        return Tensor.__format__(self, spec)  # type: ignore[no-any-return, no-untyped-call]
+    def __format__(self, spec: str) -> Any:
+        return format(self.item(), spec) if self.dim() == 0 else super().__format__(spec)  # type: ignore[no-untyped-call]
 
     def numpy(self, *, force: bool = False) -> Any:
         """The whole tensor as a NumPy array that cannot be written to, since writes would not reach the shares."""
