@@ -14,6 +14,7 @@ from tlgc_mp.cli.options import write
 from tlgc_mp.data import Datasets, EvaluationBatches, TrainingBatches, load_datasets
 from tlgc_mp.engine import checkpoint_activations, initialize
 from tlgc_mp.engine.compiled import compile_training
+from tlgc_mp.engine.monitors import leave_to_the_main_thread
 from tlgc_mp.engine.start import start_distributed
 from tlgc_mp.host import usable_cores
 from tlgc_mp.parallel.plan import parameter_counts
@@ -29,7 +30,6 @@ from tlgc_mp.training.evaluation import EVALUATION_BATCH, reduced
 from tlgc_mp.training.headline import headline
 from tlgc_mp.training.metrics import peak_memory_bytes, print_summary
 from tlgc_mp.training.model import check_library, model_of
-from tlgc_mp.training.monitors import leave_to_the_main_thread
 from tlgc_mp.training.protocols import steps_of
 from tlgc_mp.training.recipe_trainer import RecipeTrainer
 from tlgc_mp.training.settings import TrainSettings

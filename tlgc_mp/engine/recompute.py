@@ -21,6 +21,9 @@ from tlgc_mp.errors import UsageError
 from tlgc_mp.nn.arguments import check_module
 from tlgc_mp.parallel.sharded import ShardedLayer
 
+CheckpointFunction: Any = checkpointing.CheckpointFunction
+"""The function of autograd in which a block runs."""
+
 Blocks: TypeAlias = type[nn.Module] | tuple[type[nn.Module], ...]
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tlgc_mp.engine.monitors import EPOCH, STEPS, Event, Monitors, naming
 from tlgc_mp.host import describe_run, replace_file
-from tlgc_mp.training.monitors import EPOCH, STEPS, Event, Monitors, naming
 from tlgc_mp.training.runs import METRICS, RESULT
 
 _COUNTS = ("epoch", "step", "samples")

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.activation_checkpointing.checkpointing import CheckpointFunction
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from tlgc_mp.engine.recompute import CheckpointFunction
 
 _COLLECTIVES = {
     "all_reduce": ("allreduce", "allreduce_coalesced"),
