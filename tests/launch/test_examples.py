@@ -82,3 +82,19 @@ def test_the_trainer_in_docs(tmp_path: Path) -> None:
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 16), (2, 32), (3, 48), (4, 64)]
     assert lines[-1]["train_loss"] < lines[0]["train_loss"] / 10
     assert lines[-1]["test_error_percent"] < 5 and lines[-1]["test_confident_percent"] > 80
+
+
+@pytest.mark.timeout(300)
+def test_the_code_in_the_readme(tmp_path: Path) -> None:
+    """As it stands, and again: the second start finds that all is done."""
+    (code, *_) = re.findall(r"```python\n(.*?)```", (DOCS.parent / "README.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "own.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "own.py"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    for _ in range(2):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=140)
+        assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "runs/own/metrics.jsonl").read_text().splitlines()]
+    epochs = [line for line in lines if "test_error_percent" in line]
+    assert [line["epoch"] for line in epochs] == [1, 2, 3]
+    assert epochs[-1]["test_error_percent"] < 10

@@ -79,9 +79,9 @@ class Datasets:
 
 def load_datasets(
     name: str,
-    data_dir: str | None,
+    data_dir: str | None = None,
     *,
-    seed: int,
+    seed: int = 0,
     image_size: int | None = None,
     num_classes: int | None = None,
     synthetic_length: int = 1024,

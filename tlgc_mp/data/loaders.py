@@ -57,8 +57,8 @@ class TrainingBatches:
         *,
         batch_size: int,
         seed: int,
-        rank: int,
-        replicas: int,
+        rank: int = 0,
+        replicas: int = 1,
         num_workers: int = 0,
     ) -> None:
         samples = _check(dataset, batch_size, rank, replicas, num_workers)
@@ -108,8 +108,8 @@ class EvaluationBatches:
         dataset: ImageDataset,
         *,
         batch_size: int,
-        rank: int,
-        replicas: int,
+        rank: int = 0,
+        replicas: int = 1,
         num_workers: int = 0,
     ) -> None:
         samples = _check(dataset, batch_size, rank, replicas, num_workers)
