@@ -1,7 +1,7 @@
-"""A network, a data set and a loss of one's own, trained by a Trainer: evaluated, saved, and resumed at the next start.
+"""Your own network, data set and loss in a Trainer, which evaluates, saves, and resumes at the next start.
 
 torchrun --nproc_per_node 2 docs/examples/trainer.py FOLDER --epochs 3
-torchrun --nproc_per_node 2 docs/examples/trainer.py FOLDER --epochs 5    # goes on from the third
+torchrun --nproc_per_node 2 docs/examples/trainer.py FOLDER --epochs 5    # resumes after the third
 """
 
 import argparse
@@ -18,7 +18,7 @@ CLASSES, SIDE, BATCH = 4, 16, 32
 
 
 class Corners(Dataset[tuple[Tensor, int]]):
-    """Noise with a bright corner; the label says which. Any data set of (image, label) will do."""
+    """Noise with one bright corner; the label is its number. Any data set of (image, label) works."""
 
     def __init__(self, length: int, seed: int) -> None:
         self.length, self.seed = length, seed
@@ -45,7 +45,7 @@ def network() -> nn.Module:
 
 
 class FocalTrainer(tlgc_mp.Trainer):
-    """Minimizes the focal loss (https://arxiv.org/abs/1708.02002), which weighs down what is easy."""
+    """Minimizes the focal loss (https://arxiv.org/abs/1708.02002), which gives easy samples less weight."""
 
     def train_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = (tensor.to(self.engine.device) for tensor in batch)
@@ -59,7 +59,7 @@ class FocalTrainer(tlgc_mp.Trainer):
             weights = weights.to(self.engine.device)
             shares = self.engine(images.to(self.engine.device)).softmax(1).amax(1)
             confident += torch.stack([((shares > 0.9) * weights).sum(), weights.sum()])
-        dist.all_reduce(confident)  # each replica has seen a part
+        dist.all_reduce(confident)  # each replica evaluated a part
         return {**figures, "confident_percent": float(100 * confident[0] / confident[1])}
 
 
@@ -76,7 +76,7 @@ def main() -> None:
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
         config={"train_batch_size": BATCH, "tensor_parallel": {"autotp_size": arguments.tp}},
     )
-    group = engine.data_parallel_group  # the ranks of a replica read the same batches, replicas different ones
+    group = engine.data_parallel_group  # ranks of one replica read the same batches
     share = {"rank": dist.get_rank(group), "replicas": dist.get_world_size(group)}
     micro_batch = engine.train_micro_batch_size_per_gpu()
     trainer = FocalTrainer(

@@ -223,6 +223,11 @@ class _Batches:
         return iter(())
 
 
+def _resume_another(folder: str) -> None:
+    trainer = _trainer(folder, 2)
+    trainer.resume(tlgc_mp.save_checkpoint(trainer.engine, f"{folder}/other", client_state={"steps": STEPS}))
+
+
 def _refusals(folder: str) -> list[str]:
     said = []
     for attempt in (
@@ -237,6 +242,7 @@ def _refusals(folder: str) -> list[str]:
         lambda: _trainer(folder, 2).train(),
         lambda: _trainer(folder, 2).resume(),
         lambda: _trainer(folder, 2).resume(f"{folder}/nowhere"),
+        lambda: _resume_another(folder),
         lambda: tlgc_mp.Trainer("engine", [], epochs=1, folder=folder),  # type: ignore[arg-type]
         lambda: tlgc_mp.Trainer("engine", _Batches(), epochs=1, folder=folder),
         lambda: tlgc_mp.Trainer("engine", _Batches(), epochs=1, folder=""),
@@ -264,6 +270,7 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         f"folder={folder!r} holds a run already; call resume() to continue it, or another folder",
         "the checkpoint must be of epochs of 4 steps, got 1; train on the same data, with the same batch size",
         f"'{folder}/nowhere' holds no checkpoint",
+        "the checkpoint must be one that a Trainer saved, got one without 'epoch'",
         "batches must have a length and a method epoch, got list; give tlgc_mp.data.TrainingBatches",
         "engine: a str is none",
         'folder="" is no path',

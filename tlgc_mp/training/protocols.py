@@ -1,4 +1,4 @@
-"""What a trainer asks of its batches, and of who may end it before its time."""
+"""What a trainer needs of its batches, and of a guard that may stop it early."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tlgc_mp.errors import UsageError, is_count, shown
 
 
 class Batches(Protocol):
-    """What a replica trains on, as :class:`tlgc_mp.data.TrainingBatches` has it: the same micro-batches each time."""
+    """A replica's micro-batches, the same each time an epoch is read, as in :class:`tlgc_mp.data.TrainingBatches`."""
 
     def __len__(self) -> int: ...
 
@@ -19,7 +19,7 @@ class Batches(Protocol):
 
 
 class Guard(Protocol):
-    """Who may end a training before its time; each call is made on every rank alike."""
+    """What may stop a training early. The trainer makes each call on every rank."""
 
     def before_step(self, step: int, /) -> bool:
         """Whether all ranks save and leave before ``step``, which counts on from epoch to epoch."""
@@ -28,7 +28,7 @@ class Guard(Protocol):
         """Whether all ranks leave now, in the middle of an evaluation. May be collective."""
 
     def leave(self, saved: str, /) -> NoReturn:
-        """Leaves, by an exception; ``saved`` is the path of the checkpoint to resume from."""
+        """Raises the exception that ends the training; ``saved`` is the path of the checkpoint to resume from."""
 
 
 def steps_of(batches: Batches, accumulation: int, limit_steps: int | None, whose: str = "the training set") -> int:

@@ -41,17 +41,17 @@ class Trainer:
 
     Each epoch ends with a checkpoint and an evaluation. Rank 0 reports on standard output, in ``metrics.jsonl``, and to
     the monitors of the DeepSpeed configuration, or else to TensorBoard and CSV files in ``folder``. A resumed training
-    computes what one without a stop does: the batches and all random draws follow from ``seed`` and the step.
+    computes the same numbers as one that was never stopped: batches and random draws follow from the seed and the step.
 
     Override :meth:`train_step` for another loss, :meth:`evaluate` for other figures, :meth:`state_dict` and
     :meth:`load_state_dict` to keep more in checkpoints, and :meth:`after_step` to act after each step.
 
     Args:
         engine: of :func:`tlgc_mp.initialize`.
-        batches: the micro-batches of this replica, such as :class:`tlgc_mp.data.TrainingBatches`.
-        tests: what :meth:`evaluate` goes through; ``None`` for a training without an evaluation.
+        batches: this replica's micro-batches, such as :class:`tlgc_mp.data.TrainingBatches`.
+        tests: this replica's batches for :meth:`evaluate`; ``None`` to train without evaluation.
         epochs: passes over ``batches``, in all.
-        folder: where checkpoints and figures go; one that all ranks see.
+        folder: for checkpoints and figures; all ranks must see it.
         seed: of random draws in :meth:`train_step`, such as those of dropout.
         limit_steps: steps after which an epoch ends, and batches after which its evaluation does, where they are not
             over before.
@@ -124,12 +124,12 @@ class Trainer:
         self._seconds = 0.0  # before this start
         self._began: float | None = None
 
-    # What a subclass may have otherwise.
+    # What a subclass may override.
 
     def train_step(self, batch: Any) -> Tensor:
         """The loss of one micro-batch, the mean over its samples: the cross-entropy of (images, labels).
 
-        Call ``self.engine``, and not its module. Gradients and the step of the optimizer are the caller's.
+        Call ``self.engine``, not its module. The trainer runs backward and steps the optimizer.
         """
         images, labels = batch
         images, labels = to_device(images, labels, self.engine.module, self.engine.device)
@@ -142,7 +142,7 @@ class Trainer:
         """The figures after an epoch, the same on every rank: ``loss`` and ``error_percent`` of a classifier.
 
         The engine is in evaluation mode, gradients are off, and the weights are the moving average where there is one.
-        Take the batches from :meth:`test_batches`, and sum over the ranks: replicas have a part of them each.
+        Take the batches from :meth:`test_batches`, and sum over the ranks: each replica evaluates a part.
         """
         if self.tests is None:
             return {}
@@ -150,7 +150,7 @@ class Trainer:
         return {key: found[key] for key in ("loss", "error_percent")}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training is, as JSON can hold it: what a checkpoint keeps beside the engine's state."""
+        """The position in the training, as JSON can hold it; checkpoints keep it beside the engine's state."""
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -162,30 +162,32 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what :meth:`state_dict` gave.
+        """Restores what :meth:`state_dict` returned.
 
         Raises:
-            UsageError: it is of epochs of another length, or of something else.
+            UsageError: no trainer has saved it, or its epochs have another length.
         """
-        if state.get("steps") != self.steps:
+        if missing := [key for key in Trainer.state_dict(self) if key not in state]:
+            raise UsageError(f"the checkpoint must be one that a Trainer saved, got one without {missing[0]!r}")
+        if state["steps"] != self.steps:
             raise UsageError(
-                f"the checkpoint must be of epochs of {self.steps} steps, got {shown(state.get('steps'))}; train on "
-                "the same data, with the same batch size"
+                f"the checkpoint must be of epochs of {self.steps} steps, got {shown(state['steps'])}; train on the "
+                "same data, with the same batch size"
             )
         self.epoch, self.step = state["epoch"], state["step"]
         self.train_seconds, self.data_seconds = state["train_seconds"], state["data_seconds"]
         self.rate, self._seconds = state["learning_rate"], state["seconds"]
 
-    # What it does.
+    # What a program calls.
 
     def resume(self, path: str | None = None) -> bool:
-        """Continues from a checkpoint; to be called before :meth:`train`. Collective.
+        """Resumes from a checkpoint; call it before :meth:`train`. Collective.
 
         Args:
             path: a checkpoint, or the folder of a training; ``None`` for its own folder.
 
         Returns:
-            Whether there was a checkpoint; without one in its own folder, the training begins.
+            Whether there was a checkpoint. Without one in its own folder, training starts from the beginning.
 
         Raises:
             UsageError: there is no checkpoint in ``path``, or it does not fit.
@@ -208,7 +210,7 @@ class Trainer:
         """Trains to the last epoch. Collective.
 
         Args:
-            guard: who may end it before.
+            guard: what may stop it early.
 
         Returns:
             The path of the last checkpoint.
@@ -224,7 +226,7 @@ class Trainer:
             all_or_none(self._check_folder)
         if self.speaks:
             os.makedirs(self.folder, exist_ok=True)
-        _ = self.metrics  # drops the lines that are about to come again
+        _ = self.metrics  # drops the lines that are about to be written again
         device = self.engine.device
         kind, own = ("cuda", []) if device.type == "cpu" else (device.type, [device])
         with torch.random.fork_rng(own, device_type=kind):
@@ -235,7 +237,7 @@ class Trainer:
 
     @cached_property
     def metrics(self) -> Metrics:
-        """What has been reported; made when the training begins."""
+        """The figures reported so far; created when the training begins."""
         return Metrics(self.engine, self.folder, self.epoch + 1, resumed=self._resumed_from is not None)
 
     @property
@@ -245,7 +247,7 @@ class Trainer:
 
     @property
     def newest(self) -> str:
-        """The path of the checkpoint that stands for where the training is; empty before the first."""
+        """The path of the newest checkpoint; empty before the first."""
         return self.saver.path or self._resumed_from or ""
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -261,7 +263,7 @@ class Trainer:
         """Prints a line on rank 0, above the progress bar."""
         say(text, self.speaks)
 
-    # Within.
+    # The epochs.
 
     def _train_epoch(self) -> None:
         """What is left of an epoch, and its evaluation."""
