@@ -12,7 +12,7 @@ source "$(dirname "$0")/environment.sh"
 cd "$root"
 
 packages="torch|torchvision|deepspeed"
-lowest=$(grep -oE "\"($packages)>=[0-9.]+\"" pyproject.toml | tr -d '"' | sed 's/>=/==/' | paste -sd,)
+lowest=$(grep -oE "\"($packages)>=[0-9.]+" pyproject.toml | tr -d '"' | sed 's/>=/==/' | paste -sd,)
 [ $# -gt 0 ] || set -- "$lowest" "${packages//|/,}"
 tests=${TESTS:-tests/versions/test_private_names.py tests/nn tests/models
     $(printf 'tests/parallel/test_%s.py ' plan split_tensor split_tensor_memory layer_parity engine_parity \

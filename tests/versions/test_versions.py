@@ -60,7 +60,14 @@ def rows(path: Path) -> list[list[str]]:
 def lowest() -> list[str]:
     """The lowest releases that pyproject.toml allows."""
     text = (ROOT / "pyproject.toml").read_text()
-    return [re.search(rf'"{name}>=([\d.]+)"', text).group(1) for name in PACKAGES]  # type: ignore[union-attr]
+    return [re.search(rf'"{name}>=([\d.]+),<', text).group(1) for name in PACKAGES]  # type: ignore[union-attr]
+
+
+def beyond() -> list[tuple[int, ...]]:
+    """The lowest releases that pyproject.toml does not allow any more."""
+    text = (ROOT / "pyproject.toml").read_text()
+    found = [re.search(rf'"{name}>=[\d.]+,<([\d.]+)"', text).group(1) for name in PACKAGES]  # type: ignore[union-attr]
+    return [tuple(int(part) for part in version.split(".")) for version in found]
 
 
 def test_bounds_are_releases_that_passed() -> None:
@@ -72,6 +79,9 @@ def test_bounds_are_releases_that_passed() -> None:
     ]
     bounds = [version.removesuffix(".0") for version in lowest()]
     assert bounds in [[re.sub(r"\.0$|\+.*", "", version) for version in row[:3]] for row in passed]
+    releases = [row[:3] for row in rows(ROOT / "docs/lab/versions.md")]
+    newest = [max(tuple(map(int, version.split(".")[:2])) for version in each) for each in zip(*releases, strict=True)]
+    assert beyond() == [(major, minor + 1) for major, minor in newest]
 
 
 def test_both_ends_of_the_bounds_are_run(tmp_path: Path) -> None:
