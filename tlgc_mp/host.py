@@ -115,11 +115,12 @@ def _set_allocator(values: dict[int, int]) -> None:
 
 def describe_machine() -> dict[str, Any]:
     """Of the machine that this runs on: ``cpu``, ``cores`` that may be used, ``memory_bytes``, ``system``."""
-    cpu, memory = platform.processor() or platform.machine(), None
+    import psutil
+
+    cpu, memory = platform.processor() or platform.machine(), psutil.virtual_memory().total
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             cpu = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (OSError, ValueError, StopIteration):
         pass
     return {"cpu": cpu, "cores": usable_cores(), "memory_bytes": memory, "system": platform.platform()}

@@ -11,6 +11,8 @@ import signal
 import socket
 from typing import Any, NamedTuple
 
+import psutil
+
 
 class Member(NamedTuple):
     """The process of a rank: its machine, that machine's name for people, and its number there."""
@@ -76,14 +78,13 @@ class Members:
         if rank not in self.descriptors:
             return ""
         try:
-            with open(f"/proc/{self._known[rank].pid}/stat", encoding="utf-8") as file:
-                state = file.read().rpartition(")")[2].split()[0]
-        except OSError:
+            state = psutil.Process(self._known[rank].pid).status()
+        except psutil.Error:
             return ""
         return {
-            "T": " is stopped (SIGSTOP) and",
-            "t": " is stopped by a debugger and",
-            "D": " waits for a disk and",
+            psutil.STATUS_STOPPED: " is stopped (SIGSTOP) and",
+            psutil.STATUS_TRACING_STOP: " is stopped by a debugger and",
+            psutil.STATUS_DISK_SLEEP: " waits for a disk and",
         }.get(state, "")
 
 

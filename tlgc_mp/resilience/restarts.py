@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from tlgc_mp.checkpoint.folder import CHECKPOINTS, newest_whole
 from tlgc_mp.errors import UsageError
 from tlgc_mp.resilience.verdicts import VERDICT_FILE, met, read_verdict
@@ -196,31 +198,17 @@ def _clear() -> None:
         UsageError: something cannot be killed.
     """
     deadline = time.monotonic() + CLEAR_SECONDS
-    while left := _descendants():
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    while left := psutil.Process().children(recursive=True):
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         if time.monotonic() > deadline:
-            raise UsageError(f"launch: {len(left)} processes of the last attempt cannot be killed: {sorted(left)}")
+            pids = sorted(process.pid for process in left)
+            raise UsageError(f"launch: {len(left)} processes of the last attempt cannot be killed: {pids}")
         time.sleep(_POLL_SECONDS)
-
-
-def _descendants() -> set[int]:
-    """Every process below this one, dead ones that nobody has waited for too."""
-    parents = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError), open(os.path.join(entry.path, "stat"), encoding="utf-8") as file:
-                parents[int(entry.name)] = int(file.read().rpartition(")")[2].split()[1])
-    found: set[int] = set()
-    newest = {os.getpid()}
-    while newest:
-        newest = {pid for pid, parent in parents.items() if parent in newest} - found
-        found |= newest
-    return found
 
 
 def _say(text: str) -> None:

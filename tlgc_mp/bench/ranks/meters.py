@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -246,12 +247,7 @@ def before_first_optimizer_step(measure: Callable[[], None]) -> Iterator[None]:
 
 def network_bytes() -> int:
     """Sent so far through this host's network, by any process of it, headers included; loopback does not count."""
-    try:
-        with open("/proc/self/net/dev", encoding="ascii") as file:
-            interfaces = [line.partition(":") for line in file if ":" in line]
-    except OSError:
-        return 0
-    return sum(int(counts.split()[8]) for name, _, counts in interfaces if name.strip() != "lo")
+    return sum(each.bytes_sent for name, each in psutil.net_io_counters(pernic=True).items() if name != "lo")
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -6,6 +6,8 @@ costs nothing, and one that turns out not to ends in an error of its own (the ke
 
 from __future__ import annotations
 
+import psutil
+
 from tlgc_mp.bench.settings import IMAGE_SIZE, NUM_CLASSES, Case
 
 PROCESS_BYTES = 600 << 20
@@ -65,14 +67,9 @@ def needed_bytes(case: Case, momentum: bool, update_in_backward: bool = False) -
     return held + activations + case.ranks * PROCESS_BYTES
 
 
-def available_bytes() -> int | None:
-    """Memory that new processes can have, of the machine and of this process's control group; ``None``: not known."""
-    limits = []
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            limits += [int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:")]
-    except OSError:
-        return None
+def available_bytes() -> int:
+    """Memory that new processes can have, of the machine and of this process's control group."""
+    limits = [psutil.virtual_memory().available]
     try:
         with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit_file:
             limit = limit_file.read().strip()
@@ -82,4 +79,4 @@ def available_bytes() -> int | None:
             limits.append(int(limit) - used)
     except (OSError, ValueError):
         pass
-    return min(limits, default=None)
+    return min(limits)

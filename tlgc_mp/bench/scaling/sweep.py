@@ -68,18 +68,17 @@ def _on_hosts(request: launch.Request, ranks: int, settings: BenchSettings) -> l
     return launch.measure(request, ranks, settings.time_limit, launch.places(settings.hosts), shared_folder)
 
 
-def _host_memory(settings: BenchSettings) -> int | None:
+def _host_memory(settings: BenchSettings) -> int:
     """What is free on this machine, and so on each of the hosts."""
-    free = capacity.available_bytes()
-    return None if free is None else free * max(1, len(settings.hosts))
+    return capacity.available_bytes() * max(1, len(settings.hosts))
 
 
-def _available(case: Case, host_memory: int | None, device_memory: int | None) -> int | None:
+def _available(case: Case, host_memory: int, device_memory: int | None) -> int:
     """Memory for all ranks of ``case``: what is free on the hosts, or where each has an accelerator, on those."""
     return host_memory if device_memory is None else device_memory * case.ranks
 
 
-def _plan(case: Case, settings: BenchSettings, host_memory: int | None, device_memory: int | None) -> Record:
+def _plan(case: Case, settings: BenchSettings, host_memory: int, device_memory: int | None) -> Record:
     """With momentum, unless the dense network among the cases of its width has no room for it.
 
     Then no case of that width has any, so that all do the same work, and the naive one, which would not fit even so,
@@ -90,8 +89,8 @@ def _plan(case: Case, settings: BenchSettings, host_memory: int | None, device_m
     too_large = [
         (needed, available)
         for other in dense
-        if (available := _available(other, host_memory, device_memory)) is not None
-        and (needed := capacity.needed_bytes(other, momentum=True)) > available
+        for available in [_available(other, host_memory, device_memory)]
+        if (needed := capacity.needed_bytes(other, momentum=True)) > available
     ]
     if settings.momentum and too_large:
         needed, available = max(too_large)
@@ -115,7 +114,7 @@ def _measure(record: Record, round_index: int, settings: BenchSettings, device_m
     case = record.case
     needed = capacity.needed_bytes(case, record.momentum, record.update_in_backward)
     available = _available(case, _host_memory(settings), device_memory)
-    if available is not None and needed > available:
+    if needed > available:
         record.out_of_memory = True
         record.error = f"does not fit: needs about {needed / 1e9:.0f} GB, and {available / 1e9:.0f} GB are free"
         return
