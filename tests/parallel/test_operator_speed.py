@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from tlgc_mp.parallel import split_tensor
 from tlgc_mp.parallel.layout import Layout, Ranks
-from tlgc_mp.parallel.split_tensor import SplitTensor
+from tlgc_mp.parallel.split_tensor import SplitTensor, from_share
 
 RANKS = Ranks(size=2)
 
@@ -64,6 +66,28 @@ def figures() -> dict[str, tuple[float, float]]:
 def test_a_local_operator_takes_little(name: str) -> None:
     run, x = OPERATORS[name], _split()
     assert _microseconds(lambda: run(x)) < 40
+
+
+def _step_of_layers() -> None:
+    """Each kind of argument that layers pass: parameters read from shares, sizes as tuples, tensors in a list."""
+    weight = torch.randn(4, 1, 3, 3, requires_grad=True)
+    x, outputs = _split(True), []
+    for _ in range(5):
+        shown = from_share(weight, Layout(0, None), RANKS)
+        y = F.conv2d(x, shown, None, (1, 1), (1, 1), (1, 1), 8)
+        x = F.max_pool2d(y, (1, 1), (1, 1))
+        outputs.append(x)
+    joined = torch.cat(outputs, 1)
+    joined.backward(torch.ones_like(joined))
+    assert weight.grad is not None
+
+
+def test_no_container_is_searched_by_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``tree_leaves`` takes longer than a local operator does."""
+    searched: list[object] = []
+    monkeypatch.setattr(split_tensor, "tree_leaves", lambda tree: searched.append(tree) or tree_leaves(tree))
+    _step_of_layers()
+    assert not searched, searched
 
 
 def test_gradients_take_little() -> None:

@@ -152,8 +152,7 @@ class SplitTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if Family.linked:
-            _refresh(args, kwargs)
+        _refresh(args, kwargs)
         rule = RULES.get(func) or _resolve(func)
         try:
             with torch._C.DisableTorchFunctionSubclass():  # autograd's thread has it enabled
@@ -236,10 +235,14 @@ def _entered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
 
 
 def _holds_plain(tree: Any) -> bool:
+    if isinstance(tree, list | tuple) and all(type(item) is int or type(item) is SplitTensor for item in tree):
+        return False  # sizes, strides, what is joined: the most frequent by far
     return any(type(t) is not SplitTensor and isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(tree))
 
 
 def _refresh(args: Any, kwargs: Any) -> None:
+    if not Family.linked:
+        return
     for tensor in tree_leaves((args, kwargs)):
         if type(tensor) is SplitTensor and tensor.family is not None:
             tensor.family.refresh()
@@ -360,6 +363,9 @@ def from_share(share: Tensor, layout: Layout, ranks: Ranks) -> SplitTensor:
 
 def to_share(tensor: Tensor, layout: Layout, ranks: Ranks) -> Tensor:
     """This rank's share of ``tensor``, split or plain and whole, in ``layout``. Differentiable."""
+    if not torch.is_grad_enabled() and type(tensor) is SplitTensor:  # as every parameter's gradient is
+        _refresh((tensor,), None)
+        return share_in(tensor, layout, ranks).detach()
     return _ToShare.apply(tensor, layout, ranks)  # type: ignore[no-any-return]
 
 
