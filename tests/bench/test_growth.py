@@ -43,7 +43,7 @@ def test_figure_where_there_is_growth(tmp_path: Path) -> None:
         1: [10, 20],
         2: [10, 20],
     }
-    growth.plot(rows, str(tmp_path))
+    growth.plot(rows, fabricated.DESCRIPTION["machine"], str(tmp_path))
     assert (tmp_path / "growth.png").stat().st_size > 10_000
     assert "<svg" in (tmp_path / "growth.svg").read_text()
     for too_few in (rows[:2], rows[::2], [fabricated.row("gc", 10, 2, 1.0, 1.0)]):

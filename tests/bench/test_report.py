@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,32 @@ def test_plot_is_written(tmp_path: Path, rows: list[report.Row]) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [*growth, "scaling.md", "scaling.png", "scaling.svg"]
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     assert "</svg>" in (tmp_path / "scaling.svg").read_text()
+
+
+def written_in(picture: Path) -> list[str]:
+    """The texts of a picture, which an SVG of matplotlib holds as comments beside their outlines."""
+    return re.findall(r"<!-- (.*?) -->", picture.read_text(), flags=re.DOTALL)
+
+
+def test_at_one_width_every_strategy_is_a_bar(tmp_path: Path) -> None:
+    rows = [row for row in fabricated.table_2_rows() if row["width"] == 40]
+    failed = make_row(Record(Case("zero3", 28, 80, 1, 2, 2), False, error="does not fit"), "fp32", None, cores=2)
+    report.write([*rows, fabricated.row("gc", 40, 2, 20.0, 20.0), failed], fabricated.DESCRIPTION, str(tmp_path))
+    said = written_in(tmp_path / "scaling.svg")
+    assert {"gc-2l, N = 2, P = 2", "gc-2l, N = 4, P = 4", "naive-mp, N = 1, P = 2", "gc, N = 2, P = 2"} <= set(said)
+    assert {"38 (3.79)", "20 (7.20)", "144 (1.00)"} <= set(said)  # 40 x 3.6 s over 40 x 0.95 s and 40 x 0.5 s
+    assert said.count("5") >= len(rows) + 1 and said.count("2") >= len(rows) + 1  # MB of memory, and in collectives
+    assert not any("zero3" in text for text in said)
+    assert "WRN-28-40; Abacus 9, 2 cores; batch 8; fp32" in said
+
+
+def test_pictures_say_what_they_show(tmp_path: Path) -> None:
+    rows = [{**row, "batch_size": 4 if row["width"] == 80 else 8} for row in fabricated.table_2_rows()]
+    report.write(rows, fabricated.DESCRIPTION, str(tmp_path))
+    said = written_in(tmp_path / "scaling.svg")
+    assert {"Abacus 9, 2 cores; batch 8, 4; fp32", "arithmetic allows N P = 4", "arithmetic allows N P = 16"} <= set(
+        said
+    )
+    said = written_in(tmp_path / "growth.svg")
+    assert "GC-2L; Abacus 9, 2 cores; batch 8, 4; fp32" in said
+    assert "by formula: FLOP at the best rate, 12 bytes a parameter, the coarse level" in said

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.bench import fabricated
+from tests.bench.test_report import written_in
 from tlgc_mp.cli.main import main
 from tlgc_mp.paper.report import slope
 from tlgc_mp.paper.rows import read_rows
@@ -210,3 +211,34 @@ def test_another_recipe_is_another_setting(tmp_path: Path) -> None:
     assert "recipe cifar. Mean" in text
     assert "recipe cifar with schedule onecycle, ema 0.999. Mean" in text
     assert [cells[2:5:2] for cells in _cells(text, "SC", "1")] == [["1", "4.00"], ["1", "2.00"]]
+
+
+def test_epochs_are_plotted_of_what_runs_have(tmp_path: Path) -> None:
+    rows = [row("sc", 1, 0, 4.0), row("gc", 2, 0, 5.0)]
+    for each in rows:
+        for line in each["epoch_lines"]:
+            line.update(test_loss=3.0 / line["epoch"], test_error_percent=20.0 / line["epoch"])
+    out = tmp_path / "out"
+    assert main(["report", _write(tmp_path / "rows.jsonl", rows), "--output", str(out)]) == 0
+    for name, label in (("loss", "training loss"), ("test-loss", "test loss"), ("test-error", "test error, %")):
+        said = written_in(out / f"wrn-28-10-cifar10-{name}.svg")
+        assert {label, "epoch", "N = 2", "SC", "GC"} <= set(said)
+        assert f"(wrn-28-10-cifar10-{name}.png)" in (out / "report.md").read_text()
+
+
+def test_without_test_figures_of_epochs_there_is_no_picture_of_them(folder: Path) -> None:
+    assert not list(folder.glob("*-test-*")) and "-test-" not in (folder / "report.md").read_text()
+
+
+def test_at_one_n_errors_are_bars_beside_the_papers(tmp_path: Path) -> None:
+    rows = [{**line, "dtype": "float32"} for line in ROWS if line["groups"] in (1, 2)]
+    assert main(["report", _write(tmp_path / "rows.jsonl", rows), "--output", str(tmp_path / "out")]) == 0
+    said = written_in(tmp_path / "out/wrn-28-10-cifar10-error.svg")
+    assert {"4.50", "5.50", "4.00"} <= set(said)  # of SC, GC and GC-2L, each a mean over its seeds
+    assert {"dashed: the paper's", "test error, %"} <= set(said)
+    assert any("Abacus 9, 2 cores; batch 128; float32" in text for text in said)
+
+
+def test_at_several_n_the_papers_errors_are_named(folder: Path) -> None:
+    said = written_in(folder / "wrn-28-10-cifar10-error.svg")
+    assert {"dotted: the paper's", "N, number of groups"} <= set(said)

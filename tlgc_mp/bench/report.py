@@ -11,8 +11,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from tlgc_mp.bench.figures import COLORS, caption, machine_of, one_or_more, pyplot, save
 from tlgc_mp.bench.scaling import growth
-from tlgc_mp.bench.scaling.growth import COLORS
 from tlgc_mp.host import replace_file
 from tlgc_mp.models.names import parse_model
 from tlgc_mp.paper.printed import printed_rows
@@ -64,8 +64,12 @@ def write(rows: list[Row], description: dict[str, Any], folder: str) -> None:
         description: of the run, as ``run.json`` holds it.
     """
     replace_file(os.path.join(folder, "scaling.md"), markdown(rows, description))
-    _plot(rows, description["machine"], folder)
-    growth.plot(rows, folder)
+    measured = [row for row in rows if row["median_step_seconds"]]
+    if len({row["width"] for row in measured}) == 1:
+        _plot_bars(measured, description["machine"], folder)
+    else:
+        _plot(rows, description["machine"], folder)
+    growth.plot(rows, description["machine"], folder)
 
 
 def markdown(rows: list[Row], description: dict[str, Any]) -> str:
@@ -101,11 +105,10 @@ def describe(description: Mapping[str, Any]) -> list[str]:
     """The lines that say where figures come from: machine, versions, commit, date and command."""
     machine = description["machine"]
     memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else ""
-    accelerator = f"{machine['accelerator']} on " if machine.get("accelerator") else ""
     versions = ", ".join(f"{name} {version}" for name, version in description["versions"].items())
     changed = " with uncommitted changes" if description["uncommitted_changes"] else ""
     return [
-        f"Machine: {accelerator}{machine['cpu']}, {machine['cores']} cores{memory}. {versions}. "
+        f"Machine: {machine_of(machine)}{memory}. {versions}. "
         f"Commit {description['commit'] or 'not known'}{changed}. {description['date']}.",
         "",
         f"    {' '.join(description['command'])}",
@@ -221,10 +224,7 @@ def _curve(points: list[Row], rows: list[Row], clock: str) -> list[float]:
 
 def _plot(rows: list[Row], machine: dict[str, Any], folder: str) -> None:
     """Speed-up over naive model parallelism against w: measured, the paper's, and what arithmetic allows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
     from matplotlib.lines import Line2D
 
     lines: dict[tuple[int, int], list[Row]] = {}
@@ -255,7 +255,7 @@ def _plot(rows: list[Row], machine: dict[str, Any], folder: str) -> None:
     for limit, color in limits.items():
         axes.axhline(limit, color=color, ls="--", lw=1)
         axes.annotate(
-            f"arithmetic: {limit}",
+            f"arithmetic allows N P = {limit}",
             (0.0, limit),
             xycoords=("axes fraction", "data"),
             xytext=(4, 3),
@@ -277,9 +277,41 @@ def _plot(rows: list[Row], machine: dict[str, Any], folder: str) -> None:
         axes.legend(
             handles=handles, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False
         )
-    for suffix in ("png", "svg"):
-        path = os.path.join(folder, f"scaling.{suffix}")
-        temporary = os.path.join(folder, f"scaling.tmp.{suffix}")
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, path)
-    plt.close(figure)
+    caption(figure, *_conditions(rows, machine))
+    save(figure, os.path.join(folder, "scaling"))
+
+
+def _plot_bars(rows: list[Row], machine: dict[str, Any], folder: str) -> None:
+    """At one w: a step of every strategy, its peak memory, and what it sends."""
+    plt = pyplot()
+    panels = (
+        ("a step, s (times faster than naive-mp)", "median_step_seconds", 1.0),
+        ("peak memory a rank, MB", "peak_memory_bytes", 1e6),
+        ("in collectives a step, a rank, MB", "collective_bytes", 1e6),
+    )
+    figure, all_axes = plt.subplots(
+        1, len(panels), figsize=(10.5, 1.4 + 0.42 * len(rows)), sharey=True, layout="constrained"
+    )
+    names = [f"{_name(row)}, N = {row['groups']}, P = {row['tp']}" for row in rows]
+    colors = dict(zip(dict.fromkeys(row["strategy"] for row in rows), COLORS * len(rows), strict=False))
+    for axes, (label, key, unit) in zip(all_axes, panels, strict=True):
+        values = [(row[key] or 0) / unit for row in rows]
+        said = ["" if row[key] is None else f"{row[key] / unit:.3g}" for row in rows]
+        if key == "median_step_seconds":
+            times = [speed_up(row, rows) for row in rows]
+            said = [text if n is None else f"{text} ({n:.2f})" for text, n in zip(said, times, strict=True)]
+        bars = axes.barh(range(len(rows)), values, color=[colors[row["strategy"]] for row in rows])
+        axes.bar_label(bars, said, padding=3, fontsize="small")
+        axes.set_xlim(0, 1.35 * max(*values, 1e-9))
+        axes.set_xlabel(label)
+        axes.grid(axis="x", alpha=0.3)
+    all_axes[0].set_yticks(range(len(rows)), names)
+    all_axes[0].invert_yaxis()
+    caption(figure, f"WRN-{rows[0]['depth']}-{rows[0]['width']}", *_conditions(rows, machine))
+    save(figure, os.path.join(folder, "scaling"))
+
+
+def _conditions(rows: list[Row], machine: dict[str, Any]) -> list[str]:
+    """Under which ``rows`` were measured, for a picture."""
+    batches = one_or_more("batch", (row["batch_size"] for row in rows))
+    return [machine_of(machine), batches, ", ".join(dict.fromkeys(row["dtype"] for row in rows))]

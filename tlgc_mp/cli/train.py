@@ -14,6 +14,7 @@ from tlgc_mp.cli.options import write
 from tlgc_mp.data import Datasets, EvaluationBatches, TrainingBatches, load_datasets
 from tlgc_mp.engine import checkpoint_activations, initialize
 from tlgc_mp.engine.compiled import compile_training
+from tlgc_mp.engine.config import dtype_of
 from tlgc_mp.engine.monitors import leave_to_the_main_thread
 from tlgc_mp.engine.start import start_distributed
 from tlgc_mp.host import usable_cores
@@ -124,6 +125,7 @@ def _report(trainer: RecipeTrainer, data: Datasets, counts: dict[str, int], save
     metrics.write_result(
         {
             **settings.description(),
+            "dtype": dtype_of(settings.deepspeed_config),
             "num_classes": data.num_classes,
             "parameters": counts["total"],
             "parameters_per_rank": counts["per_rank"],

@@ -122,3 +122,14 @@ def zero_stage(settings: Mapping[str, Any]) -> int:
     if not is_count(stage, 0) or stage > 3:
         raise UsageError(f"zero_optimization.stage={shown(stage)} is not a ZeRO stage; use one of 0, 1, 2, 3")
     return int(stage)
+
+
+def dtype_of(config: Mapping[str, Any]) -> str:
+    """In what the network computes."""
+    autocast = config.get("torch_autocast")
+    if isinstance(autocast, dict) and autocast.get("enabled"):
+        return f"float32 with autocast to {autocast.get('dtype', 'bfloat16')}"
+    for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if isinstance(config.get(section), dict) and config[section].get("enabled"):
+            return dtype
+    return "float32"

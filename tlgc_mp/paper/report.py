@@ -2,8 +2,8 @@
 
     DIR/rows.jsonl                  every row, one JSON object a line, as ``result.json`` of a run holds it
     DIR/report.md                   tables
-    DIR/MODEL-DATASET-loss.png      training loss against epoch, as Figure 4 (and .svg)
-    DIR/MODEL-DATASET-error.png     test error against N, as Figures 5 and 7 (and .svg)
+    DIR/MODEL-DATASET-loss.png      training loss against epoch, as Figure 4 (and .svg); -test-loss and -test-error too
+    DIR/MODEL-DATASET-error.png     test error against N, as Figures 5 and 7 (and .svg); bars where there is one N
 
 Runs are compared only where model, data set, image size and recipe are the same; seeds are averaged.
 """
@@ -20,7 +20,7 @@ from typing import Any
 from tlgc_mp.errors import UsageError
 from tlgc_mp.host import replace_file
 from tlgc_mp.models.names import CONVOLUTIONS
-from tlgc_mp.paper.plots import count, plot_errors, plot_losses
+from tlgc_mp.paper.plots import CURVES, count, plot_epochs, plot_errors
 from tlgc_mp.paper.printed import Printed, printed_rows
 from tlgc_mp.paper.rows import LABELS, Row, Variant, grouped, read_rows, setting_of, variant_of, variants_of
 
@@ -48,14 +48,17 @@ def _write(rows: list[Row], folder: str) -> None:
     for index, (group, name) in enumerate(zip(settings, names, strict=True)):
         if names.count(name) > 1:
             name = f"{name}-{index + 1}"
-        parts += _section(group, name)
-        plot_losses(group, os.path.join(folder, f"{name}-loss"))
+        parts += _section(group)
+        for curve in CURVES:
+            if plot_epochs(group, curve, os.path.join(folder, f"{name}-{curve[0]}")):
+                parts += [f"![{curve[1]} against epoch]({name}-{curve[0]}.png)", ""]
         plot_errors(group, os.path.join(folder, f"{name}-error"))
+        parts += [f"![test error against N]({name}-error.png)", ""]
     parts += _paper_tables(rows)
     replace_file(os.path.join(folder, "report.md"), "\n".join(parts) + "\n")
 
 
-def _section(rows: list[Row], name: str) -> list[str]:
+def _section(rows: list[Row]) -> list[str]:
     """Everything that one setting's rows say."""
     first = rows[0]
     size = "" if first["image_size"] is None else f" at {first['image_size']} x {first['image_size']} pixels"
@@ -93,7 +96,7 @@ def _section(rows: list[Row], name: str) -> list[str]:
             *_table(("N", "SC", "GC-2L", "GC", "between"), between),
             "",
         ]
-    return [*parts, f"![training loss]({name}-loss.png)", "", f"![test error against N]({name}-error.png)", ""]
+    return parts
 
 
 def _where(rows: list[Row]) -> str:

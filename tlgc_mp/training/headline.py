@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +10,7 @@ from deepspeed.accelerator import get_accelerator
 
 from tlgc_mp.checkpoint.folder import saved_run
 from tlgc_mp.data import Datasets
-from tlgc_mp.engine.config import zero_stage
+from tlgc_mp.engine.config import dtype_of, zero_stage
 from tlgc_mp.parallel.topology import across_hosts
 from tlgc_mp.training.settings import TrainSettings
 
@@ -52,7 +51,7 @@ def headline(settings: TrainSettings, counts: dict[str, int], data: Datasets, st
         f"{len(data.train):,} images of {data.num_classes} classes, {data.image_size} x {data.image_size} pixels, "
         f"batch {settings.batch_size}{divided}, {count_of(steps, 'step')} an epoch, "
         f"{count_of(settings.epochs, 'epoch')}; {_device()}, "
-        f"{_dtype(config)}, ZeRO {zero_stage(config)}; output in {settings.output_dir}"
+        f"{dtype_of(config)}, ZeRO {zero_stage(config)}; output in {settings.output_dir}"
     )
 
 
@@ -64,14 +63,3 @@ def _device() -> str:
     """What rank 0 trains on, by name."""
     name = str(get_accelerator().device_name())
     return f"{name} ({torch.cuda.get_device_name()})" if name == "cuda" else name
-
-
-def _dtype(config: dict[str, Any]) -> str:
-    """In what the network computes."""
-    autocast = config.get("torch_autocast")
-    if isinstance(autocast, dict) and autocast.get("enabled"):
-        return f"float32 with autocast to {autocast.get('dtype', 'bfloat16')}"
-    for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        if isinstance(config.get(section), dict) and config[section].get("enabled"):
-            return dtype
-    return "float32"

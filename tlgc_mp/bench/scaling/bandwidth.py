@@ -20,10 +20,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tlgc_mp.bench.figures import COLORS, caption, machine_of, pyplot, save
 from tlgc_mp.bench.ranks import launch
 from tlgc_mp.bench.ranks.link import UNLIMITED, Cable, bits_per_second, cable
 from tlgc_mp.bench.report import describe, table
-from tlgc_mp.bench.scaling.growth import COLORS
 from tlgc_mp.bench.settings import (
     INSTRUMENTED_STEPS,
     WARM_UP_STEPS,
@@ -144,7 +144,7 @@ def run(settings: BandwidthSettings) -> int:
                 result = row.missing or f"{statistics.median(row.seconds[str(round_index)]):.3f} s a step"
                 print(f"round {round_index + 1}  {row.rate}  {row.strategy}  {result}", flush=True)
     _write(rows, settings)
-    plot(rows, settings.output)
+    plot(rows, settings.cases[0], describe_run()["machine"], settings.output)
     print(f"Wrote {NAME}, bandwidth.md, bandwidth.png and bandwidth.svg to {settings.output}", flush=True)
     return int(failed)
 
@@ -253,13 +253,9 @@ def _line(row: Row, rows: list[Row]) -> list[str]:
     ]
 
 
-def plot(rows: list[Row], folder: str) -> None:
+def plot(rows: list[Row], case: Case, machine: Mapping[str, Any], folder: str) -> None:
     """Writes ``bandwidth.png`` and ``bandwidth.svg`` to ``folder``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     rates = list(dict.fromkeys(row.rate for row in rows))
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for index, strategy in enumerate(dict.fromkeys(row.strategy for row in rows)):
@@ -278,8 +274,6 @@ def plot(rows: list[Row], folder: str) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend(title="strategy, and what a host sends in a step", fontsize="small", frameon=False)
-    for suffix in ("png", "svg"):
-        temporary = os.path.join(folder, f"bandwidth.tmp.{suffix}")
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, os.path.join(folder, f"bandwidth.{suffix}"))
-    plt.close(figure)
+    network = f"WRN-{case.depth}-{case.width}"
+    caption(figure, network, machine_of(machine), f"batch {case.batch_size}", "fp32")
+    save(figure, os.path.join(folder, "bandwidth"))

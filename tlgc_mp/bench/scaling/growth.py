@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from tlgc_mp.bench.figures import COLORS, caption, machine_of, one_or_more, pyplot, save
 from tlgc_mp.bench.scaling import capacity
 from tlgc_mp.bench.settings import IMAGE_SIZE
 
 Row = dict[str, Any]
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # told apart by colour-blind readers too
 _BYTES_A_PARAMETER = 12  # itself, its gradient, its momentum, in float32
 
 
@@ -46,15 +46,12 @@ def formulas(row: Row) -> dict[str, float]:
     }
 
 
-def plot(rows: list[Row], folder: str) -> None:
+def plot(rows: list[Row], machine: dict[str, Any], folder: str) -> None:
     """Writes ``growth.png`` and ``growth.svg`` to ``folder``, if ``rows`` show growth."""
     lines = curves(rows)
     if not lines:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
     from matplotlib.lines import Line2D
 
     panels = (
@@ -80,10 +77,10 @@ def plot(rows: list[Row], folder: str) -> None:
         Line2D([], [], color=color, marker="o", label=f"N = P = {groups}")
         for color, groups in zip(COLORS, lines, strict=False)
     ]
-    handles.append(Line2D([], [], color="gray", ls="--", lw=1, label="formula"))
+    formula = f"by formula: FLOP at the best rate, {_BYTES_A_PARAMETER} bytes a parameter, the coarse level"
+    handles.append(Line2D([], [], color="gray", ls="--", lw=1, label=formula))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize="small")
-    for suffix in ("png", "svg"):
-        temporary = os.path.join(folder, f"growth.tmp.{suffix}")
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, os.path.join(folder, f"growth.{suffix}"))
-    plt.close(figure)
+    drawn = [row for line in lines.values() for row in line]
+    batches = one_or_more("batch", (row["batch_size"] for row in drawn))
+    caption(figure, "GC-2L", machine_of(machine), batches, ", ".join(dict.fromkeys(row["dtype"] for row in drawn)))
+    save(figure, os.path.join(folder, "growth"))
