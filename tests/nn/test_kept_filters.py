@@ -129,6 +129,20 @@ def test_filters_are_composed_once(compositions: list[int]) -> None:
     assert compositions == [4]
 
 
+def test_filters_are_kept_in_the_format_of_the_input(compositions: list[int]) -> None:
+    """Else every call would reorder them."""
+    layer = layer_of()
+    for count, form in enumerate((torch.contiguous_format, torch.channels_last), start=1):
+        for _ in range(2):
+            x = batch().contiguous(memory_format=form)
+            y = layer(x)
+            (kept,) = (saved for saved in y.grad_fn.saved_tensors if saved.shape == (12, 8, 3, 3))
+            assert kept.is_contiguous(memory_format=form) and kept is layer._kept.filters(
+                x, *list(layer.parameters())[:3]
+            )
+        assert compositions == [count]
+
+
 def test_gradients_are_right_through_kept_filters() -> None:
     layer = layer_of()
     with torch.inference_mode():

@@ -12,17 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tlgc_mp.nn.coarse_level import Window, convolution_backward, memory_format_of, rows_of, taps_of, without_autocast
+from tlgc_mp.nn.coarse_level import Window, convolution_backward, memory_format_of, without_autocast
 
 
 def composed(weight: Tensor, restriction: Tensor, prolongation: Tensor) -> Tensor:
-    """The dense filters (m, n, d, d) of a whole layer, channels_last: A_k on the diagonal, and S_k R_0 everywhere."""
-    groups, width, kernel_h, kernel_w = restriction.shape
-    taps = restriction.permute(2, 3, 0, 1)  # d, d, N, n/N
-    filters = (prolongation.view(-1, 1, 1, groups, 1) * taps).contiguous()  # m, d, d, N, n/N
-    diagonal = filters.unflatten(0, (groups, -1)).diagonal(dim1=0, dim2=4)  # m/N, d, d, n/N, N
-    diagonal.add_(weight.unflatten(0, (groups, -1)).permute(1, 3, 4, 2, 0))
-    return filters.view(-1, kernel_h, kernel_w, groups * width).permute(0, 3, 1, 2)
+    """The dense filters (m, n, d, d) of a whole layer: A_k on the diagonal, and S_k R_0 everywhere."""
+    groups = restriction.shape[0]
+    filters = (prolongation.view(-1, groups, 1, 1, 1) * restriction).contiguous()  # m, N, n/N, d, d
+    _diagonal(filters).add_(weight.view(groups, -1, *weight.shape[1:]))
+    return filters.flatten(1, 2)
+
+
+def _diagonal(filters: Tensor) -> Tensor:
+    """(m, N, n/N, d, d) -> what a group reads of its own channels, (N, m/N, n/N, d, d), a view."""
+    groups = filters.shape[1]
+    return filters.view(groups, -1, *filters.shape[1:]).diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
 
 def composed_out_of_place(
@@ -65,8 +69,11 @@ class Dense(torch.autograd.Function):
         kept: Tensor | None,
     ) -> Tensor:
         ctx.memory_format = memory_format_of(x)
-        x = x.contiguous(memory_format=torch.channels_last)
+        # On accelerators the convolution is faster in channels_last by more than reordering takes.
+        ctx.computed_in = ctx.memory_format if x.device.type == "cpu" else torch.channels_last
+        x = x.contiguous(memory_format=ctx.computed_in)
         filters = composed(weight, restriction, prolongation).to(x.dtype) if kept is None else kept
+        filters = filters.contiguous(memory_format=ctx.computed_in)
         bias = None if bias is None else bias.to(x.dtype)
         out = F.conv2d(x, filters, bias, fine.stride, fine.padding, fine.dilation)
         ctx.save_for_backward(x, filters, restriction, prolongation)
@@ -78,26 +85,21 @@ class Dense(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, filters, restriction, prolongation = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad = grad.contiguous(memory_format=ctx.computed_in)
         needed = (ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4]))
         grad_x, grad_filters = convolution_backward(grad, x, filters, ctx.fine, 1, needed)
         if grad_x is not None:
             grad_x = grad_x.contiguous(memory_format=ctx.memory_format)
         grad_weight = grad_restriction = grad_prolongation = None
         if grad_filters is not None:
-            groups, width, *kernel = restriction.shape
-            dtype = restriction.dtype
-            by_group = grad_filters.to(dtype).permute(0, 2, 3, 1).reshape(filters.shape[0], -1, groups, width)
-            blocks = by_group.unflatten(0, (groups, -1)).diagonal(dim1=0, dim2=3)  # m/N, d * d, n/N, N
-            grad_weight = blocks.permute(3, 0, 1, 2).reshape(-1, *kernel, width).permute(0, 3, 1, 2)
-            by_group = by_group.permute(2, 0, 1, 3).flatten(2)  # N, m, d * d * n/N
-            taps = taps_of(restriction).flatten(1).unsqueeze(2)  # N, d * d * n/N, 1
-            grad_prolongation = (by_group @ taps).squeeze(2).t()
-            sums = prolongation.t().unsqueeze(1) @ by_group  # N, 1, d * d * n/N
-            grad_restriction = sums.view(groups, *kernel, width).permute(0, 3, 1, 2)
+            grad_filters = grad_filters.to(restriction.dtype).contiguous().view(-1, *restriction.shape)
+            grad_weight = _diagonal(grad_filters).flatten(0, 1)
+            by_group = grad_filters.flatten(2).transpose(0, 1)  # N, m, n/N * d * d
+            grad_prolongation = torch.bmm(by_group, restriction.flatten(1).unsqueeze(2)).squeeze(2).t()
+            grad_restriction = torch.bmm(prolongation.t().unsqueeze(1), by_group).view(restriction.shape)
         grad_bias = None
         if ctx.needs_input_grad[4]:
-            grad_bias = rows_of(grad).sum(0, dtype=restriction.dtype)
+            grad_bias = grad.sum((0, 2, 3), dtype=restriction.dtype)
         return grad_x, grad_weight, grad_restriction, grad_prolongation, grad_bias, None, None
 
 
@@ -117,12 +119,14 @@ class KeptFilters:
     def clear(self) -> None:
         self._kept = None
 
-    def filters(self, dtype: torch.dtype, *parameters: Tensor) -> Tensor:
-        """Those of ``parameters``, in ``dtype``."""
-        kept = self._kept
-        if kept is None or kept[1].dtype != dtype or not all(map(_same, kept[0], parameters)):
+    def filters(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        """Those of ``parameters``, in the type and the memory format of ``x``."""
+        kept, form = self._kept, memory_format_of(x)
+        fits = kept is not None and kept[1].dtype == x.dtype and kept[1].is_contiguous(memory_format=form)
+        if kept is None or not fits or not all(map(_same, kept[0], parameters)):
             with torch.inference_mode(False), torch.no_grad():  # else no gradient could be taken through them later
-                kept = tuple(each.clone() for each in parameters), composed(*parameters).to(dtype)
+                filters = composed(*parameters).to(x.dtype, memory_format=form)
+                kept = tuple(each.clone() for each in parameters), filters
             self._kept = kept
         return kept[1]
 

@@ -229,7 +229,7 @@ class TwoLevelConv2d(NotFusedByTorch):
         if mode == "dense":
             (x,) = _computed_in(x)
             tensors = (self.weight, self.restriction, self.prolongation_matrix())
-            kept = self._kept.filters(x.dtype, *tensors) if self._keeps(x) else None
+            kept = self._kept.filters(x, *tensors) if self._keeps(x) else None
             y: Tensor = Dense.apply(x, *tensors, self.bias, self.fine_window, kept)
             return y
         tensors = _computed_in(x, self.weight, self.restriction, self.prolongation_matrix(), self.bias)
