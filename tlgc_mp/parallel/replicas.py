@@ -144,7 +144,8 @@ def held_whole(model: nn.Module) -> list[tuple[str, Tensor]]:
     for name, module in model.named_modules():
         split = vars(module)["tlgc_placement"].dims if "tlgc_placement" in vars(module) else ()
         buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
-        for key, tensor in {**module._parameters, **buffers}.items():
+        # By items: under ZeRO 3, what is asked for by its key in a forward pass is gathered, then and ever after.
+        for key, tensor in (*module._parameters.items(), *buffers.items()):
             partitioned = hasattr(tensor, "ds_id")  # by ZeRO 3: it may be on its way
             plain = type(tensor) in (Tensor, nn.Parameter) and not partitioned
             if tensor is not None and key not in split and plain and tensor.numel():
