@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import torch
+import torch.utils.checkpoint
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -95,6 +96,8 @@ def _checkpointed(block: nn.Module, *inputs: Tensor) -> Any:
         with autocast, shares(), _statistics_at_rest(block):
             return forward(*inputs)
 
+    if inputs[0].is_meta:  # which DeepSpeed would move to its device
+        return torch.utils.checkpoint.checkpoint(compute, *inputs, use_reentrant=True, preserve_rng_state=False)
     return checkpointing.checkpoint(compute, *inputs)
 
 

@@ -10,9 +10,11 @@ input and h x w output positions, L = B * h * w.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -21,6 +23,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+_STANDS_FOR = contextvars.ContextVar("the device that the meta device stands for", default="cpu")
+
+
+@contextlib.contextmanager
+def meta_stands_for(device_type: str) -> Iterator[None]:
+    """Has layers on the meta device compute in the ways that they choose on a device of that type, while entered."""
+    token = _STANDS_FOR.set(device_type)
+    try:
+        yield
+    finally:
+        _STANDS_FOR.reset(token)
+
+
+def is_for_cpu(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is on a CPU, or on the meta device in its place."""
+    return (_STANDS_FOR.get() if tensor.is_meta else tensor.device.type) == "cpu"
+
 
 PARTS, PART_LENGTH = 256, 128
 """Of a sum over all positions on an accelerator: how many parts at most, and of how many positions at least."""
@@ -172,7 +192,7 @@ def _sum_over_positions(taps: Tensor, x: Tensor) -> Tensor:
     On an accelerator in parts, for all of its cores: one matrix product as long and narrow as this occupies a few.
     """
     positions = x.shape[1]
-    parts = 1 if x.device.type == "cpu" else math.gcd(positions // math.gcd(positions, PART_LENGTH), PARTS)
+    parts = 1 if is_for_cpu(x) else math.gcd(positions // math.gcd(positions, PART_LENGTH), PARTS)
     if parts == 1:
         return taps @ x
     by_part = taps.unflatten(2, (parts, -1)).transpose(1, 2)  # G, parts, taps, L / parts

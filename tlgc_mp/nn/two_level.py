@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tlgc_mp.errors import UsageError, one_of
 from tlgc_mp.nn.arguments import check_device, check_dtype, check_groups, check_weights, padding_pair, positive_pair
 from tlgc_mp.nn.capture import is_captured
-from tlgc_mp.nn.coarse_level import Exchange, Fused, Overlapped, WholeExchange, Window, autocasts
+from tlgc_mp.nn.coarse_level import Exchange, Fused, Overlapped, WholeExchange, Window, autocasts, is_for_cpu
 from tlgc_mp.nn.composed import Dense, KeptFilters, composed_out_of_place
 from tlgc_mp.nn.fusing import NotFusedByTorch
 
@@ -181,7 +181,7 @@ class TwoLevelConv2d(NotFusedByTorch):
             return self._assigned_mode
         n, m, groups, taps = self.in_channels, self.out_channels, self.groups, math.prod(self.kernel_size)
         weight = self._parameters.get("weight")  # in the place of which torch.fx puts no proxy
-        if (self.weight if weight is None else weight).device.type in ("cpu", "meta"):
+        if is_for_cpu(self.weight if weight is None else weight):
             wide = WIDE_GROUP if self.local_groups == groups else WIDE_SHARE
             prefers_dense = n * m * taps * (groups - 1) < groups * (PASS_INPUT * n * taps + PASS_OUTPUT * m)
         else:

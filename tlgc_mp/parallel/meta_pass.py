@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.layout import Ranks
-from tlgc_mp.parallel.plan import Placement
+from tlgc_mp.parallel.plan import Placement, goes_plain
 from tlgc_mp.parallel.replicas import ReplicaWatch
 from tlgc_mp.parallel.sharded import Region, without_engine
 
@@ -38,7 +38,7 @@ def copy_on_meta(model: nn.Module, ranks: int, placements: dict[str, Placement] 
     region = getattr(model, "tlgc_region", None)
     alone = Ranks(size=ranks)
     if isinstance(region, Region):
-        memo[id(region)] = Region(alone, alone, False)
+        memo[id(region)] = Region(alone, alone, region.channels_apart)
         model = without_engine(model, memo.copy())
     copied = copy.deepcopy(model, memo)
     for hooks in (copied._forward_pre_hooks, copied._forward_hooks):  # ranks that are alone have nobody to compare with
@@ -47,7 +47,7 @@ def copy_on_meta(model: nn.Module, ranks: int, placements: dict[str, Placement] 
     if placements is not None:
         from tlgc_mp.parallel.sharding import split_layers
 
-        split_layers(copied, placements, Region(alone, alone, False), torch.device("meta"))
+        split_layers(copied, placements, Region(alone, alone, goes_plain(copied, placements)), torch.device("meta"))
     return copied
 
 

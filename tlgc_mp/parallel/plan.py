@@ -111,9 +111,13 @@ def channels_stay_apart(model: nn.Module) -> bool:
 
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether somebody gave this very module another forward; this package's activation checkpointing may."""
+    return "forward" in vars(module) and not is_recomputed(module)
+
+
+def is_recomputed(module: nn.Module) -> bool:
+    """Whether this very module is a block under this package's activation checkpointing."""
     forward = vars(module).get("forward")
-    made_by = getattr(getattr(forward, "func", None), "__module__", None) or ""
-    return forward is not None and not made_by.startswith("tlgc_mp.")
+    return (getattr(getattr(forward, "func", None), "__module__", None) or "").startswith("tlgc_mp.")
 
 
 def goes_plain(model: nn.Module, placements: dict[str, Placement]) -> bool:
