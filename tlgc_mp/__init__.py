@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tlgc_mp.models import convert, create_model, fold
     from tlgc_mp.nn import TwoLevelConv2d
     from tlgc_mp.parallel import shard
+    from tlgc_mp.planner import plan
     from tlgc_mp.training.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "initialize",
     "load_checkpoint",
     "load_model",
+    "plan",
     "save_checkpoint",
     "shard",
 ]
@@ -43,6 +45,7 @@ __getattr__ = lazy.attributes(
         "initialize": "tlgc_mp.engine",
         "load_checkpoint": "tlgc_mp.checkpoint",
         "load_model": "tlgc_mp.checkpoint",
+        "plan": "tlgc_mp.planner",
         "save_checkpoint": "tlgc_mp.checkpoint",
         "shard": "tlgc_mp.parallel",
     },

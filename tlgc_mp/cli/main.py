@@ -19,6 +19,7 @@ from tlgc_mp import __version__
 from tlgc_mp.checkpoint.folder import find_checkpoint
 from tlgc_mp.cli.bench import add_bench_parser
 from tlgc_mp.cli.options import Parser, add_options, add_train_parser, data_of_run, parse
+from tlgc_mp.cli.plan import add_plan_parser
 from tlgc_mp.data.catalog import DATASETS, check_dataset
 from tlgc_mp.engine.config import zero_stage
 from tlgc_mp.errors import UsageError, check_installed, one_of
@@ -152,6 +153,7 @@ def _parser() -> Parser:
     report.add_argument("sources", nargs="+", metavar="SOURCE", help="a folder of runs, or a file of rows (JSON lines)")
     report.add_argument("--output", default="report", metavar="DIR", help="(default: %(default)s)")
     report.set_defaults(run=_report)
+    add_plan_parser(commands)
     add_bench_parser(commands)
     return parser
 
