@@ -12,8 +12,8 @@ import tlgc_mp
 
 PACKAGE = Path(tlgc_mp.__file__).parent
 ROOMS = (
-    *("__version__", "lazy", "errors", "host", "nn", "models", "data", "parallel", "engine", "planner", "checkpoint"),
-    *("training", "resilience", "paper", "bench", "cli"),
+    *("__version__", "lazy", "errors", "host", "figures", "nn", "models", "data", "parallel", "engine", "checkpoint"),
+    *("training", "resilience", "paper", "bench", "planner", "cli"),
 )
 """Each imports from those before it only."""
 PUBLIC = ("deepspeed", "deepspeed.accelerator", "deepspeed.comm")

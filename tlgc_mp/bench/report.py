@@ -11,8 +11,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from tlgc_mp.bench.figures import COLORS, caption, machine_of, one_or_more, pyplot, save
 from tlgc_mp.bench.scaling import growth
+from tlgc_mp.figures import COLORS, caption, machine_of, one_or_more, pyplot, save
 from tlgc_mp.host import replace_file
 from tlgc_mp.models.names import parse_model
 from tlgc_mp.paper.printed import printed_rows

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from tlgc_mp.bench.figures import caption, machine_of, one_or_more, pyplot, save
+from tlgc_mp.figures import caption, machine_of, one_or_more, pyplot, save
 from tlgc_mp.models.names import CONVOLUTIONS
 from tlgc_mp.paper.printed import printed_rows
 from tlgc_mp.paper.rows import LABELS, Row, Variant, variants_of

@@ -14,17 +14,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
 from tlgc_mp.parallel.layout import Layout, Ranks
 from tlgc_mp.parallel.split_tensor import (
     FUNCTIONS,
     SplitTensor,
+    enter_leaves,
     enter_ranks,
     from_share,
+    plain_gradient,
     share_in,
     through_torch,
     whole,
 )
+
+
+def entered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments, each plain tensor that needs a gradient as a SplitTensor that is whole on every rank.
+
+    Its gradient then comes back plain and whole.
+    """
+    ranks = next(t.ranks for t in tree_leaves((args, kwargs)) if type(t) is SplitTensor)
+    if in_place(func) and args:
+        if isinstance(args[0], Tensor) and type(args[0]) is not SplitTensor and args[0].requires_grad:
+            args[0].register_hook(plain_gradient)  # of its value before it changes, which may get a split gradient
+        rest, named = enter_leaves((args[1:], kwargs), ranks)
+        return (args[0], *rest), named
+    return enter_leaves((args, kwargs), ranks)  # type: ignore[no-any-return]
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:

@@ -213,25 +213,10 @@ def through_torch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | Non
             if (isinstance(value, Tensor) and value.requires_grad) or (
                 isinstance(value, list | tuple | dict) and _holds_plain(value)
             ):
-                args, kwargs = _entered(func, args, kwargs or {})
+                args, kwargs = split_functions.entered(func, args, kwargs or {})
                 break
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs) if kwargs else func(*args)
-
-
-def _entered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments, each plain tensor that needs a gradient as a SplitTensor that is whole on every rank.
-
-    Its gradient then comes back plain and whole.
-    """
-    ranks = next(t.ranks for t in tree_leaves((args, kwargs)) if type(t) is SplitTensor)
-    if split_functions.in_place(func) and args:
-        if isinstance(args[0], Tensor) and type(args[0]) is not SplitTensor and args[0].requires_grad:
-            args[0].register_hook(plain_gradient)  # of its value before it changes, which may get a split gradient
-        rest, named = enter_leaves((args[1:], kwargs), ranks)
-        return (args[0], *rest), named
-    entered: tuple[tuple[Any, ...], dict[str, Any]] = enter_leaves((args, kwargs), ranks)
-    return entered
 
 
 def _holds_plain(tree: Any) -> bool:

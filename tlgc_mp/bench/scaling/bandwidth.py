@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tlgc_mp.bench.figures import COLORS, caption, machine_of, pyplot, save
 from tlgc_mp.bench.ranks import launch
 from tlgc_mp.bench.ranks.link import UNLIMITED, Cable, bits_per_second, cable
 from tlgc_mp.bench.report import describe, table
@@ -34,6 +33,7 @@ from tlgc_mp.bench.settings import (
     parse_strategy,
 )
 from tlgc_mp.errors import UsageError
+from tlgc_mp.figures import COLORS, caption, machine_of, pyplot, save
 from tlgc_mp.host import describe_run, replace_file
 
 STRATEGIES = ("gc-2l", "gc", "channel-parallel", "naive-mp", "zero3")

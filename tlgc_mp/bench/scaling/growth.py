@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from tlgc_mp.bench.figures import COLORS, caption, machine_of, one_or_more, pyplot, save
 from tlgc_mp.bench.scaling import capacity
 from tlgc_mp.bench.settings import IMAGE_SIZE
+from tlgc_mp.figures import COLORS, caption, machine_of, one_or_more, pyplot, save
 
 Row = dict[str, Any]
 
