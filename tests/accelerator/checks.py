@@ -30,12 +30,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-from tlgc_mp.files import replace_file
-from tlgc_mp.provenance import describe_run
-
 from tlgc_mp.bench.report import describe, table
 from tlgc_mp.bench.settings import output_folder
 from tlgc_mp.errors import UsageError
+from tlgc_mp.host import describe_run, replace_file
 from tlgc_mp.training.runs import METRICS
 
 ROOT = Path(__file__).parents[2]
