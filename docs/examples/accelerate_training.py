@@ -36,7 +36,8 @@ def main() -> None:
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
         config=CONFIG,
     )
-    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=dict(CONFIG)))
+    plugin = DeepSpeedPlugin(hf_ds_config=dict(CONFIG))
+    accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=ACCUMULATED)
     # In place of accelerator.prepare, whose deepspeed.initialize knows nothing of tensor-parallel groups.
     accelerator.deepspeed_engine_wrapped = DeepSpeedEngineWrapper(engine)
     engine.train()
@@ -45,7 +46,8 @@ def main() -> None:
         with accelerator.accumulate(engine):
             loss = torch.nn.functional.cross_entropy(engine(images.to(engine.device)), labels.to(engine.device))
             accelerator.backward(loss)  # and a step, where gradients of ACCUMULATED batches are there
-        accelerator.print(f"step {step + 1}  loss {loss.item():.4f}")
+        if torch.distributed.get_rank() == 0:
+            print(f"step {step + 1}  loss {loss.item():.4f}  {engine.global_steps} steps of the optimizer")
     accelerator.end_training()
 
 

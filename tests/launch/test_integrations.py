@@ -17,6 +17,7 @@ LIBRARIES = {"timm": ("timm",), "accelerate": ("accelerate", "transformers"), "l
 
 
 def losses(library: str, ranks: int, folder: Path) -> list[float]:
+    """Of each step, which rank 0 tells."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     done = subprocess.run(
         [*torchrun, "--master-port", free_port(), str(ROOT / f"docs/examples/{library}_training.py")],
@@ -27,6 +28,8 @@ def losses(library: str, ranks: int, folder: Path) -> list[float]:
         timeout=140,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    if library == "accelerate":  # an optimizer's step for two batches
+        assert re.findall(r"  (\d) steps of the optimizer", done.stdout) == list("011223")
     return [float(loss) for loss in re.findall(r"^step \d+  loss ([\d.]+)", done.stdout, flags=re.MULTILINE)]
 
 
