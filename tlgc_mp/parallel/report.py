@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -225,7 +225,12 @@ class _Recorder:
         name = self.inside.pop()
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                if tensor.grad_fn not in self.tagged:  # hooks of a tensor run before those of its node
+                    Tensor.register_hook(tensor, self.entering(name))  # type: ignore[no-untyped-call]
                 self.tag(tensor.grad_fn, name)
+
+    def entering(self, name: str) -> Callable[[Any], None]:
+        return lambda grads: self.inside.__setitem__(slice(None), [name])
 
     def tag(self, node: Any, name: str) -> None:
         """Has what backward does in the nodes that ``name`` made count as its own."""
@@ -235,7 +240,7 @@ class _Recorder:
             if node is None or node in self.tagged:
                 continue
             self.tagged.add(node)
-            node.register_prehook(lambda grads: self.inside.__setitem__(slice(None), [name]))
+            node.register_prehook(self.entering(name))
             waiting.extend(following for following, _ in node.next_functions)
 
     @contextlib.contextmanager

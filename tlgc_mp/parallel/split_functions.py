@@ -259,16 +259,19 @@ def _matrix_rank(*args: Any, out: Any = None, **kwargs: Any) -> Any:
 # would gather the gradient of the output.
 
 
-def _gathered(grad: Tensor) -> Tensor:
-    """``grad`` as a split tensor that is whole on every rank. Differentiable."""
-    return enter_ranks(whole(grad), grad.ranks) if type(grad) is SplitTensor and grad.cut.dim is not None else grad
+def _gathered(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """``grads``, each as a split tensor that is whole on every rank. Differentiable."""
+    return tuple(
+        enter_ranks(whole(grad), grad.ranks) if type(grad) is SplitTensor and grad.cut.dim is not None else grad
+        for grad in grads
+    )
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     y = through_torch(F.linear, (x, weight, bias), None)
     is_row = type(y) is SplitTensor and type(weight) is SplitTensor and weight.cut.dim == 1
     if is_row and y.cut.dim == y.dim() - 1 and x.requires_grad and weight.requires_grad:
-        y.register_hook(_gathered)  # type: ignore[no-untyped-call]
+        y.grad_fn.register_prehook(_gathered)
     return y
 
 
@@ -276,7 +279,7 @@ def _attention(*args: Any, **kwargs: Any) -> Any:
     """Its last product is that of a row-parallel layer."""
     y, weights = through_torch(F.multi_head_attention_forward, args, kwargs)
     if type(y) is SplitTensor and y.cut.dim == y.dim() - 1 and y.requires_grad:
-        y.register_hook(_gathered)  # type: ignore[no-untyped-call]
+        y.grad_fn.register_prehook(_gathered)  # type: ignore[union-attr]
     return y, weights
 
 

@@ -1,4 +1,4 @@
-"""What a device can do and how devices are joined: from data sheets, or measured by ``tlgc-mp plan --calibrate``.
+"""What a device can do and how devices are joined: from published rates, or measured by ``tlgc-mp plan --calibrate``.
 
 Loads no torch.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from tlgc_mp.errors import UsageError, is_count, one_of, shown
 
 SHARE_OF_PEAK = 0.5
-"""What a training step is taken to reach of the arithmetic and the bandwidth on a data sheet, where nothing was
+"""What a training step is taken to reach of the arithmetic and the bandwidth that is published, where nothing was
 measured."""
 
 DTYPES = ("fp32", "bf16")
@@ -51,7 +51,7 @@ class Device:
     source: str
 
 
-def _of_data_sheet(
+def _of_peak_rates(
     name: str, gib: float, fp32: float, tensor_fp32: float, bf16: float, bandwidth: float, link: float, source: str
 ) -> Device:
     """Of peak rates in TFLOP/s and GB/s; convolutions of float32 run in TF32 where there is that."""
@@ -67,21 +67,42 @@ def _of_data_sheet(
         host=SHARE_OF_PEAK * 32e9,
         accelerator=True,
         fixed=0.6 * 2**30,
-        source=f"{source}; half of its rates",
+        source=f"half of {source}",
     )
 
 
 DEVICES = {
     device.name: device
     for device in (
-        _of_data_sheet("h200", 139, 67, 494.5, 989, 4800, 450, "NVIDIA H200 SXM data sheet, without sparsity"),
-        _of_data_sheet("h100", 79, 67, 494.5, 989, 3350, 450, "NVIDIA H100 SXM data sheet, without sparsity"),
-        _of_data_sheet("a100-80", 79, 19.5, 156, 312, 2039, 300, "NVIDIA A100 80GB SXM data sheet, without sparsity"),
-        _of_data_sheet("a100-40", 39, 19.5, 156, 312, 1555, 300, "NVIDIA A100 40GB SXM data sheet, without sparsity"),
-        _of_data_sheet("v100", 31, 15.7, 15.7, 15.7, 900, 150, "NVIDIA V100 32GB SXM2 data sheet; it has no bfloat16"),
-        _of_data_sheet("rtx-4090", 23.5, 82.6, 82.6, 165, 1008, 32, "NVIDIA Ada architecture whitepaper; PCIe 4.0"),
-        _of_data_sheet("rtx-3090", 23.5, 35.6, 35.6, 71, 936, 32, "NVIDIA GA102 whitepaper; PCIe 4.0"),
-        _of_data_sheet("titan-rtx", 23.5, 16.3, 16.3, 16.3, 672, 16, "NVIDIA Turing whitepaper; PCIe 3.0"),
+        _of_peak_rates(
+            "h200", 139, 67, 494.5, 989, 4800, 450, "peak rates published for NVIDIA H200 SXM, without sparsity"
+        ),
+        _of_peak_rates(
+            "h100", 79, 67, 494.5, 989, 3350, 450, "peak rates published for NVIDIA H100 SXM, without sparsity"
+        ),
+        _of_peak_rates(
+            "a100-80", 79, 19.5, 156, 312, 2039, 300, "peak rates published for NVIDIA A100 80GB SXM, without sparsity"
+        ),
+        _of_peak_rates(
+            "a100-40", 39, 19.5, 156, 312, 1555, 300, "peak rates published for NVIDIA A100 40GB SXM, without sparsity"
+        ),
+        _of_peak_rates(
+            "v100",
+            31,
+            15.7,
+            15.7,
+            15.7,
+            900,
+            150,
+            "peak rates published for NVIDIA V100 32GB SXM2, which has no bfloat16",
+        ),
+        _of_peak_rates(
+            "rtx-4090", 23.5, 82.6, 82.6, 165, 1008, 32, "peak rates published for NVIDIA RTX 4090; PCIe 4.0"
+        ),
+        _of_peak_rates("rtx-3090", 23.5, 35.6, 35.6, 71, 936, 32, "peak rates published for NVIDIA RTX 3090; PCIe 4.0"),
+        _of_peak_rates(
+            "titan-rtx", 23.5, 16.3, 16.3, 16.3, 672, 16, "peak rates published for NVIDIA TITAN RTX; PCIe 3.0"
+        ),
     )
 }
 
