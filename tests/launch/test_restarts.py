@@ -69,7 +69,7 @@ class Launch:
         (folder / "plan.json").write_text(json.dumps(plan))
         command = [sys.executable, str(folder / "script.py"), "tlgc_mp", "train", "--output-dir", str(folder / "run")]
         main = (
-            "import sys; from tlgc_mp.cli.main import main; from tlgc_mp.training import restarts; "
+            "import sys; from tlgc_mp.cli.main import main; from tlgc_mp.resilience import restarts; "
             "restarts.LAUNCHER_SECONDS, restarts._TERMINATE_SECONDS, restarts._MEETING_PAUSE_SECONDS = 2.0, 1.0, 0.1; "
             "sys.exit(main())"
         )
