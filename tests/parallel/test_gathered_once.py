@@ -23,7 +23,7 @@ class _Functional(nn.Module):
         self.layer = nn.Linear(WIDTH, WIDTH // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.layer.weight, bias=self.layer.bias)
+        return F.linear(input=x, weight=self.layer.weight, bias=self.layer.bias)
 
 
 class _Attention(nn.Module):

@@ -267,10 +267,12 @@ def _gathered(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     )
 
 
-def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    y = through_torch(F.linear, (x, weight, bias), None)
+def _linear(*args: Any, **kwargs: Any) -> Any:
+    y = through_torch(F.linear, args, kwargs)
+    x = args[0] if args else kwargs["input"]
+    weight = args[1] if len(args) > 1 else kwargs["weight"]
     is_row = type(y) is SplitTensor and type(weight) is SplitTensor and weight.cut.dim == 1
-    if is_row and y.cut.dim == y.dim() - 1 and x.requires_grad and weight.requires_grad:
+    if is_row and y.cut.dim == y.dim() - 1 and x.requires_grad and weight.requires_grad and y.grad_fn:
         y.grad_fn.register_prehook(_gathered)
     return y
 
