@@ -263,7 +263,7 @@ def only_checks() -> Iterator[None]:
             (tlgc_mp.checkpoint.offline, "reshard_checkpoint", accept),
             (tlgc_mp.training.inference, "score", accept),
             (tlgc_mp.training.inference, "label", accept),
-            (tlgc_mp.paper.report, "plot_losses", lambda *_: None),
+            (tlgc_mp.paper.report, "plot_epochs", lambda *_: False),
             (tlgc_mp.paper.report, "plot_errors", lambda *_: None),
             (tlgc_mp.bench.scaling.bandwidth, "run", accept),
             (tlgc_mp.bench.scaling.sweep, "run", accept),

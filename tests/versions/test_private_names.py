@@ -16,7 +16,7 @@ from deepspeed.module_inject.layers import TensorParallel_Layer
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 import tlgc_mp
-from tests.versions import rows_deepspeed, rows_torch  # noqa: F401  (they fill the table)
+from tests.versions import rows_deepspeed, rows_planner, rows_torch  # noqa: F401  (they fill the table)
 from tests.versions.private_names import operators_by_name, private_names
 from tests.versions.rows import ROWS, Row
 
