@@ -35,12 +35,12 @@ from tlgc_mp.bench.ranks.meters import CollectiveClock
 from tlgc_mp.nn import TwoLevelConv2d
 from tlgc_mp.parallel import shard, sharding
 from tlgc_mp.parallel.collectives import (
-    CoarseExchange,
     coarse_gather,
     coarse_reduce_scatter,
     copy_to_ranks,
     sum_partials,
 )
+from tlgc_mp.parallel.exchange import CoarseExchange
 from tlgc_mp.parallel.layout import Layout
 
 RANKS = [2, 3]

@@ -18,6 +18,7 @@ from tests.parallel.common import run_ranks_once, smooth_network
 from tlgc_mp.engine import initialize
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel import collectives, shard
+from tlgc_mp.parallel.exchange import CoarseExchange
 from tlgc_mp.parallel.layout import Ranks
 from tlgc_mp.parallel.waiting import GRACE_SECONDS, MissingRankError, as_timeout
 
@@ -93,7 +94,7 @@ def _two_of_four() -> dict[str, tuple[str, float]]:
         "all_reduce": lambda ranks: collectives.all_reduce(torch.ones(3), ranks),
         "coarse_gather": lambda ranks: collectives.coarse_gather(torch.ones(3, 2), world, ranks.group_name),
         **{
-            f"coarse_reduce_scatter{where}": lambda ranks, over_network=over_network: collectives.CoarseExchange(
+            f"coarse_reduce_scatter{where}": lambda ranks, over_network=over_network: CoarseExchange(
                 world, ranks.group_name, over_network
             ).reduce_scatter(torch.ones(world, 3))()
             for where, over_network in (("", False), (" between hosts", True))

@@ -7,6 +7,7 @@ import pytest
 from tests.parallel.operators import OK, computed, database, failures, run
 
 SPREAD = """
+sgn cumulative_trapezoid cumprod nn.functional.one_hot
 add div.no_rounding_mode addcmul where masked_fill clamp pow sum mean amax var std_mean prod argmax cumsum softmax
 log_softmax logsumexp norm sort topk cat stack chunk split view reshape permute transpose squeeze expand narrow
 unfold flip roll repeat index_select index_put gather scatter_add __getitem__ select_scatter matmul bmm einsum addmm

@@ -93,3 +93,20 @@ def _recorded() -> list[tuple[str, int]]:
 def test_recorders_see_every_collective_and_its_bytes() -> None:
     for notes in run_ranks_once(2, _recorded):
         assert notes == [("all_gather", 60), ("all_reduce", 120), ("reduce_scatter", 28)]
+
+
+def _of_zeros() -> list[Tensor]:
+    ranks = _ranks()
+    zeros = torch._efficientzerotensor((2, 3), dtype=torch.float64)
+    found = [collectives.all_gather(zeros, ranks), collectives.reduce_scatter(zeros, ranks)]
+    found += [collectives.all_reduce(zeros, ranks), collectives.coarse_gather(zeros, 2, ranks.group_name)]
+    found += [collectives.coarse_reduce_scatter(zeros, 2, ranks.group_name)]
+    return [*found, collectives.exchange_channels(zeros, [1, 1], [1, 1], ranks.group_name)]
+
+
+def test_zeros_that_lie_nowhere_are_sent_as_numbers() -> None:
+    """As the gradient of ``torch.sgn`` is: torch knows that it is zero, and keeps no numbers."""
+    for found in run_ranks_once(2, _of_zeros):
+        shapes = [(2, 2, 3), (3,), (2, 3), (4, 3), (1, 3), (2, 3)]
+        assert [tuple(tensor.shape) for tensor in found] == shapes
+        assert all(not tensor.any() for tensor in found)

@@ -366,6 +366,12 @@ class _Counting(nn.Module):
         return 7
 
 
+@relies_on("._is_zerotensor")
+def zeros_without_numbers() -> None:
+    """Says of a tensor that it is known to be zeros and holds no numbers."""
+    assert torch._efficientzerotensor((2,))._is_zerotensor() and not torch.zeros(2)._is_zerotensor()
+
+
 @relies_on("._extra_state")
 def extra_state() -> None:
     """The name under which a state dict holds what ``get_extra_state`` gives."""

@@ -25,7 +25,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from tlgc_mp.nn.coarse_level import Exchange
 from tlgc_mp.parallel.waiting import Call, begin, complete
 
 recorders: list[Callable[[str, int], None]] = []
@@ -79,12 +78,12 @@ def _note(name: str, sent: Tensor) -> None:
 @torch.library.custom_op("tlgc_mp::coarse_gather", mutates_args=())
 def coarse_gather(share: Tensor, ranks: int, group_name: str) -> Tensor:
     """All-gather along the first dimension: (G, ...) on each of P ranks -> (P G, ...) on all, in rank order."""
-    return _start_gather(share, ranks, group_name)()
+    return start_coarse_gather(share, ranks, group_name)()
 
 
-def _start_gather(share: Tensor, ranks: int, group_name: str, by_sends: bool = True) -> Callable[[], Tensor]:
+def start_coarse_gather(share: Tensor, ranks: int, group_name: str, by_sends: bool = True) -> Callable[[], Tensor]:
     """Starts :func:`coarse_gather`; the function returned waits for its result."""
-    share = share.contiguous()
+    share = _in_memory(share)
     full = share.new_empty(ranks * share.shape[0], *share.shape[1:])
     if share.is_meta or not share.numel():
         _note("coarse_gather", share)
@@ -122,6 +121,13 @@ def _scatter_sum(
     start = _comm("reduce_scatter_tensor", "reduce_scatter_single")
     work = complete(call, start, row.view(-1), stacked.view(-1), group=group, async_op=True)
     return _arrival(call, work, row, stacked)
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """``tensor`` as contiguous numbers, also where it is but known to be zeros, conjugated or negated."""
+    if tensor._is_zerotensor():  # the gradient of torch.sgn, say
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.resolve_conj().resolve_neg().contiguous()
 
 
 def is_gloo(group: dist.ProcessGroup) -> bool:
@@ -169,7 +175,7 @@ def _(share: Tensor, ranks: int, group_name: str) -> Tensor:
 @torch.library.custom_op("tlgc_mp::coarse_reduce_scatter", mutates_args=())
 def coarse_reduce_scatter(full: Tensor, ranks: int, group_name: str) -> Tensor:
     """The sum over P ranks of (P G, ...), of which each rank keeps its own (G, ...)."""
-    return _start_reduce_scatter(full, ranks, group_name)()
+    return start_coarse_reduce_scatter(full, ranks, group_name)()
 
 
 @coarse_reduce_scatter.register_fake
@@ -177,9 +183,11 @@ def _(full: Tensor, ranks: int, group_name: str) -> Tensor:
     return full.new_empty(full.shape[0] // ranks, *full.shape[1:])
 
 
-def _start_reduce_scatter(full: Tensor, ranks: int, group_name: str, by_sends: bool = True) -> Callable[[], Tensor]:
+def start_coarse_reduce_scatter(
+    full: Tensor, ranks: int, group_name: str, by_sends: bool = True
+) -> Callable[[], Tensor]:
     """Starts :func:`coarse_reduce_scatter`; the function returned waits for its result."""
-    full = full.contiguous()
+    full = _in_memory(full)
     share = full.new_empty(full.shape[0] // ranks, *full.shape[1:])
     if full.is_meta or not share.numel():
         _note("coarse_reduce_scatter", full)
@@ -247,7 +255,7 @@ def exchange_channels(channels: Tensor, sends: list[int], receives: list[int], g
 
     (sum of ``sends``, ...) -> (sum of ``receives``, ...), ``receives[s]`` of them from rank s, in rank order.
     """
-    channels = channels.contiguous()
+    channels = _in_memory(channels)
     received = channels.new_empty(sum(receives), *channels.shape[1:])
     group = resolve_group(group_name)
     call = _begin("exchange_channels", channels, group)
@@ -293,9 +301,7 @@ def start_all_gather(share: Tensor, ranks: TensorParallelRanks, *, of_pass: bool
     if share.is_meta or not share.numel():
         _note("all_gather", share)
         return lambda: stacked
-    if share.is_conj() or share.is_neg():
-        share = share.resolve_conj().resolve_neg()
-    sent, received = share.contiguous().view(-1), stacked.view(ranks.size, -1)
+    sent, received = _in_memory(share).view(-1), stacked.view(ranks.size, -1)
     if share.dtype not in _GATHERED:
         sent = sent.as_strided(sent.shape, (1,))  # a single element may have any stride
         sent, received = sent.view(torch.uint8), received.view(torch.uint8)
@@ -346,7 +352,7 @@ def start_reduce_scatter(stacked: Tensor, ranks: TensorParallelRanks) -> Callabl
         _note("reduce_scatter", stacked)
         return lambda: row
     as_type = _REDUCED_AS.get(stacked.dtype, stacked.dtype)
-    given, kept = stacked.contiguous().to(as_type), row.to(as_type)
+    given, kept = _in_memory(stacked).to(as_type), row.to(as_type)
     arrived = _scatter_sum(
         "reduce_scatter",
         torch.view_as_real(given) if given.is_complex() else given,
@@ -364,37 +370,3 @@ def start_reduce_scatter(stacked: Tensor, ranks: TensorParallelRanks) -> Callabl
 def _is_traced(tensor: Tensor) -> bool:
     """Whether a graph is being made, of which the collective becomes an operator."""
     return type(tensor) is not Tensor and type(tensor) is not nn.Parameter
-
-
-class CoarseExchange(Exchange):
-    """The exchange of representatives among the ranks of a process group, in rank order.
-
-    Args:
-        ranks: how many there are.
-        group_name: the group's, which is used for nothing else, so that the coarse gather never queues behind other
-            traffic.
-        over_network: whether they lie on several hosts, the same on every rank. Over Gloo, sends and receives then
-            make the most of the network; on one host, they would cost the computation that hides the exchange more
-            than Gloo's own collectives do.
-    """
-
-    def __init__(self, ranks: int, group_name: str, over_network: bool) -> None:
-        self.ranks = ranks
-        self.group_name = group_name
-        self.over_network = over_network
-
-    def gather(self, share: Tensor) -> Callable[[], Tensor]:
-        return self._started("coarse_gather", coarse_gather, _start_gather, share)
-
-    def reduce_scatter(self, full: Tensor) -> Callable[[], Tensor]:
-        return self._started("coarse_reduce_scatter", coarse_reduce_scatter, _start_reduce_scatter, full)
-
-    def _started(
-        self, name: str, operator: Any, start: Callable[[Tensor, int, str, bool], Callable[[], Tensor]], tensor: Tensor
-    ) -> Callable[[], Tensor]:
-        if torch.compiler.is_compiling() or type(tensor) is not Tensor:
-            # What is traced is a graph of whole operators; a compiler finds its own overlap.
-            result = operator(tensor, self.ranks, self.group_name)
-            return lambda: result
-        with torch.profiler.record_function(f"tlgc_mp::{name}"):
-            return start(tensor, self.ranks, self.group_name, self.over_network)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tlgc_mp.errors import UsageError
-from tlgc_mp.parallel.collectives import CoarseExchange, coarse_gather, copy_to_ranks, exchange_channels, sum_partials
+from tlgc_mp.parallel.collectives import coarse_gather, copy_to_ranks, exchange_channels, sum_partials
+from tlgc_mp.parallel.exchange import CoarseExchange
 from tlgc_mp.parallel.layout import Layout, take_share
 from tlgc_mp.parallel.plan import Placement, unsplit_class
 from tlgc_mp.parallel.sharded import HOOKS, Region, ShardedLayer, is_engines, keep_gradient_plain, reduced, split_class

@@ -259,7 +259,15 @@ def along_dim(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     layout = x.cut
     if first.dim() < x.dim():
         layout = _without(layout, dims_of(dims, x.dim()))
+    if func.overloadpacket in _SCANS and first.is_contiguous():
+        return tree_map_only(
+            Tensor, lambda t: SplitTensor(t, layout, x.ranks, contiguous_geometry(t, layout, x.ranks)), out
+        )
     return wrap_all(out, layout, x)
+
+
+_SCANS = {aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin}
+"""Whose result is contiguous whatever goes in; a share that is one wide would not say so."""
 
 
 @rule(aten._softmax_backward_data, aten._log_softmax_backward_data)

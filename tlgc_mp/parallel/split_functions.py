@@ -285,6 +285,11 @@ def _attention(*args: Any, **kwargs: Any) -> Any:
     return y, weights
 
 
+def _one_hot(*args: Any, **kwargs: Any) -> Any:
+    """Contiguous, as of a plain tensor; torch computes it otherwise of a subclass."""
+    return through_torch(F.one_hot, args, kwargs).contiguous()
+
+
 _TENSOR: Any = Tensor
 """Of which an attribute is a descriptor."""
 
@@ -296,6 +301,7 @@ FUNCTIONS.update(
         torch.autograd.backward: _backward,
         Tensor.backward: _tensor_backward,
         F.linear: _linear,
+        F.one_hot: _one_hot,
         F.multi_head_attention_forward: _attention,
         torch.linalg.matrix_rank: _matrix_rank,
         torch.tensor_split: _tensor_split(torch.tensor_split),
