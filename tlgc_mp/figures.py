@@ -41,3 +41,8 @@ def save(figure: Any, path: str) -> None:
         figure.savefig(f"{path}.tmp.{suffix}", dpi=150)
         os.replace(f"{path}.tmp.{suffix}", f"{path}.{suffix}")
     pyplot().close(figure)
+
+
+def rounded(value: float) -> str:
+    """To three digits, and never as a power of ten: ``0.774``, ``12.3``, ``3,580``."""
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{float(f'{value:.3g}'):,.0f}"

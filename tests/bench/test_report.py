@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench import fabricated
+from tlgc_mp import figures
 from tlgc_mp.bench import report
 from tlgc_mp.bench.scaling.rows import Record, make_row
 from tlgc_mp.bench.settings import Case
@@ -159,3 +160,8 @@ def test_pictures_say_what_they_show(tmp_path: Path) -> None:
     said = written_in(tmp_path / "growth.svg")
     assert "GC-2L; Abacus 9, 2 cores; batch 8, 4; fp32" in said
     assert "by formula: FLOP at the best rate, 12 bytes a parameter, the coarse level" in said
+
+
+def test_figures_are_rounded_without_powers_of_ten() -> None:
+    given = (0, 0.7743, 12.345, 999.4, 999.6, 3575.9, 2_256_000)
+    assert [figures.rounded(value) for value in given] == ["0", "0.774", "12.3", "999", "1,000", "3,580", "2,260,000"]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tlgc_mp.bench.scaling import growth
-from tlgc_mp.figures import COLORS, caption, machine_of, one_or_more, pyplot, save
+from tlgc_mp.figures import COLORS, caption, machine_of, one_or_more, pyplot, rounded, save
 from tlgc_mp.host import replace_file
 from tlgc_mp.models.names import parse_model
 from tlgc_mp.paper.printed import printed_rows
@@ -284,8 +284,9 @@ def _plot(rows: list[Row], machine: dict[str, Any], folder: str) -> None:
 def _plot_bars(rows: list[Row], machine: dict[str, Any], folder: str) -> None:
     """At one w: a step of every strategy, its peak memory, and what it sends."""
     plt = pyplot()
+    compared = any(speed_up(row, rows) is not None for row in rows)
     panels = (
-        ("a step, s (times faster than naive-mp)", "median_step_seconds", 1.0),
+        ("a step, s" + " (times faster than naive-mp)" * compared, "median_step_seconds", 1.0),
         ("peak memory a rank, MB", "peak_memory_bytes", 1e6),
         ("in collectives a step, a rank, MB", "collective_bytes", 1e6),
     )
@@ -296,7 +297,7 @@ def _plot_bars(rows: list[Row], machine: dict[str, Any], folder: str) -> None:
     colors = dict(zip(dict.fromkeys(row["strategy"] for row in rows), COLORS * len(rows), strict=False))
     for axes, (label, key, unit) in zip(all_axes, panels, strict=True):
         values = [(row[key] or 0) / unit for row in rows]
-        said = ["" if row[key] is None else f"{row[key] / unit:.3g}" for row in rows]
+        said = ["" if row[key] is None else rounded(row[key] / unit) for row in rows]
         if key == "median_step_seconds":
             times = [speed_up(row, rows) for row in rows]
             said = [text if n is None else f"{text} ({n:.2f})" for text, n in zip(said, times, strict=True)]

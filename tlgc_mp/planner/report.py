@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tlgc_mp.errors import UsageError
+from tlgc_mp.figures import rounded
 from tlgc_mp.host import replace_file
 from tlgc_mp.planner.candidates import Candidate, Plan
 from tlgc_mp.planner.settings import PlanSettings
@@ -120,8 +121,8 @@ def answer(settings: PlanSettings, plan: Plan, larger: Candidate | None) -> str:
     hours = settings.images / best.samples_per_second / 3600
     return "\n".join(
         [
-            f"Recommended: {named(best)}: {best.needed / GIB:.2f} GiB a rank, {best.samples_per_second:.4g} images/s, "
-            f"{hours:.3g} h for the {settings.recipe.epochs} epochs of the recipe {settings.recipe_name}.",
+            f"Recommended: {named(best)}: {best.needed / GIB:.2f} GiB a rank, {rounded(best.samples_per_second)} images/s, "
+            f"{rounded(hours)} h for the {settings.recipe.epochs} epochs of the recipe {settings.recipe_name}.",
             "",
             f"    {launch_line(settings, best, 'plan-deepspeed.json')}",
             "",

@@ -33,7 +33,7 @@ from tlgc_mp.bench.settings import (
     parse_strategy,
 )
 from tlgc_mp.errors import UsageError
-from tlgc_mp.figures import COLORS, caption, machine_of, pyplot, save
+from tlgc_mp.figures import COLORS, caption, machine_of, pyplot, rounded, save
 from tlgc_mp.host import describe_run, replace_file
 
 STRATEGIES = ("gc-2l", "gc", "channel-parallel", "naive-mp", "zero3")
@@ -247,7 +247,7 @@ def _line(row: Row, rows: list[Row]) -> list[str]:
         row.strategy,
         f"{median:.3f}",
         f"{median - unlimited:.3f}" if limited else "",
-        f"{row.network_bytes / 1e6:.3g}",
+        rounded(row.network_bytes / 1e6),
         f"{row.on_the_way:.3f}" if limited else "",
         f"{coarse:.3f}" if coarse else "",
     ]
@@ -265,7 +265,7 @@ def plot(rows: list[Row], case: Case, machine: Mapping[str, Any], folder: str) -
             [row.median for row in line if row.median is not None],
             color=COLORS[index % len(COLORS)],
             marker="o",
-            label=f"{strategy}, {line[0].network_bytes / 1e6:.3g} MB",
+            label=f"{strategy}, {rounded(line[0].network_bytes / 1e6)} MB",
         )
     axes.set_xticks(range(len(rates)), rates)
     axes.set_xlabel("bandwidth between two hosts")
