@@ -122,7 +122,8 @@ def answer(settings: PlanSettings, plan: Plan, larger: Candidate | None) -> str:
     return "\n".join(
         [
             f"Recommended: {named(best)}: {best.needed / GIB:.2f} GiB a rank, "
-            f"{rounded(best.samples_per_second)} images/s, {rounded(hours)} h for the {settings.recipe.epochs} epochs of the recipe {settings.recipe_name}.",
+            f"{rounded(best.samples_per_second)} images/s, "
+            f"{rounded(hours)} h for the {settings.recipe.epochs} epochs of the recipe {settings.recipe_name}.",
             "",
             f"    {launch_line(settings, best, 'plan-deepspeed.json')}",
             "",
