@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tlgc_mp.parallel.split_tensor import Ranks, SplitTensor, split, whole
+from tlgc_mp.parallel.split_tensor import Ranks, SplitTensor, enter_ranks, split, whole
 
 SEED = 31
 SAMPLES = {torch.float64: 24, torch.complex128: 6, torch.int64: 6}
@@ -33,11 +33,12 @@ LAST_DIMENSION_DENSE = ("torch.ops.aten._scaled_dot_product_flash_attention_for_
 
 
 class Placement(NamedTuple):
-    """How a tensor argument is given: plain where ``dim`` is ``None``, or split along ``dim``; joined there from two
-    split tensors where ``joint``, the size of the first, is positive."""
+    """How a tensor argument is given: split along ``dim``, or joined there from two split tensors where ``joint``, the
+    size of the first, is positive; where ``dim`` is ``None`` plain, or as a split tensor that is ``entered`` whole."""
 
     dim: int | None
     joint: int = 0
+    entered: bool = False
 
 
 class Differs(Exception):
@@ -122,7 +123,8 @@ class Arguments:
         tree: input, positional and keyword arguments of a sample.
         placements: of its tensors, in the order of ``tree_leaves``.
         ranks: ``None`` for plain tensors only.
-        form: how they lie in memory: as they come, ``"channels_last"``, or ``"permuted"``, in reverse order.
+        form: how they lie in memory: as they come, ``"channels_last"``, or ``"permuted"``, in reverse order. With
+            ``"crossed"`` gradients come in another layout than outputs have.
     """
 
     def __init__(self, tree: Any, placements: list[Placement], ranks: Ranks | None, form: str) -> None:
@@ -155,9 +157,9 @@ class Arguments:
 
 
 def arrange(leaf: Tensor, placement: Placement, ranks: Ranks | None) -> Tensor:
-    dim, joint = placement
+    dim, joint, entered = placement
     if dim is None:
-        return leaf.clone()
+        return leaf.clone() if ranks is None or not entered else enter_ranks(leaf.clone(), ranks)
     parts = [leaf] if not joint else [leaf.narrow(dim, 0, joint), leaf.narrow(dim, joint, leaf.shape[dim] - joint)]
     given = [part.clone() if ranks is None else split(part, dim, ranks) for part in parts]
     return given[0] if not joint else torch.cat(given, dim)
@@ -257,7 +259,8 @@ class Call:
     def __str__(self) -> str:
         def shown(tensor: Tensor) -> str:
             placement = next(order)
-            return f"{str(tensor.dtype)[6:]}{list(tensor.shape)}@{placement.dim}" + f"+{placement.joint}" * bool(
+            where = "whole" if placement.entered else placement.dim
+            return f"{str(tensor.dtype)[6:]}{list(tensor.shape)}@{where}" + f"+{placement.joint}" * bool(
                 placement.joint
             )
 
@@ -315,7 +318,13 @@ class Call:
         except Exception:  # some operators have gradients of some of their outputs or arguments only
             return
         # The loss is computed with whole tensors or with split ones; few operators take numbers of one or two bytes.
-        if self.form or any(r.dtype.itemsize < 4 or r.dtype == torch.complex32 for _, r in pairs):
+        if self.form == "crossed":
+            rng = random.Random(SEED)
+            given_to = [left for left, _ in pairs]
+            torch.autograd.backward(
+                given_to, [self._crossed(c, t, rng) for c, t in zip(cotangents, given_to, strict=True)]
+            )
+        elif self.form or any(r.dtype.itemsize < 4 or r.dtype == torch.complex32 for _, r in pairs):
             torch.autograd.backward([whole(left) for left, _ in pairs], cotangents)
         else:
             products = [(left * c).sum() for (left, _), c in zip(pairs, [c.conj() for c in cotangents], strict=True)]
@@ -327,6 +336,16 @@ class Call:
                 if type(left.grad) is not Tensor:
                     raise Differs(f"the gradient of argument {index} is a {type(left.grad).__name__}")
                 compare(f"gradient of argument {index}", left.grad, right.grad, strides=False)
+
+    def _crossed(self, cotangent: Tensor, output: Tensor, rng: random.Random) -> Tensor:
+        """The gradient of ``output`` in a layout of its own."""
+        if type(output) is not SplitTensor:
+            return cotangent
+        dims = [
+            d for d in range(output.dim()) if d != output.cut.dim and output.shape[d] % self.size == 0 < output.shape[d]
+        ]
+        placement = Placement(rng.choice(dims)) if dims else Placement(None, entered=True)
+        return arrange(cotangent, placement, output.ranks)
 
     @torch.no_grad()
     def _check_memory(self, plain: Arguments, given: Arguments, expected: Any, actual: Any) -> None:
@@ -371,3 +390,8 @@ def calls_of(entry: Any, size: int, quick: bool) -> Iterator[Call]:
         for mode in modes:
             for form in forms:
                 yield Call(size, entry, tree, placements, mode, form)
+        if entry.supports_autograd:
+            yield Call(size, entry, tree, placements, "function", "crossed")
+            entered = [p if p.dim is not None else Placement(None, entered=True) for p in placements]
+            entered[first : first + 1] = [Placement(None, entered=True)] if placements else []
+            yield Call(size, entry, tree, entered, "function", "crossed")

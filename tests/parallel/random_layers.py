@@ -171,7 +171,21 @@ def batch_norm(r: random.Random, shape: Shape) -> nn.Module:
 @piece
 def instance_norm(r: random.Random, shape: Shape) -> nn.Module:
     need(shape[-1] * shape[2] > 3)
-    return of_dims("InstanceNorm", shape)(shape[1], affine=r.random() < 0.5, track_running_stats=r.random() < 0.5)
+    layer = of_dims("InstanceNorm", shape)(shape[1], affine=r.random() < 0.5, track_running_stats=r.random() < 0.5)
+    return Code(lambda s, x: _Contiguous.apply(s.layer(x)), layer=layer)
+
+
+class _Contiguous(torch.autograd.Function):
+    """As it is; its gradient as a contiguous one, without which torch's instance norm may be wrong
+    (``test_placements.py``)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.contiguous()
 
 
 @piece

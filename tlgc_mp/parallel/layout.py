@@ -134,6 +134,20 @@ def take_share(whole: Tensor, layout: Layout, ranks: Ranks, rank: int | None = N
     return torch.cat([part.permute(order) for part in parts], order.index(dim)).permute(back)
 
 
+def dense_share(whole: Tensor, layout: Layout, ranks: Ranks) -> Tensor:
+    """:func:`take_share` without the gaps in memory that a view has. Some kernels read what others made, such as the
+    indices of pooling, without a look at its strides: on one device it never has gaps."""
+    share = take_share(whole, layout, ranks)
+    dim = layout.dim
+    if dim is None or layout.segments is not None or whole.layout != torch.strided:
+        return share
+    order = memory_order(whole)
+    if _is_outermost(whole, dim, order) or _overlaps(whole.shape, whole.stride()):
+        return share
+    back = [order.index(i) for i in range(whole.dim())]
+    return share.permute(order).contiguous().permute(back)
+
+
 def join_shares(shares: Sequence[Tensor], layout: Layout) -> list[Tensor]:
     """The pieces of a whole tensor along its cut dimension, in order, of the shares of all ranks, as views."""
     if layout.segments is None:

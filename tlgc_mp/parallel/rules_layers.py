@@ -128,7 +128,7 @@ def _batch_norm_backward(
     layout = Layout(0, shape.segments) if lead is not None else WHOLE
     own = list(args)
     for index in full:
-        own[index] = share_in(args[index], shape, ranks)
+        own[index] = _one_batch(share_in(args[index], shape, ranks))
     empty = [i for i in channel if isinstance(args[i], Tensor) and args[i].numel() == 0]
     for index, value in (
         zip(channel, vectors([args[i] for i in channel], layout, ranks), strict=True) if not empty else ()
@@ -143,6 +143,15 @@ def _batch_norm_backward(
     if to_input is not None:
         result = _in_batch_norms_format(to_input, lead) if lead is not None else SplitTensor(to_input, WHOLE, ranks)
     return (result, *(None if t is None else SplitTensor(t, layout, ranks) for t in to_vectors))
+
+
+def _one_batch(share: Tensor) -> Tensor:
+    """``share``, where it is of one image, with the stride of a batch. With another, as the tokens of attention pass
+    back through an instance norm, torch's backward takes a gradient in the order of channels_last for a contiguous one:
+    wrong on one device, and right here."""
+    if share.shape[0] != 1 or share.stride(0) == share.numel() or not share.numel():
+        return share
+    return share.as_strided(share.shape, (share.numel(), *share.stride()[1:]))
 
 
 def _sum_over_ranks(values: list[Tensor], ranks: Ranks) -> list[Tensor]:

@@ -17,7 +17,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tlgc_mp.parallel.containers import map_leaves
-from tlgc_mp.parallel.layout import WHOLE, Layout, Ranks, change_segments, gather_shares, take_share, whole_geometry
+from tlgc_mp.parallel.layout import (
+    WHOLE,
+    Layout,
+    Ranks,
+    change_segments,
+    dense_share,
+    gather_shares,
+    take_share,
+    whole_geometry,
+)
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
@@ -332,8 +341,8 @@ def share_in(tensor: Tensor, layout: Layout, ranks: Ranks) -> Tensor:
             return tensor.share
         if tensor.cut.dim is not None and tensor.cut.dim == layout.dim:
             return change_segments(tensor, layout)
-        return take_share(gather_shares(tensor), layout, ranks)
-    return take_share(tensor, layout, ranks)
+        return dense_share(gather_shares(tensor), layout, ranks)
+    return dense_share(tensor, layout, ranks)
 
 
 def enter_ranks(tensor: Tensor, ranks: Ranks) -> SplitTensor:
