@@ -319,7 +319,7 @@ class Call:
             return
         # The loss is computed with whole tensors or with split ones; few operators take numbers of one or two bytes.
         if self.form == "crossed":
-            rng = random.Random(SEED)
+            rng = random.Random(str(self))
             given_to = [left for left, _ in pairs]
             torch.autograd.backward(
                 given_to, [self._crossed(c, t, rng) for c, t in zip(cotangents, given_to, strict=True)]

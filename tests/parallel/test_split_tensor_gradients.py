@@ -222,6 +222,31 @@ def given_saved_tensors_are_packed(given: Given) -> Any:
     return y, z
 
 
+def given_gradients_that_are_cut_of_results_that_are_whole(given: Given) -> Any:
+    """The indices that backward takes were computed whole."""
+    maps = [given.cut(given.plain(3, 6, *[6] * dims, grad=True), 0).sum(0, keepdim=True) for dims in (1, 2, 3)]
+    one, two, three = (t.expand(3, *t.shape[1:]) * given.plain(*t.shape, grad=True) for t in maps)
+    pooled = [
+        F.max_pool1d(one, 2),
+        F.max_pool2d(two, 2),
+        F.adaptive_max_pool2d(two, 3),
+        F.max_pool3d(three, 2),
+        F.adaptive_max_pool3d(three, 3),
+    ]
+    assert given.ranks is None or all(y.cut.dim is None for y in pooled)
+    return [y * given(*y.shape) for y in pooled]
+
+
+def given_tokens_of_instance_norm(given: Given) -> Any:
+    """Their gradient comes as (tokens, images, channels) lie in memory. Torch's own backward is wrong then
+    (``test_torch_faults.py``), so the other side has its gradient contiguous."""
+    x, w, b = given(4, 12, 4, 4, grad=True), given(12, dim=0, grad=True), given(12, dim=0, grad=True)
+    y = F.instance_norm(x, weight=w, bias=b)
+    if given.ranks is None:
+        y.register_hook(Tensor.contiguous)
+    return y.flatten(2).permute(2, 0, 1).contiguous() * given.cut(given.plain(16, 4, 12), 2)
+
+
 def given_autocast(given: Given) -> Any:
     x, w = given(2, 12, 4, 4, grad=True), given(6, 12, 3, 3, dim=0, grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
