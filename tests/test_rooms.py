@@ -12,7 +12,20 @@ import tlgc_mp
 
 PACKAGE = Path(tlgc_mp.__file__).parent
 ROOMS = (
-    *("__version__", "lazy", "errors", "host", "figures", "nn", "models", "data", "parallel", "engine", "checkpoint"),
+    *(
+        "__version__",
+        "lazy",
+        "json_types",
+        "errors",
+        "host",
+        "figures",
+        "nn",
+        "models",
+        "data",
+        "parallel",
+        "engine",
+        "checkpoint",
+    ),
     *("training", "resilience", "paper", "bench", "planner", "cli"),
 )
 """Each imports from those before it only."""

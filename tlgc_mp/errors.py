@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from collections.abc import Iterable
+from typing import TypeGuard
 
 _LARGEST_SHOWN = 200
 _LARGEST_DIVISOR_TRIED = 1 << 20
@@ -37,9 +39,9 @@ def check_installed(package: str, extra: str, wanted_by: str) -> None:
         raise UsageError(f"{wanted_by} needs {package}, which is not installed; pip install 'tlgc-mp[{extra}]'")
 
 
-def one_of(values: object) -> str:
+def one_of(values: Iterable[object]) -> str:
     """``values`` as the end of a message: ``one of 1, 2, 4``."""
-    return "one of " + ", ".join(str(value) for value in values)  # type: ignore[attr-defined]
+    return "one of " + ", ".join(str(value) for value in values)
 
 
 def shown(value: object) -> str:
@@ -51,9 +53,14 @@ def shown(value: object) -> str:
     return text if len(text) <= _LARGEST_SHOWN else f"{text[:_LARGEST_SHOWN]}..."
 
 
-def is_count(value: object, least: int = 1) -> bool:
+def is_count(value: object, least: int = 1) -> TypeGuard[int]:
     """Whether a value from a configuration or a caller is an int, and ``least`` or more; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object, whole: bool = False) -> TypeGuard[float]:
+    """Whether a value from a configuration or a caller is a number, an int where it must be ``whole``; no bool."""
+    return isinstance(value, int if whole else int | float) and not isinstance(value, bool)
 
 
 def told(error: BaseException) -> str:

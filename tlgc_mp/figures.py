@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
+
+from tlgc_mp.host import Machine
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # told apart by colour-blind readers too
 
@@ -19,13 +21,13 @@ def pyplot() -> Any:
     return plt
 
 
-def machine_of(machine: Mapping[str, Any]) -> str:
+def machine_of(machine: Machine) -> str:
     """A machine in a few words."""
     accelerator = f"{machine['accelerator']} on " if machine.get("accelerator") else ""
     return f"{accelerator}{machine['cpu']}, {machine['cores']} cores"
 
 
-def one_or_more(what: str, values: Iterable[Any]) -> str:
+def one_or_more(what: str, values: Iterable[object]) -> str:
     """``batch 8``, or ``batch 8, 4`` where a picture shows several; in the order in which they come."""
     return f"{what} {', '.join(str(value) for value in dict.fromkeys(values))}"
 

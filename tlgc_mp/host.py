@@ -6,6 +6,12 @@ where it is called: the command line does, the library does not.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from typing_extensions import NotRequired
+
+
 import contextlib
 import ctypes
 import importlib.metadata
@@ -15,7 +21,6 @@ import socket
 import subprocess
 import sys
 import time
-from typing import Any
 
 from tlgc_mp import __version__
 from tlgc_mp.errors import UsageError, shown
@@ -24,6 +29,27 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 """Parameters of glibc's ``mallopt``."""
 _KEEP_FREED = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 << 20}
 _RETURN_FREED = {_M_MMAP_MAX: 65536, _M_TRIM_THRESHOLD: 128 << 10, _M_TOP_PAD: 128 << 10}  # glibc's own
+
+
+class Machine(TypedDict):
+    """A machine: ``cores`` are those that may be used; ``accelerator``, by name, where one was measured."""
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+    system: str
+    accelerator: NotRequired[str | None]
+
+
+class Provenance(TypedDict):
+    """Where figures come from; ``commit`` is ``None`` where the package lies in no working copy."""
+
+    machine: Machine
+    versions: dict[str, str]
+    commit: str | None
+    uncommitted_changes: bool
+    date: str
+    command: list[str]
 
 
 def as_path(argument: str, value: object) -> str:
@@ -113,8 +139,8 @@ def _set_allocator(values: dict[int, int]) -> None:
         mallopt(parameter, value)
 
 
-def describe_machine() -> dict[str, Any]:
-    """Of the machine that this runs on: ``cpu``, ``cores`` that may be used, ``memory_bytes``, ``system``."""
+def describe_machine() -> Machine:
+    """The machine that this runs on."""
     import psutil
 
     cpu, memory = platform.processor() or platform.machine(), psutil.virtual_memory().total
@@ -126,8 +152,8 @@ def describe_machine() -> dict[str, Any]:
     return {"cpu": cpu, "cores": usable_cores(), "memory_bytes": memory, "system": platform.platform()}
 
 
-def describe_run() -> dict[str, Any]:
-    """Of this process's run: ``machine``, ``versions``, ``commit``, ``uncommitted_changes``, ``date``, ``command``."""
+def describe_run() -> Provenance:
+    """Where the figures of this process's run come from."""
     versions = {"python": platform.python_version(), "tlgc-mp": __version__}
     for package in ("torch", "deepspeed", "numpy"):
         versions[package] = importlib.metadata.version(package)

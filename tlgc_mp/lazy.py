@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
 
 
-def attributes(package: str, homes: dict[str, str]) -> Callable[[str], Any]:
+def attributes(package: str, homes: dict[str, str]) -> Callable[[str], object]:
     """A module-level ``__getattr__`` for ``package``: each name of ``homes`` comes from the module it names."""
 
-    def getattribute(name: str) -> Any:
+    def getattribute(name: str) -> object:
         if name in homes:
             return getattr(importlib.import_module(homes[name]), name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")

@@ -15,14 +15,15 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from tlgc_mp.bench.report import describe, table
 from tlgc_mp.bench.settings import check_counts, output_folder
-from tlgc_mp.host import describe_run, replace_file
+from tlgc_mp.host import Provenance, describe_run, replace_file
 from tlgc_mp.models.names import check_model
 from tlgc_mp.paper.printed import printed_rows
 
@@ -51,7 +52,7 @@ class InferenceSettings:
     output: str
 
 
-def resolve(options: Any) -> InferenceSettings:
+def resolve(options: Namespace) -> InferenceSettings:
     """Turns parsed command-line ``options`` into a complete run.
 
     Raises:
@@ -204,7 +205,7 @@ _HEAD = (
 )
 
 
-def markdown(rows: list[Row], description: Mapping[str, Any]) -> str:
+def markdown(rows: list[Row], description: Provenance) -> str:
     """The rows as a table, with what it means and where it comes from."""
     return "\n".join(
         [

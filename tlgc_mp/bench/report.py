@@ -8,12 +8,11 @@ naive model parallelism at w = 60 and 80; its GC-2L network on N GPUs.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from tlgc_mp.bench.scaling import growth
 from tlgc_mp.figures import COLORS, caption, machine_of, one_or_more, pyplot, rounded, save
-from tlgc_mp.host import replace_file
+from tlgc_mp.host import Machine, Provenance, replace_file
 from tlgc_mp.models.names import parse_model
 from tlgc_mp.paper.printed import printed_rows
 
@@ -57,7 +56,7 @@ def speed_up(row: Row, rows: list[Row], clock: str = "median_step_seconds") -> f
     return dense["median_step_seconds"] / row[clock] if dense is not None and row[clock] else None
 
 
-def write(rows: list[Row], description: dict[str, Any], folder: str) -> None:
+def write(rows: list[Row], description: Provenance, folder: str) -> None:
     """Writes ``scaling.md``, the plot ``scaling`` and, where there is growth to see, ``growth`` to ``folder``.
 
     Args:
@@ -72,7 +71,7 @@ def write(rows: list[Row], description: dict[str, Any], folder: str) -> None:
     growth.plot(rows, description["machine"], folder)
 
 
-def markdown(rows: list[Row], description: dict[str, Any]) -> str:
+def markdown(rows: list[Row], description: Provenance) -> str:
     """All figures of ``rows``, as tables."""
     parts = [
         "# Scaling",
@@ -101,7 +100,7 @@ def markdown(rows: list[Row], description: dict[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def describe(description: Mapping[str, Any]) -> list[str]:
+def describe(description: Provenance) -> list[str]:
     """The lines that say where figures come from: machine, versions, commit, date and command."""
     machine = description["machine"]
     memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else ""
@@ -222,7 +221,7 @@ def _curve(points: list[Row], rows: list[Row], clock: str) -> list[float]:
     return [times for row in points if (times := speed_up(row, rows, clock)) is not None]
 
 
-def _plot(rows: list[Row], machine: dict[str, Any], folder: str) -> None:
+def _plot(rows: list[Row], machine: Machine, folder: str) -> None:
     """Speed-up over naive model parallelism against w: measured, the paper's, and what arithmetic allows."""
     plt = pyplot()
     from matplotlib.lines import Line2D
@@ -281,7 +280,7 @@ def _plot(rows: list[Row], machine: dict[str, Any], folder: str) -> None:
     save(figure, os.path.join(folder, "scaling"))
 
 
-def _plot_bars(rows: list[Row], machine: dict[str, Any], folder: str) -> None:
+def _plot_bars(rows: list[Row], machine: Machine, folder: str) -> None:
     """At one w: a step of every strategy, its peak memory, and what it sends."""
     plt = pyplot()
     compared = any(speed_up(row, rows) is not None for row in rows)
@@ -312,7 +311,7 @@ def _plot_bars(rows: list[Row], machine: dict[str, Any], folder: str) -> None:
     save(figure, os.path.join(folder, "scaling"))
 
 
-def _conditions(rows: list[Row], machine: dict[str, Any]) -> list[str]:
+def _conditions(rows: list[Row], machine: Machine) -> list[str]:
     """Under which ``rows`` were measured, for a picture."""
     batches = one_or_more("batch", (row["batch_size"] for row in rows))
     return [machine_of(machine), batches, ", ".join(dict.fromkeys(row["dtype"] for row in rows))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -142,7 +143,7 @@ class BenchSettings:
     hosts: tuple[str, ...] = ()
 
 
-def resolve(options: Any) -> BenchSettings:
+def resolve(options: Namespace) -> BenchSettings:
     """Turns parsed command-line ``options`` into a complete run.
 
     Raises:
@@ -211,7 +212,7 @@ def parse_strategy(name: str, ranks: list[int]) -> tuple[str, list[int]]:
     return strategy, [int(count)]
 
 
-def make_case(strategy: str, depth: int, width: int, ranks: int, batch_size: int, options: Any) -> Case:
+def make_case(strategy: str, depth: int, width: int, ranks: int, batch_size: int, options: Namespace) -> Case:
     """A case that can be measured; ``options`` have its ``groups``, ``micro_batches`` and ``activation_checkpointing``.
 
     Raises:

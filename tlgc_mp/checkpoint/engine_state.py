@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tlgc_mp.checkpoint.folder import Scalar
 from tlgc_mp.checkpoint.reader import Part
+from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.layout import WHOLE
 from tlgc_mp.parallel.sharded import ShardedLayer, extra_state
@@ -60,19 +62,20 @@ class EngineState:
         UsageError: it is no engine, or its optimizer keeps its state in a way that is not known.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Engine) -> None:
         if not isinstance(getattr(engine, "module", None), nn.Module) or not hasattr(engine, "zero_optimization_stage"):
             raise UsageError(f"engine: a {type(engine).__name__} is none; give the one that tlgc_mp.initialize returns")
         self.engine = engine
         self.module: nn.Module = engine.module
         self.stage = int(engine.zero_optimization_stage())
         optimizer = engine.optimizer
-        self.optimizer: Any = optimizer if self.stage == 0 else getattr(optimizer, "optimizer", None)
-        if not isinstance(self.optimizer, torch.optim.Optimizer):
+        inner = optimizer if self.stage == 0 else getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer):
             raise UsageError(
                 f"checkpoint: the engine's optimizer is a {type(optimizer).__name__} at ZeRO {self.stage}, whose state "
                 "is not known; use a torch or DeepSpeed optimizer in fp32 or under torch_autocast"
             )
+        self.optimizer = inner
         self.replicas = int(engine.dp_world_size)
         self.replica = int(dist.get_rank(engine.data_parallel_group)) if self.replicas > 1 else 0
         self.tensor_parallel = dist.get_world_size() // self.replicas
@@ -80,7 +83,7 @@ class EngineState:
         self.slots = list(self._slots())
 
     @property
-    def groups(self) -> list[dict[str, Any]]:
+    def groups(self) -> list[dict[str, object]]:
         """The optimizer's parameter groups."""
         return list(self.optimizer.param_groups)
 
@@ -105,7 +108,7 @@ class EngineState:
         names = self.parts().keys()
         return {name: buffer for name, buffer in self.module.named_buffers() if name in names}
 
-    def extra_states(self) -> dict[str, Any]:
+    def extra_states(self) -> dict[str, object]:
         """Name of a module -> its extra state, of those that have one."""
         return {name: extra for name, part in self.module.named_modules() for extra in extra_state(part).values()}
 
@@ -131,17 +134,17 @@ class EngineState:
             if torch.is_tensor(value) and value.shape == holder.shape and value.dim() > 0
         }
 
-    def scalars(self) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    def scalars(self) -> tuple[list[dict[str, Scalar]], dict[str, dict[str, Scalar]]]:
         """What the optimizer keeps beside tensors of the parameters' shape: counts of steps.
 
         Returns:
             (for each parameter group, what most of its parameters have; by name, what others have)
         """
         keys = self._keys()
-        found: list[dict[str, dict[str, Any]]] = [{} for _ in self.groups]
+        found: list[dict[str, dict[str, Scalar]]] = [{} for _ in self.groups]
         for slot in self.slots:
             state = {} if slot.holder is None or slot.group is None else self.optimizer.state[slot.holder]
-            own = {}
+            own: dict[str, Scalar] = {}
             for key, value in state.items():
                 scalar = value.item() if torch.is_tensor(value) and value.dim() == 0 else value
                 if key not in keys and isinstance(scalar, (bool, int, float)):
@@ -149,15 +152,15 @@ class EngineState:
             if own and slot.group is not None:
                 found[slot.group][slot.name] = own
         usual = [Counter(map(repr, group.values())).most_common(1) for group in found]
-        apart: dict[str, dict[str, Any]] = {}
-        scalars: list[dict[str, Any]] = []
+        apart: dict[str, dict[str, Scalar]] = {}
+        scalars: list[dict[str, Scalar]] = []
         for group, most in zip(found, usual, strict=True):
             scalars.append(next((own for own in group.values() if repr(own) == most[0][0]), {}))
             apart |= {name: own for name, own in group.items() if own != scalars[-1]}
         return scalars, apart
 
     def make_states(
-        self, keys: dict[str, list[str]], scalars: list[dict[str, Any]], apart: dict[str, dict[str, Any]]
+        self, keys: dict[str, list[str]], scalars: list[dict[str, Scalar]], apart: dict[str, dict[str, Scalar]]
     ) -> None:
         """Gives the holders state of the keys that each parameter has, zero where there is none, and those scalars."""
         for slot in self.slots:

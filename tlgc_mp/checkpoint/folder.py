@@ -19,10 +19,12 @@ import json
 import os
 import shutil
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import TypedDict, cast
 
 from tlgc_mp.errors import UsageError, is_count
 from tlgc_mp.host import as_path, replace_file, sync_folder
+from tlgc_mp.json_types import JsonObject
 from tlgc_mp.models.names import check_coarse_level, check_model
 
 CHECKPOINTS = "checkpoints"
@@ -34,6 +36,75 @@ EXTRA_STATE = "extra_state.pt"
 PARTIAL = ".partial"
 FORMAT = 1
 _BLOCK = 1 << 22
+
+
+class FileEntry(TypedDict):
+    """Of a file of a checkpoint, what it must be like."""
+
+    bytes: int
+    sha256: str
+
+
+class Scalar(TypedDict):
+    """A number of an optimizer's state, and whether it lies there as a tensor."""
+
+    value: bool | int | float
+    tensor: bool
+
+
+class OptimizerEntry(TypedDict):
+    """The optimizer that saved a checkpoint: its class, and for each parameter group its settings and the scalars that
+    most of its parameters have; ``apart``, by the name of a parameter, those that differ."""
+
+    type: str
+    scalars: list[dict[str, Scalar]]
+    apart: dict[str, dict[str, Scalar]]
+    groups: list[JsonObject]
+
+
+class Description(TypedDict):
+    """``checkpoint.json``, without its own sum. ``files`` is checked when it is read, the rest where it is used."""
+
+    format: int
+    files: dict[str, FileEntry]
+    client_state: JsonObject
+    tensor_parallel: int
+    data_parallel: int
+    zero_stage: int
+    optimizer: OptimizerEntry
+    engine: dict[str, int]
+    saved_by: JsonObject
+
+
+class Progress(TypedDict):
+    """Where a training is: complete epochs, steps of the one under way and of each, and what they have taken."""
+
+    epoch: int
+    step: int
+    steps: int
+    seconds: float
+    train_seconds: float
+    data_seconds: float
+    learning_rate: float
+
+
+class Run(TypedDict):
+    """What a run of ``tlgc-mp train`` is, as far as it is read again; its other options stand beside these."""
+
+    model: str
+    conv: str
+    groups: int
+    coarse_everywhere: bool
+    coarse_kernel_size: int | None
+    coarse_init: str
+    batch_size: int
+    accumulation: int
+    tensor_parallel: int
+    data_parallel: int
+    zero_stage: int
+    data_dir: str | None
+    data_fingerprint: str | None
+    departures: JsonObject
 
 
 def find_checkpoint(path: str) -> tuple[str, str]:
@@ -96,7 +167,7 @@ def tags(folder: str) -> list[str]:
     return sorted(saved, key=lambda tag: saved[tag], reverse=True)
 
 
-def read_description(folder: str, tag: str) -> dict[str, Any]:
+def read_description(folder: str, tag: str) -> Description:
     """The contents of the checkpoint's ``checkpoint.json``, without its sum.
 
     Raises:
@@ -122,29 +193,29 @@ def read_description(folder: str, tag: str) -> dict[str, Any]:
     for name, entry in files.items():
         if os.path.basename(name) != name or not isinstance(entry, dict) or not _is_sealed(entry):
             raise UsageError(f"{path!r} does not describe a checkpoint: of its file {name!r} it tells no size and sum")
-    return description
+    return cast(Description, description)
 
 
-def description_text(content: dict[str, Any]) -> str:
+def description_text(content: Mapping[str, object]) -> str:
     """What stands in ``checkpoint.json``: ``content`` and the SHA-256 of it, as JSON."""
     return json.dumps({**content, "sha256": _sum_of(content)}, indent=1) + "\n"
 
 
-def _sum_of(content: Any) -> str:
+def _sum_of(content: object) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _is_sealed(entry: dict[str, Any]) -> bool:
+def _is_sealed(entry: Mapping[str, object]) -> bool:
     return is_count(entry.get("bytes"), 0) and isinstance(entry.get("sha256"), str)
 
 
-def is_own(description: dict[str, Any]) -> bool:
+def is_own(description: Description) -> bool:
     """Whether ``tlgc-mp train`` saved a checkpoint, as far as what it keeps can be seen; else other code did."""
     state = description.get("client_state")
     return not isinstance(state, dict) or bool({"run", "progress"} & state.keys())
 
 
-def saved_run(folder: str, tag: str) -> dict[str, Any]:
+def saved_run(folder: str, tag: str) -> Run:
     """The description of the run of ``tlgc-mp train`` that saved a checkpoint.
 
     Raises:
@@ -166,11 +237,12 @@ def saved_run(folder: str, tag: str) -> dict[str, Any]:
     if run["batch_size"] % (run["accumulation"] * run["data_parallel"]):
         raise UsageError(f"{where!r} is not a checkpoint of tlgc-mp train: its batch_size is not told")
     try:
-        check_model(run["model"], run["conv"], run["groups"], state.get("num_classes"), run["coarse_everywhere"])
+        classes = cast(int, state.get("num_classes"))
+        check_model(run["model"], run["conv"], run["groups"], classes, run["coarse_everywhere"])
         check_coarse_level(run["conv"], run["coarse_kernel_size"], run["coarse_init"])
     except UsageError as error:
         raise UsageError(f"{where!r} is of no model that there is: {error}") from None
-    return run
+    return cast(Run, run)
 
 
 _COUNTED = ("groups", "batch_size", "accumulation", "tensor_parallel", "data_parallel")
@@ -181,7 +253,7 @@ _PROGRESS = {
 }
 
 
-def _fits(value: Any, kind: type) -> bool:
+def _fits(value: object, kind: type) -> bool:
     return is_count(value, 0) or (kind is float and isinstance(value, float) and 0.0 <= value < float("inf"))
 
 
@@ -232,7 +304,7 @@ def checksum(path: str) -> str:
     return total.hexdigest()
 
 
-def sealed(path: str) -> dict[str, Any]:
+def sealed(path: str) -> FileEntry:
     """Puts a file on the disk for good; returns its entry in ``checkpoint.json``."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
@@ -257,7 +329,7 @@ def begin(folder: str, tag: str) -> None:
     os.mkdir(os.path.join(folder, tag + PARTIAL))
 
 
-def commit(folder: str, tag: str, description: dict[str, Any]) -> None:
+def commit(folder: str, tag: str, description: Mapping[str, object]) -> None:
     """Names a checkpoint whose files are all on the disk, and moves ``latest`` to it."""
     partial = os.path.join(folder, tag + PARTIAL)
     content = {"format": FORMAT, **description, "saved": time.time()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,14 @@ from torch import Tensor
 from tlgc_mp.checkpoint import folder as folders
 from tlgc_mp.checkpoint.engine_state import COUNTERS, EngineState
 from tlgc_mp.checkpoint.reader import CheckpointReader, Part
+from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.errors import UsageError, is_count, told
+from tlgc_mp.json_types import JsonObject
+
+Item = TypeVar("Item")
 
 
-def load_checkpoint(engine: Any, path: str, replica_state: dict[str, Tensor] | None = None) -> dict[str, Any]:
+def load_checkpoint(engine: Engine, path: str, replica_state: dict[str, Tensor] | None = None) -> JsonObject:
     """Loads a checkpoint into an engine of any split over ranks and any ZeRO stage. Collective.
 
     Weights, buffers, the extra state of modules, the optimizer's state, the learning-rate schedule and the engine's
@@ -105,7 +109,7 @@ def _fill(state: EngineState, reader: CheckpointReader, replica_state: dict[str,
             state.module.get_submodule(name).set_extra_state(extra)
 
 
-def _described(description: dict[str, Any], groups: int) -> dict[str, Any]:
+def _described(description: folders.Description, groups: int) -> folders.OptimizerEntry:
     """The description of the optimizer, where that and the engine's counts are as they were written."""
     optimizer, engine = description.get("optimizer"), description.get("engine")
     if not isinstance(description.get("client_state"), dict):
@@ -136,10 +140,11 @@ def _family(optimizer: str) -> str:
     return "adam" if name in ("adam", "adamw") else name
 
 
-def all_or_none(act: Callable[[], list[Any]]) -> list[Any]:
+def all_or_none(act: Callable[[], list[Item]]) -> list[Item]:
     """What ``act`` returns on this rank; where it raises UsageError on one of them, all raise it. Collective."""
     problems: list[str | None] = [None] * dist.get_world_size()
-    problem, result = None, []
+    problem: str | None = None
+    result: list[Item] = []
     try:
         result = act()
     except UsageError as error:

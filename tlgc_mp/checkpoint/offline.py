@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,21 +15,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tlgc_mp.checkpoint import folder as folders
-from tlgc_mp.checkpoint.reader import INDEX, CheckpointReader, Part, Piece
+from tlgc_mp.checkpoint.reader import INDEX, CheckpointReader, Index, Part, Piece
 from tlgc_mp.errors import UsageError
 from tlgc_mp.host import as_path
+from tlgc_mp.json_types import Json
 from tlgc_mp.models import create_model, fold
 from tlgc_mp.models.factory import create_meta_model
-from tlgc_mp.models.names import check_split, library_model
+from tlgc_mp.models.names import NamedModel, check_split, library_model
 from tlgc_mp.nn.arguments import check_device
 from tlgc_mp.parallel.layout import WHOLE, Layout
 from tlgc_mp.parallel.plan import plan
 
-_ARGUMENTS = ("conv", "groups", "coarse_everywhere", "coarse_kernel_size", "coarse_init")
 _METADATA = "tlgc_mp"
 
 
-def export_checkpoint(path: str, output: str, *, folded: bool = False) -> dict[str, Any] | None:
+def export_checkpoint(path: str, output: str, *, folded: bool = False) -> NamedModel | None:
     """Writes the weights and running statistics of a checkpoint as one safetensors file, for a single device.
 
     Its names are those of the model's ``state_dict``. Of a run of ``tlgc-mp train``, its metadata say which model it
@@ -93,12 +93,12 @@ def load_model(path: str, device: torch.device | str = "cpu") -> nn.Module:
     return load_exported(path, device)[0]
 
 
-def load_exported(path: str, device: torch.device | str) -> tuple[nn.Module, Any]:
+def load_exported(path: str, device: torch.device | str) -> tuple[nn.Module, Json]:
     """(the model of :func:`load_model`, what the file says of its images; ``None`` where it says nothing)"""
     try:
         with safe_open(path, framework="pt") as file:
             arguments = json.loads((file.metadata() or {})[_METADATA])
-            if set(arguments) - {"checkpoint", "folded", "images"} != {"name", "num_classes", *_ARGUMENTS}:
+            if set(arguments) - {"checkpoint", "folded", "images"} != NamedModel.__required_keys__:
                 raise KeyError(_METADATA)
             folded = bool(arguments.pop("folded", False))
         state = load_file(path)
@@ -118,7 +118,7 @@ def load_exported(path: str, device: torch.device | str) -> tuple[nn.Module, Any
     return _filled(arguments, state, device, folded=folded).eval(), images
 
 
-def load_saved(path: str, device: torch.device | str) -> tuple[nn.Module, Any]:
+def load_saved(path: str, device: torch.device | str) -> tuple[nn.Module, Json]:
     """As :func:`load_exported`, of a checkpoint of ``tlgc-mp train``."""
     reader = _reader(path)
     arguments = _arguments(folders.saved_run(*os.path.split(reader.where)), reader)
@@ -127,7 +127,7 @@ def load_saved(path: str, device: torch.device | str) -> tuple[nn.Module, Any]:
 
 
 def _filled(
-    arguments: dict[str, Any], state: dict[str, Tensor], device: torch.device | str, *, folded: bool = False
+    arguments: NamedModel, state: dict[str, Tensor], device: torch.device | str, *, folded: bool = False
 ) -> nn.Module:
     """The model of these arguments with the tensors of ``state``."""
     model = create_meta_model(**arguments)
@@ -174,13 +174,14 @@ def reshard_checkpoint(path: str, output: str, tensor_parallel: int) -> str:
     model = _check_model(arguments, reader)
     layouts = _layouts(model, tensor_parallel)
     micro_batch = run["batch_size"] // (run["accumulation"] * run["data_parallel"])
-    run = {
-        **{**run, "tensor_parallel": tensor_parallel, "data_parallel": 1},
+    spread = {
+        "tensor_parallel": tensor_parallel,
+        "data_parallel": 1,
         "accumulation": run["batch_size"] // micro_batch,
     }
     description = {key: value for key, value in reader.description.items() if key not in ("format", "files")}
     description.update(tensor_parallel=tensor_parallel, data_parallel=1)
-    description["client_state"] = {**description["client_state"], "run": run}
+    description["client_state"] = {**reader.description["client_state"], "run": {**run, **spread}}
 
     folder = os.path.join(output, folders.CHECKPOINTS)
     tag = folders.free_tag(folder, os.path.basename(reader.where))
@@ -221,7 +222,7 @@ def _reader(path: str) -> CheckpointReader:
     return CheckpointReader(folder, tag)
 
 
-def _check_model(arguments: dict[str, Any], reader: CheckpointReader) -> nn.Module:
+def _check_model(arguments: NamedModel, reader: CheckpointReader) -> nn.Module:
     """The model of these arguments, on the meta device, where it is the one that the checkpoint holds."""
     model = create_meta_model(**arguments)
     held = {
@@ -250,10 +251,17 @@ def _difference(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str:
     return "" if unlike is None else f"{unlike} is {shapes[unlike]}, not {expected[unlike]}"
 
 
-def _arguments(run: dict[str, Any], reader: CheckpointReader) -> dict[str, Any]:
+def _arguments(run: folders.Run, reader: CheckpointReader) -> NamedModel:
     """The arguments of :func:`create_model` for a run's model."""
-    classes = reader.description["client_state"].get("num_classes")
-    return {"name": run["model"], "num_classes": classes, **{key: run[key] for key in _ARGUMENTS}}
+    return {
+        "name": run["model"],
+        "num_classes": cast(int, reader.description["client_state"].get("num_classes")),
+        "conv": run["conv"],
+        "groups": run["groups"],
+        "coarse_everywhere": run["coarse_everywhere"],
+        "coarse_kernel_size": run["coarse_kernel_size"],
+        "coarse_init": run["coarse_init"],
+    }
 
 
 def _layouts(model: nn.Module, tensor_parallel: int) -> dict[str, Layout]:
@@ -269,7 +277,7 @@ def _layouts(model: nn.Module, tensor_parallel: int) -> dict[str, Layout]:
 
 def _share(
     reader: CheckpointReader, layouts: dict[str, Layout], rank: int, ranks: int
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Tensor], Index]:
     """(the tensors of one rank's file, where each belongs)"""
     tensors, index = {}, {}
     for tensor in reader.tensors():

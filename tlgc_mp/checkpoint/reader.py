@@ -7,11 +7,18 @@ a few ranges of the files; else the parts are put together first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import NotRequired
+
+
 import json
 import math
 import os
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeAlias, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,6 +65,22 @@ class Part:
         return Layout(self.dim, self.segments)
 
 
+class PieceEntry(TypedDict):
+    """A :class:`Piece` as JSON holds it; ``segments`` only where there are some."""
+
+    shape: Sequence[int]
+    dim: int | None
+    part: int
+    parts: int
+    start: int
+    replica: int
+    segments: NotRequired[Sequence[int]]
+
+
+Index: TypeAlias = dict[str, PieceEntry]
+"""Of the tensors of a file, by name."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """Where a stored tensor belongs: a range of the flattened ``part``, from ``start`` on, as ``replica`` held it."""
@@ -66,16 +89,22 @@ class Piece:
     start: int
     replica: int
 
-    def entry(self) -> dict[str, Any]:
+    def entry(self) -> PieceEntry:
         part = self.part
-        return {
-            **{"shape": part.shape, "dim": part.dim, "part": part.index, "parts": part.count},
-            **{"start": self.start, "replica": self.replica},
-            **({} if part.segments is None else {"segments": part.segments}),
+        entry: PieceEntry = {
+            "shape": part.shape,
+            "dim": part.dim,
+            "part": part.index,
+            "parts": part.count,
+            "start": self.start,
+            "replica": self.replica,
         }
+        if part.segments is not None:
+            entry["segments"] = part.segments
+        return entry
 
     @staticmethod
-    def from_entry(entry: dict[str, Any]) -> Piece:
+    def from_entry(entry: PieceEntry) -> Piece:
         """What :meth:`entry` has made.
 
         Raises:
@@ -112,7 +141,7 @@ class CheckpointReader:
     def __init__(self, folder: str, tag: str) -> None:
         self.where = os.path.join(folder, tag)
         self.description = read_description(folder, tag)
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, safe_open] = {}
         self._pieces: dict[str, list[tuple[str, Piece, int]]] = {}  # tensor -> (file, where it belongs, elements)
         for name in sorted(self.description["files"]):
             if not name.endswith(".safetensors"):

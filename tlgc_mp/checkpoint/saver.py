@@ -17,9 +17,9 @@ import pickle
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -28,9 +28,11 @@ from torch import Tensor
 
 from tlgc_mp.checkpoint import folder as folders
 from tlgc_mp.checkpoint.engine_state import COUNTERS, EngineState
-from tlgc_mp.checkpoint.reader import INDEX, Part, Piece
+from tlgc_mp.checkpoint.reader import INDEX, Index, Part, Piece
+from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.errors import UsageError, is_count, shown, told
 from tlgc_mp.host import as_path, describe_run
+from tlgc_mp.json_types import Json, JsonObject
 
 SAVE_SECONDS = 1800.0
 """How long ranks wait for each other's files before a save has failed."""
@@ -69,7 +71,7 @@ class CheckpointSaver:
         UsageError: an argument is of another kind, or how the engine's optimizer keeps its state is not known.
     """
 
-    def __init__(self, engine: Any, folder: str, *, keep: int = 3, background: bool = True) -> None:
+    def __init__(self, engine: Engine, folder: str, *, keep: int = 3, background: bool = True) -> None:
         if not is_count(keep):
             raise UsageError(f"keep={shown(keep)} is no number of checkpoints; use 1 or more")
         self.folder, self.keep, self.background = as_path("folder", folder), keep, background
@@ -91,7 +93,7 @@ class CheckpointSaver:
         """Whether a save is under way."""
         return self._last is not None and not self._last.done.is_set()
 
-    def save(self, tag: str, client_state: dict[str, Any], replica_state: dict[str, Tensor] | None = None) -> None:
+    def save(self, tag: str, client_state: JsonObject, replica_state: dict[str, Tensor] | None = None) -> None:
         """Begins to save the state of this moment. Waits for the save before it.
 
         Args:
@@ -144,7 +146,7 @@ class CheckpointSaver:
             elif self._last.error is None:
                 folders.mark_best(self.folder, self._last.tag)
 
-    def _snapshot(self, replica_state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _snapshot(self, replica_state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Index]:
         """(this rank's file, where each tensor of it belongs), the tensors in memory that training does not touch."""
         tensors, index = {}, {}
         for name, piece, tensor in _pieces(self._state, replica_state):
@@ -158,7 +160,7 @@ class CheckpointSaver:
             tensors[name] = copy.copy_(tensor)
         return tensors, index
 
-    def _describe(self, client_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    def _describe(self, client_state: JsonObject) -> tuple[dict[str, object], dict[str, bytes]]:
         """(what ``checkpoint.json`` says, the contents of the files that rank 0 writes beside its share)"""
         state, engine = self._state, self._state.engine
         scalars, apart = state.scalars()
@@ -188,8 +190,8 @@ class CheckpointSaver:
         self,
         save: _Save,
         tensors: dict[str, Tensor],
-        index: dict[str, Any],
-        description: dict[str, Any],
+        index: Index,
+        description: dict[str, object],
         others: dict[str, bytes],
     ) -> None:
         """The thread of one save. Whatever goes wrong becomes ``save.error``, on every rank."""
@@ -216,8 +218,8 @@ class CheckpointSaver:
         return tag
 
     def _write_files(
-        self, tag: str, tensors: dict[str, Tensor], index: dict[str, Any], others: dict[str, bytes]
-    ) -> dict[str, Any]:
+        self, tag: str, tensors: dict[str, Tensor], index: Index, others: dict[str, bytes]
+    ) -> dict[str, folders.FileEntry]:
         state, partial = self._state, os.path.join(self.folder, tag + folders.PARTIAL)
         name = f"shard-{state.tensor_rank:02d}-{state.replica:02d}.safetensors"
         path = os.path.join(partial, name)
@@ -232,12 +234,12 @@ class CheckpointSaver:
             files[name] = folders.sealed(path)
         return files
 
-    def _finish(self, save: _Save, tag: str, description: dict[str, Any]) -> str:
+    def _finish(self, save: _Save, tag: str, description: dict[str, object]) -> str:
         """On rank 0: names the checkpoint once every rank has written its file."""
         try:
-            files: dict[str, Any] = {}
+            files: dict[str, folders.FileEntry] = {}
             for rank in range(self._world):
-                files.update(self._wait_for(save, f"rank-{rank}"))
+                files.update(cast("dict[str, folders.FileEntry]", self._wait_for(save, f"rank-{rank}")))
             for name, entry in files.items():
                 path = os.path.join(self.folder, tag + folders.PARTIAL, name)
                 if not os.path.isfile(path) or os.path.getsize(path) != entry["bytes"]:
@@ -249,13 +251,13 @@ class CheckpointSaver:
         folders.forget_old(self.folder, self.keep)
         return tag
 
-    def _agree(self, save: _Save, step: str, act: Any) -> Any:
+    def _agree(self, save: _Save, step: str, act: Callable[[], str]) -> str:
         """What ``act`` returns on rank 0, which alone calls it; raises on every rank where it raises there."""
         if self._rank == 0:
             self._post(save, step, self._attempt(act))
-        return self._wait_for(save, step)
+        return str(self._wait_for(save, step))
 
-    def _attempt(self, act: Any) -> Any:
+    def _attempt(self, act: Callable[[], object]) -> dict[str, object]:
         try:
             return {"result": act()}
         except SaveError as error:  # of another rank, which has said who it is
@@ -263,10 +265,10 @@ class CheckpointSaver:
         except Exception as error:
             return {"error": f"rank {self._rank}: {told(error)}"}
 
-    def _post(self, save: _Save, step: str, outcome: Any) -> None:
+    def _post(self, save: _Save, step: str, outcome: dict[str, object]) -> None:
         self._store.set(f"{save.number}/{step}", json.dumps(outcome))
 
-    def _wait_for(self, save: _Save, step: str) -> Any:
+    def _wait_for(self, save: _Save, step: str) -> Json:
         key, began = f"{save.number}/{step}", time.monotonic()
         try:
             self._store.wait([key], datetime.timedelta(seconds=SAVE_SECONDS))
@@ -302,11 +304,11 @@ def _store_to_wait_on() -> dist.Store:
 
 
 def save_checkpoint(
-    engine: Any,
+    engine: Engine,
     folder: str,
     tag: str | None = None,
     *,
-    client_state: dict[str, Any] | None = None,
+    client_state: JsonObject | None = None,
     keep: int = 3,
 ) -> str:
     """Saves an engine's state so that it loads at any other split over ranks and ZeRO stage. Collective.
@@ -330,7 +332,7 @@ def save_checkpoint(
     return saver.path
 
 
-def _check_saved(tag: str, client_state: dict[str, Any]) -> None:
+def _check_saved(tag: str, client_state: JsonObject) -> None:
     """Raises :class:`UsageError` for what cannot be saved."""
     if not isinstance(tag, str) or os.path.basename(tag) != tag or tag in ("", ".", "..") or "\0" in tag:
         raise UsageError(f"tag={shown(tag)} is no name of a folder; use 'step-100', say")
@@ -344,7 +346,7 @@ def _check_saved(tag: str, client_state: dict[str, Any]) -> None:
         raise UsageError(f"client_state: JSON cannot hold it: {error}; give numbers, text and lists") from None
 
 
-def _saved_safely(owner: str, state: Any) -> bytes:
+def _saved_safely(owner: str, state: object) -> bytes:
     """``state`` as torch saves it, where torch loads it again without running code of its."""
     content = io.BytesIO()
     torch.save(state, content)
@@ -368,7 +370,8 @@ def _pieces(state: EngineState, replica_state: dict[str, Tensor]) -> Iterator[tu
     written = [0] * state.replicas
     for slot in state.slots:
         states = state.states(slot)
-        if slot.offset is None and slot.numel == slot.values.numel() and slot.start == 0 and _is_whole(state, slot):
+        everywhere = state.stage == 0 or (slot.holder is None and state.stage < 3)  # whole on every replica
+        if everywhere and slot.offset is None and slot.numel == slot.values.numel() and slot.start == 0:
             writer = written.index(min(written))
             written[writer] += slot.numel * (1 + len(states))
             if writer != state.replica:
@@ -387,12 +390,7 @@ def _pieces(state: EngineState, replica_state: dict[str, Tensor]) -> Iterator[tu
             yield f"replica/{name}", Piece(Part(tuple(tensor.shape), None, 0, 1), 0, state.replica), tensor
 
 
-def _is_whole(state: EngineState, slot: Any) -> bool:
-    """Whether every replica holds this slot's parameter in full."""
-    return state.stage == 0 or (slot.holder is None and state.stage < 3)
-
-
-def _plain(group: dict[str, Any]) -> dict[str, Any]:
+def _plain(group: dict[str, object]) -> dict[str, object]:
     """The settings of a parameter group; not how they are computed, which is the device's affair."""
     kinds = (bool, int, float, str, list, tuple)
     computed = ("params", "foreach", "fused", "capturable", "differentiable", "name")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +13,7 @@ from tlgc_mp.checkpoint import folder as folders
 from tlgc_mp.checkpoint.engine_state import EngineState
 from tlgc_mp.checkpoint.loader import all_or_none
 from tlgc_mp.checkpoint.reader import CheckpointReader, Part
+from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.errors import UsageError, told
 from tlgc_mp.parallel.layout import Ranks, take_share
 
@@ -21,7 +21,7 @@ Source = tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]
 """(the shape of each tensor by its name, what reads one of them whole)"""
 
 
-def load_weights(engine: Any, path: str) -> list[str]:
+def load_weights(engine: Engine, path: str) -> list[str]:
     """Fills an engine's weights and buffers from those of another run, whatever ranks it had. Collective.
 
     The last layer keeps its own where it has another shape there, as with another number of classes.

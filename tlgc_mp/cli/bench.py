@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from argparse import Namespace
 
 from tlgc_mp.bench.settings import CHECKPOINTED, DTYPES, STRATEGIES, resolve
+from tlgc_mp.cli.options import Commands
 from tlgc_mp.errors import UsageError, check_installed
 from tlgc_mp.parallel.topology import Launch
 
 
-def add_bench_parser(commands: Any) -> None:
+def add_bench_parser(commands: Commands) -> None:
     """Adds ``bench`` and its benchmarks to the subparsers ``commands``."""
     bench = commands.add_parser("bench", help="measure, and make the tables and plots", allow_abbrev=False)
     benchmarks = bench.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
@@ -148,7 +149,7 @@ def add_bench_parser(commands: Any) -> None:
     inference.set_defaults(run=_inference)
 
 
-def _scaling(options: Any, launch: Launch) -> int:
+def _scaling(options: Namespace, launch: Launch) -> int:
     if launch.world > 1:
         raise UsageError(f"bench scaling starts its own ranks, and this is one of {launch.world}; start it plainly")
     check_installed("matplotlib", "bench", "bench scaling")
@@ -158,7 +159,7 @@ def _scaling(options: Any, launch: Launch) -> int:
     return scaling.run(settings)
 
 
-def _bandwidth(options: Any, launch: Launch) -> int:
+def _bandwidth(options: Namespace, launch: Launch) -> int:
     if launch.world > 1:
         raise UsageError(f"bench bandwidth starts its own ranks, and this is one of {launch.world}; start it plainly")
     check_installed("matplotlib", "bench", "bench bandwidth")
@@ -167,7 +168,7 @@ def _bandwidth(options: Any, launch: Launch) -> int:
     return bandwidth.run(bandwidth.resolve(options))
 
 
-def _saving(options: Any, launch: Launch) -> int:
+def _saving(options: Namespace, launch: Launch) -> int:
     if launch.world > 1:
         raise UsageError(f"bench saving starts its own ranks, and this is one of {launch.world}; start it plainly")
     from tlgc_mp.bench.saving import sweep as saving
@@ -175,7 +176,7 @@ def _saving(options: Any, launch: Launch) -> int:
     return saving.run(saving.resolve(options))
 
 
-def _inference(options: Any, launch: Launch) -> int:
+def _inference(options: Namespace, launch: Launch) -> int:
     if launch.world > 1:
         raise UsageError(f"bench inference runs in one process, and this is one of {launch.world}; start it plainly")
     from tlgc_mp.bench import inference
@@ -183,7 +184,7 @@ def _inference(options: Any, launch: Launch) -> int:
     return inference.run(inference.resolve(options))
 
 
-def _zero(options: Any, launch: Launch) -> int:
+def _zero(options: Namespace, launch: Launch) -> int:
     if launch.world > 1:
         raise UsageError(f"bench zero starts its own ranks, and this is one of {launch.world}; start it plainly")
     from tlgc_mp.bench.zero import sweep as zero

@@ -12,13 +12,14 @@ import os
 import sys
 import time
 import traceback
+from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from tlgc_mp import __version__
 from tlgc_mp.checkpoint.folder import find_checkpoint
 from tlgc_mp.cli.bench import add_bench_parser
-from tlgc_mp.cli.options import Parser, add_options, add_train_parser, data_of_run, parse
+from tlgc_mp.cli.options import DataOfRun, Parser, add_options, add_train_parser, data_of_run, parse
 from tlgc_mp.cli.plan import add_plan_parser
 from tlgc_mp.data.catalog import DATASETS, check_dataset
 from tlgc_mp.engine.config import zero_stage
@@ -207,7 +208,7 @@ def entry() -> NoReturn:
     os._exit(status)
 
 
-def _params(options: Any, launch: Launch) -> int:
+def _params(options: Namespace, launch: Launch) -> int:
     check_network(options)
     check_split(options.model, options.conv, options.groups, options.tp)
     from tlgc_mp.models.factory import create_meta_model
@@ -228,7 +229,7 @@ def _params(options: Any, launch: Launch) -> int:
     return 0
 
 
-def _export(options: Any, launch: Launch) -> int:
+def _export(options: Namespace, launch: Launch) -> int:
     find_checkpoint(options.checkpoint)  # before torch is loaded
     from tlgc_mp.checkpoint.offline import export_checkpoint
 
@@ -242,12 +243,12 @@ def _export(options: Any, launch: Launch) -> int:
     return 0
 
 
-def _evaluate(options: Any, launch: Launch) -> int:
+def _evaluate(options: Namespace, launch: Launch) -> int:
     known = data_of_run(options.network)
     dataset, data_dir = options.dataset or known.get("dataset"), options.data_dir
     if dataset is None:
         raise UsageError(f"--dataset must be given for an exported file, got none; use {one_of(DATASETS)}")
-    same = known if dataset == known.get("dataset") and data_dir in (None, known.get("data_dir")) else {}
+    same: DataOfRun = known if dataset == known.get("dataset") and data_dir in (None, known.get("data_dir")) else {}
     data_dir, val_split = data_dir or same.get("data_dir"), options.val_split or same.get("val_split")
     check_dataset(dataset, data_dir, val_split)  # before torch is loaded
     if options.workers is not None and not 0 <= options.workers <= LARGEST_WORKERS:
@@ -255,9 +256,15 @@ def _evaluate(options: Any, launch: Launch) -> int:
     from tlgc_mp.training import inference
 
     workers = default_workers(dataset, 1) if options.workers is None else options.workers
-    further = {key: same[key] for key in ("image_size", "num_classes") if key in same}
     found = inference.score(
-        options.network, dataset, data_dir, workers=workers, val_split=val_split, seed=same.get("seed", 0), **further
+        options.network,
+        dataset,
+        data_dir,
+        workers=workers,
+        image_size=same.get("image_size"),
+        num_classes=same.get("num_classes"),
+        val_split=val_split,
+        seed=same.get("seed", 0),
     )
     accuracies = found["class_accuracy_percent"]
     width = max(len(name) for name in ("top-5 error", *accuracies)) + 2
@@ -275,7 +282,7 @@ def _evaluate(options: Any, launch: Launch) -> int:
     return 0
 
 
-def _predict(options: Any, launch: Launch) -> int:
+def _predict(options: Namespace, launch: Launch) -> int:
     if options.top < 1:
         raise UsageError(f"--top must be 1 or more, got {options.top}")
     for picture in options.pictures:
@@ -288,7 +295,7 @@ def _predict(options: Any, launch: Launch) -> int:
     return 0
 
 
-def _reshard(options: Any, launch: Launch) -> int:
+def _reshard(options: Namespace, launch: Launch) -> int:
     find_checkpoint(options.checkpoint)  # before torch is loaded
     from tlgc_mp.checkpoint.offline import reshard_checkpoint
 
@@ -296,7 +303,7 @@ def _reshard(options: Any, launch: Launch) -> int:
     return 0
 
 
-def _launch(options: Any, launch: Launch) -> int:
+def _launch(options: Namespace, launch: Launch) -> int:
     from tlgc_mp.resilience import restarts
 
     command = options.launch[1:] if options.launch[:1] == ["--"] else options.launch
@@ -307,7 +314,7 @@ def _launch(options: Any, launch: Launch) -> int:
     return restarts.run(command, options.max_restarts, lambda words: parse(_parser(), words, launch.world))
 
 
-def _config(options: Any, launch: Launch) -> int:
+def _config(options: Namespace, launch: Launch) -> int:
     folder = importlib.resources.files("tlgc_mp") / "ds_configs"
     texts = {file.name.removesuffix(".json"): file.read_text(encoding="utf-8") for file in folder.iterdir()}
     if options.name is not None and options.name not in texts:
@@ -322,7 +329,7 @@ def _config(options: Any, launch: Launch) -> int:
     return 0
 
 
-def _report(options: Any, launch: Launch) -> int:
+def _report(options: Namespace, launch: Launch) -> int:
     check_installed("matplotlib", "bench", "report")
     from tlgc_mp.paper import report as training_report
 
@@ -331,7 +338,7 @@ def _report(options: Any, launch: Launch) -> int:
     return 0
 
 
-def _train(options: Any, launch: Launch) -> int:
+def _train(options: Namespace, launch: Launch) -> int:
     from tlgc_mp.training.settings import resolve
 
     settings = resolve(options, launch)

@@ -10,20 +10,33 @@ import difflib
 import os
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias, TypedDict, cast
 
 from tlgc_mp.checkpoint.folder import BEST, CHECKPOINTS, DESCRIPTION, LATEST
 from tlgc_mp.engine.config import read_config
 from tlgc_mp.errors import UsageError, shown
 from tlgc_mp.host import replace_file
+from tlgc_mp.json_types import JsonObject
 from tlgc_mp.training.changes import RESUME_AUTO
 from tlgc_mp.training.options import EACH_START, KEPT, ModelOptions, TrainOptions, flags_of
 from tlgc_mp.training.runs import OPTIONS
 from tlgc_mp.training.settings import output_folder
 
-_DATA = ("dataset", "data_dir", "val_split", "image_size", "num_classes", "seed")
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+class DataOfRun(TypedDict, total=False):
+    """What a run was trained on, as far as its file of options says."""
+
+    dataset: str
+    data_dir: str
+    val_split: str
+    image_size: int
+    num_classes: int
+    seed: int
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
     has_commands = False
 
-    def add_subparsers(self, **options: Any) -> Any:
+    def add_subparsers(self, **options: Any) -> Commands:  # type: ignore[override]
         self.has_commands = True
         return super().add_subparsers(**options)
 
@@ -54,7 +67,7 @@ class Parser(argparse.ArgumentParser):
         return options, further
 
 
-def add_train_parser(commands: Any, run: Callable[..., int]) -> None:
+def add_train_parser(commands: Commands, run: Callable[..., int]) -> None:
     """Adds ``train``, which calls ``run``, to the subparsers ``commands``."""
     train = commands.add_parser(
         "train",
@@ -81,7 +94,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type[ModelOptions]) -> No
         parser.add_argument(*flags_of(option), default=option.default, **argument)
 
 
-def parse(parser: Parser, words: Sequence[str], world: int) -> Any:
+def parse(parser: Parser, words: Sequence[str], world: int) -> Namespace:
     """The options in ``words``; those of ``train`` completed from the file that --config names, and where a run is
     resumed from the one that it has written. Flags win over --config, and that over the run's own.
 
@@ -117,7 +130,7 @@ def default_groups(conv: str) -> int:
     return 1 if conv == "sc" else 4
 
 
-def write(options: Any, output_dir: str) -> None:
+def write(options: Namespace, output_dir: str) -> None:
     """Writes the options of a run where ``--config`` and ``--resume`` find them."""
     import yaml
 
@@ -132,18 +145,18 @@ def write(options: Any, output_dir: str) -> None:
     replace_file(os.path.join(output_dir, OPTIONS), yaml.safe_dump(entries, sort_keys=False))
 
 
-def _of_run(options: Any) -> str | None:
+def _of_run(options: Namespace) -> str | None:
     """The file of the run that is resumed, where there is one."""
     if options.resume is None:
         return None
     return _beside(output_folder(options) if options.resume in ("", RESUME_AUTO) else options.resume)
 
 
-def data_of_run(path: str) -> dict[str, Any]:
+def data_of_run(path: str) -> DataOfRun:
     """What the run in ``path``, or that of the checkpoint ``path``, was trained on, by the names of flags."""
     file = _beside(path)
     entries = {} if file is None else _read(file)
-    return {key: entries[key] for key in _DATA if key in entries}
+    return cast(DataOfRun, {key: entries[key] for key in DataOfRun.__optional_keys__ if key in entries})
 
 
 def _beside(path: str) -> str | None:
@@ -157,7 +170,7 @@ def _beside(path: str) -> str | None:
     return path if os.path.isfile(path) else None
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read(path: str) -> JsonObject:
     """The entries of a file of options, by the names of the flags without dashes."""
     import yaml
 
@@ -175,7 +188,7 @@ def _read(path: str) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in entries.items() if value is not None}
 
 
-def _as_words(parser: Parser, entries: dict[str, Any], path: str) -> list[str]:
+def _as_words(parser: Parser, entries: JsonObject, path: str) -> list[str]:
     """Entries of a file as flags, each of which was tried."""
     words = []
     for key, value in entries.items():
@@ -193,5 +206,5 @@ def _as_words(parser: Parser, entries: dict[str, Any], path: str) -> list[str]:
     return words
 
 
-def _as_count(value: Any) -> int:
+def _as_count(value: object) -> int:
     return value if isinstance(value, int) else 1

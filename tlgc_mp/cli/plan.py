@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from argparse import Namespace
 
-from tlgc_mp.cli.options import add_options
+from tlgc_mp.cli.options import Commands, add_options
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.topology import Launch
 from tlgc_mp.planner.devices import DEVICES, DTYPES
@@ -13,7 +13,7 @@ from tlgc_mp.training.options import ModelOptions
 from tlgc_mp.training.recipes import OPTIMIZERS, RECIPES
 
 
-def add_plan_parser(commands: Any) -> None:
+def add_plan_parser(commands: Commands) -> None:
     """Adds ``plan`` to the subparsers ``commands``."""
     plan = commands.add_parser(
         "plan",
@@ -42,7 +42,7 @@ def add_plan_parser(commands: Any) -> None:
     plan.set_defaults(run=_plan)
 
 
-def _plan(options: Any, launch: Launch) -> int:
+def _plan(options: Namespace, launch: Launch) -> int:
     if launch.world > 1:
         raise UsageError(f"plan runs in one process, and this is one of {launch.world}; start it plainly")
     if options.calibrate is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+from argparse import Namespace
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,7 @@ MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")
 """Sections of a DeepSpeed configuration that have the engine report."""
 
 
-def train(options: Any, settings: TrainSettings, launch: Launch, watchdog: Watchdog) -> None:
+def train(options: Namespace, settings: TrainSettings, launch: Launch, watchdog: Watchdog) -> None:
     """Trains a model as ``settings`` say, evaluating and saving it every epoch; rank 0 reports.
 
     Args:

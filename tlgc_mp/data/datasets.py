@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 import torchvision
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 from torchvision import transforms
+from torchvision.datasets import CIFAR10
 
 from tlgc_mp.data.catalog import check_dataset, refusing_unreadable, split_folders
 from tlgc_mp.data.folders import Images, class_folders, find_images
@@ -29,7 +30,7 @@ from tlgc_mp.data.streams import stream
 from tlgc_mp.errors import UsageError, is_count
 
 Sample: TypeAlias = tuple[Tensor, int]
-Transform: TypeAlias = Callable[[Any], Tensor]
+Transform: TypeAlias = Callable[[Image.Image], Tensor]
 # Mean and standard deviation of each channel of the training images, pixels scaled to 0..1.
 Statistics: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -143,7 +144,7 @@ def load_datasets(
 class _Labelled(Dataset[Sample]):
     """Images N x 3 x H x W and labels N held in memory."""
 
-    def __init__(self, images: Tensor, labels: list[int], transform: Transform) -> None:
+    def __init__(self, images: Tensor, labels: list[int], transform: Callable[[Tensor], Tensor]) -> None:
         self.images, self.labels, self.transform = images, labels, transform
 
     def __len__(self) -> int:
@@ -206,7 +207,7 @@ def _synthetic(seed: int, image_size: int, num_classes: int, length: int) -> Dat
     )
 
 
-def _cifar(name: str, dataset: Any, data_dir: Path, statistics: Statistics) -> Datasets:
+def _cifar(name: str, dataset: type[CIFAR10], data_dir: Path, statistics: Statistics) -> Datasets:
     def load(*, download: bool) -> Datasets:
         train, test = dataset(data_dir, train=True, download=download), dataset(data_dir, train=False)
         preparation = _small_images(train.classes, 32, statistics)

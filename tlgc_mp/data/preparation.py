@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TypedDict, cast
 
+from torch import Tensor
 from torchvision import transforms
 
 from tlgc_mp.errors import UsageError, is_count
+from tlgc_mp.json_types import Json, JsonObject
+
+
+class _Entry(TypedDict):
+    """A :class:`Preparation` as JSON holds it."""
+
+    classes: Sequence[str]
+    image_size: int
+    resize: int
+    mean: Sequence[float]
+    std: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -32,27 +45,25 @@ class Preparation:
         steps = [transforms.Resize(self.resize), transforms.CenterCrop(self.image_size)]
         return transforms.Compose([*steps, *self.to_tensor()])
 
-    def to_tensor(self) -> list[Any]:
+    def to_tensor(self) -> list[Callable[..., Tensor]]:
         """The end of it, which is that of training too."""
         return [transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
 
-    def entry(self) -> dict[str, Any]:
+    def entry(self) -> JsonObject:
         """As JSON holds it."""
         return asdict(self)
 
     @staticmethod
-    def from_entry(entry: Any, classes: int) -> Preparation:
+    def from_entry(entry: Json, classes: int) -> Preparation:
         """What :meth:`entry` has made, for a network of so many classes.
 
         Raises:
             UsageError: it has not made that.
         """
         try:
-            made = Preparation(
-                tuple(entry["classes"]),
-                *(entry[key] for key in ("image_size", "resize")),
-                *(tuple(map(float, entry[key])) for key in ("mean", "std")),
-            )
+            held = cast(_Entry, entry)
+            mean, std = (tuple(map(float, values)) for values in (held["mean"], held["std"]))
+            made = Preparation(tuple(held["classes"]), held["image_size"], held["resize"], mean, std)
         except (KeyError, TypeError, ValueError):
             made = None
         if (

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.engine.schedules import check_steps_alone
 from tlgc_mp.errors import UsageError, is_count
 
@@ -55,7 +56,7 @@ def _is_zero(step: Any) -> bool:
     return (isinstance(step, torch.Tensor) and step.is_meta) or float(step) == 0
 
 
-def keep_optimizer(engine: Any) -> None:
+def keep_optimizer(engine: Engine) -> None:
     """Has ZeRO step the optimizer that schedulers and users know.
 
     DeepSpeed puts a new Adagrad over its flat parameters into the place of one that it is given, without the settings

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.errors import UsageError
 from tlgc_mp.models.names import library_model
 
@@ -39,7 +40,7 @@ def backend_here() -> str:
     return "inductor" if shutil.which(os.environ.get("CXX", "g++")) else "aot_eager"
 
 
-def compile_training(engine: Any, backend: str | None = None) -> str:
+def compile_training(engine: Engine, backend: str | None = None) -> str:
     """Has the engine's model compiled at the first training step; evaluation stays as it is.
 
     Losses and gradients are those of the model as it is but for rounding, and what is dropped is the same.

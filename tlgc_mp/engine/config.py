@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from typing import Any
 
-from tlgc_mp.errors import UsageError, is_count, shown
+from tlgc_mp.errors import UsageError, is_count, is_number, shown
+from tlgc_mp.json_types import Json, JsonObject
 
 
-def read_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+def read_config(config: object) -> JsonObject:
     """A copy of a configuration given as a mapping, or as the path of a JSON file (HJSON, as DeepSpeed reads it).
 
     Raises:
@@ -48,8 +48,8 @@ def read_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str,
     return settings
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _unique(pairs: list[tuple[str, Json]]) -> JsonObject:
+    found: JsonObject = {}
     for key, value in pairs:
         if key in found:
             raise UsageError(f"deepspeed_config: the key {key!r} stands twice; keep one")
@@ -57,7 +57,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def check_values(settings: Mapping[str, Any]) -> None:
+def check_values(settings: Mapping[str, object]) -> None:
     """Refuses what DeepSpeed takes unseen and then fails on, in the first step.
 
     Raises:
@@ -80,8 +80,8 @@ def check_values(settings: Mapping[str, Any]) -> None:
         )
     for key, least, what in _NUMBERS:
         value = settings.get(key)
-        fits = isinstance(value, int if key == "steps_per_print" else int | float) and not isinstance(value, bool)
-        if value is not None and not (fits and least <= value < float("inf")):
+        whole = key == "steps_per_print"
+        if value is not None and not (is_number(value, whole) and least <= value < float("inf")):
             raise UsageError(f"{key}={shown(value)} in the DeepSpeed configuration is not {what}; leave it out")
 
 
@@ -94,7 +94,7 @@ _NUMBERS = (
 )
 
 
-def tensor_parallel_size(settings: Mapping[str, Any]) -> int | None:
+def tensor_parallel_size(settings: Mapping[str, object]) -> int | None:
     """P as the configuration gives it (``tensor_parallel.autotp_size``), or ``None`` where it does not.
 
     Raises:
@@ -111,7 +111,13 @@ def tensor_parallel_size(settings: Mapping[str, Any]) -> int | None:
     return size or None
 
 
-def zero_stage(settings: Mapping[str, Any]) -> int:
+def section(settings: Mapping[str, Json], name: str) -> Mapping[str, Json]:
+    """A section of a configuration; empty where there is none."""
+    found = settings.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def zero_stage(settings: Mapping[str, object]) -> int:
     """The ZeRO stage of a configuration; 0 where it does not say.
 
     Raises:
@@ -124,12 +130,12 @@ def zero_stage(settings: Mapping[str, Any]) -> int:
     return int(stage)
 
 
-def dtype_of(config: Mapping[str, Any]) -> str:
+def dtype_of(config: Mapping[str, Json]) -> str:
     """In what the network computes."""
-    autocast = config.get("torch_autocast")
-    if isinstance(autocast, dict) and autocast.get("enabled"):
+    autocast = section(config, "torch_autocast")
+    if autocast.get("enabled"):
         return f"float32 with autocast to {autocast.get('dtype', 'bfloat16')}"
-    for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        if isinstance(config.get(section), dict) and config[section].get("enabled"):
+    for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if section(config, name).get("enabled"):
             return dtype
     return "float32"

@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import io
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.errors import UsageError
 
 
-def check_first_batch(engine: Any, group: dist.ProcessGroup) -> None:
+def check_first_batch(engine: Engine, group: dist.ProcessGroup) -> None:
     """Has the first forward pass of ``engine`` raise :class:`UsageError` where the inputs differ over ``group``."""
     if engine.first_dataloader_check is not None:
         engine.first_dataloader_check.remove()
 
-    def check(module: Any, args: Any, kwargs: Any) -> None:
+    def check(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         handle.remove()
-        digests: list[Any] = [None] * dist.get_world_size(group)
+        digests: list[str | None] = [None] * dist.get_world_size(group)
         dist.all_gather_object(digests, _digest((args, kwargs)), group=group)
         if len(set(digests)) > 1:
             raise UsageError(
@@ -35,7 +36,7 @@ def check_first_batch(engine: Any, group: dist.ProcessGroup) -> None:
     engine.first_dataloader_check = handle
 
 
-def _digest(inputs: Any) -> str:
+def _digest(inputs: object) -> str:
     def plain(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().cpu().contiguous().clone()
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import deepspeed.comm.comm as deepspeed_comm
 import torch.distributed as dist
 from deepspeed.utils import groups
 
+from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.engine.schedules import take_model_step
 
 _STATE = ("mpu", "mesh_device", "_TENSOR_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP")
@@ -32,11 +34,15 @@ _ENTRIES = (
 )
 """Methods of an engine below which DeepSpeed reads its globals."""
 
+_OWN = "own_groups"
+"""The attribute of an engine that holds its values."""
+P = ParamSpec("P")
+T = TypeVar("T")
 _forgotten = itertools.count(1)
 _GROUPS_OF_A_LIFE = 1_000_000
 """More than are made between ``init_process_group`` and ``destroy_process_group``."""
 
-_made: dict[int, dict[str, Any]] = {}
+_made: dict[int, dict[str, object]] = {}
 """Number of tensor-parallel ranks -> the groups of all engines that have as many."""
 
 
@@ -68,7 +74,7 @@ def use_torchs_names() -> None:
             setattr(deepspeed_comm.cdb, attribute, getattr(dist, name))
 
 
-def _is_alive(group: Any) -> bool:
+def _is_alive(group: dist.ProcessGroup) -> bool:
     try:
         dist.get_process_group_ranks(group)
     except (KeyError, ValueError):
@@ -92,24 +98,23 @@ def enter_groups(ranks: int) -> Any:
     return groups.mpu
 
 
-def keep_groups(engine: Any) -> None:
+def keep_groups(engine: Engine) -> None:
     """Has ``engine`` put the groups in place that are there now, whenever it is used."""
-    engine.own_groups = {name: getattr(groups, name) for name in _STATE}
-    kind: Any = type(engine)
-    engine.__class__ = _in_own_groups(kind)
+    vars(engine)[_OWN] = {name: getattr(groups, name) for name in _STATE}
+    engine.__class__ = _in_own_groups(type(engine))
 
 
 @functools.cache
-def _in_own_groups(engine_class: Any) -> Any:
+def _in_own_groups(engine_class: Any) -> type[Engine]:
     entries = {name: _entry(getattr(engine_class, name)) for name in _ENTRIES if hasattr(engine_class, name)}
     entries["_take_model_step"] = take_model_step(engine_class._take_model_step)
     return type(engine_class.__name__, (engine_class,), {**entries, "__module__": engine_class.__module__})
 
 
-def _entry(method: Any) -> Any:
-    @functools.wraps(method)
-    def entered(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        vars(groups).update(engine.own_groups)
+def _entry(method: Callable[Concatenate[Engine, P], T]) -> Callable[Concatenate[Engine, P], T]:
+    def entered(engine: Engine, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        vars(groups).update(vars(engine)[_OWN])
         return method(engine, *args, **kwargs)
 
+    functools.update_wrapper(entered, method)
     return entered

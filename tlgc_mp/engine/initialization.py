@@ -13,6 +13,7 @@ import os
 from typing import Any
 
 from tlgc_mp.engine.config import check_values, read_config, tensor_parallel_size, zero_stage
+from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.engine.quiet import quiet_start
 from tlgc_mp.engine.start import barrier, start_distributed
 from tlgc_mp.errors import UsageError
@@ -181,7 +182,7 @@ def initialize(
 
 
 def _save_16bit_model(
-    engine: Any,
+    engine: Engine,
     save_dir: str,
     save_filename: str = "pytorch_model.bin",
     exclude_frozen_parameters: bool = False,

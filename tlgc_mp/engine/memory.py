@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tlgc_mp.engine.protocols import Engine
+
 _MASTERS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
 """Where ZeRO keeps what the optimizer steps: at stages 1 and 2, at stage 3."""
 _GRADIENTS = ("averaged_gradients", "all_grad_tensors", "accumulated_grads_in_cpu", "grad_partitions_flat_buffer")
 """Where ZeRO keeps gradients between backward and the optimizer's step, besides parameters' own."""
 
 
-def engine_memory(engine: Any, arriving: Tensor | None = None) -> dict[str, int]:
+def engine_memory(engine: Engine, arriving: Tensor | None = None) -> dict[str, int]:
     """Bytes that ``engine`` holds on this rank now. A storage of two kinds counts to the first of them.
 
     Args:

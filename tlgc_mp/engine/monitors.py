@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
+from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.host import replace_file
 
 Event: TypeAlias = tuple[str, float, int]
@@ -28,7 +29,7 @@ class Monitors:
         output_dir: of the run.
     """
 
-    def __init__(self, engine: Any, output_dir: str) -> None:
+    def __init__(self, engine: Engine, output_dir: str) -> None:
         from deepspeed.monitor.config import DeepSpeedMonitorConfig
         from deepspeed.monitor.monitor import MonitorMaster
 

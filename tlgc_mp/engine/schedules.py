@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.errors import UsageError
 
 
@@ -46,7 +47,7 @@ def take_model_step(deepspeed_step: Any) -> Any:
     which torch's take for an epoch or a metric.
     """
 
-    def step(engine: Any, lr_kwargs: dict[str, Any] | None) -> None:
+    def step(engine: Engine, lr_kwargs: dict[str, Any] | None) -> None:
         scheduler, engine.lr_scheduler = engine.lr_scheduler, None
         try:
             deepspeed_step(engine, lr_kwargs)

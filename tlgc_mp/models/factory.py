@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +20,7 @@ from tlgc_mp.models.names import (
     IMAGENET_WIDE_RESNET,
     MOBILENET_V2,
     TWO_LEVEL,
+    ModelArguments,
     check_coarse_level,
     check_model,
     default_classes,
@@ -120,7 +126,7 @@ def create_model(
     return model
 
 
-def create_meta_model(name: str, **arguments: Any) -> nn.Module:
+def create_meta_model(name: str, **arguments: Unpack[ModelArguments]) -> nn.Module:
     """What :func:`create_model` makes of these arguments, on the meta device: to count and compare shapes.
 
     Models of torchvision and timm are on it too: nothing is allocated but for torchvision's RegNets, for a moment.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import TypedDict
 
 from tlgc_mp.errors import UsageError, check_installed, divisors, is_count, one_of
 
@@ -43,6 +44,23 @@ _SHARED_CHANNELS = {
     MOBILENET_V2: {"the stem's": 32, "features.1's": 16, "features.2's": 24},
 }
 """Of the layers that groups and ranks share: every other layer's channels are a multiple of one of these."""
+
+
+class ModelArguments(TypedDict):
+    """Of :func:`~tlgc_mp.models.create_model`, all but the name and the device."""
+
+    conv: str
+    groups: int
+    num_classes: int | None
+    coarse_everywhere: bool
+    coarse_kernel_size: int | None
+    coarse_init: str
+
+
+class NamedModel(ModelArguments):
+    """With the name."""
+
+    name: str
 
 
 def parse_model(name: str) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ def plan(
     wanted = Wanted(
         tensor_parallel=tensor_parallel_size(settings),
         stage=zero_stage(settings) if "zero_optimization" in settings else None,
-        micro_batch=settings.get("train_micro_batch_size_per_gpu"),
+        micro_batch=cast("int | None", settings.get("train_micro_batch_size_per_gpu")),
     )
     return Plan(found, joined, dtype, in_order(search.candidates(wanted)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ class PlanSettings:
         return self.recipe.epochs * IMAGES[self.recipe_name]
 
 
-def resolve(options: Any) -> PlanSettings:
+def resolve(options: Namespace) -> PlanSettings:
     """Turns parsed command-line ``options`` into a complete question.
 
     Raises:
@@ -116,7 +117,7 @@ def resolve(options: Any) -> PlanSettings:
     )
 
 
-def _groups(options: Any) -> tuple[int, ...]:
+def _groups(options: Namespace) -> tuple[int, ...]:
     """Every N to be tried, each of which the model takes."""
     if options.groups is not None or options.conv == "sc":
         count = 1 if options.groups is None else options.groups

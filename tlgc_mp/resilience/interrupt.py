@@ -14,13 +14,14 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn, TypeAlias
 
 import torch
 import torch.distributed as dist
 
 from tlgc_mp.engine.start import barrier
 
+Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None  # as signal.signal returns it
 _KEY = "tlgc_mp/stop_before_step"
 _PATIENCE_SECONDS = 2.0
 
@@ -46,8 +47,8 @@ class StopRequest:
         self._agreed = agreed
         self.received: int | None = None
         self._at = 0.0
-        self._previous: dict[int, Any] = {}
-        self._store: Any = None
+        self._previous: dict[int, Handler] = {}
+        self._store: dist.Store | None = None
         self._posted = False
 
     def __enter__(self) -> StopRequest:
@@ -71,19 +72,19 @@ class StopRequest:
 
     def before_step(self, step: int) -> bool:
         """Whether everyone stops before ``step``, which counts up by one from call to call on every rank alike."""
-        stops = self.received is not None if self._store is None else self._stops_before(step)
+        stops = self.received is not None if self._store is None else self._stops_before(self._store, step)
         if stops:
             self._agreed()
         return stops
 
-    def _stops_before(self, step: int) -> bool:
+    def _stops_before(self, store: dist.Store, step: int) -> bool:
         if self.received is not None and not self._posted:
             # Compare-and-set keeps the earliest post where several ranks are asked.
-            self._store.compare_set(_KEY, "", f"{step + 1} {self.received}")
+            store.compare_set(_KEY, "", f"{step + 1} {self.received}")
             self._posted = True
-        if not self._store.check([_KEY]):
+        if not store.check([_KEY]):
             return False
-        stop_before, number = self._store.get(_KEY).decode().split()
+        stop_before, number = store.get(_KEY).decode().split()
         self.received = int(number)
         return step >= int(stop_before)
 

@@ -9,7 +9,6 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch.distributed as dist
 
@@ -28,7 +27,7 @@ def meeting(end: Callable[[Verdict | None], None]) -> Iterator[None]:
     met = threading.Event()
 
     def watch() -> None:
-        store: Any = None
+        store: dist.Store | None = None
         while not met.wait(LOOK_SECONDS):
             store = store or _store()
             if store is not None and (verdict := _read(store)) is not None and not met.is_set():
@@ -73,7 +72,7 @@ def leave_word(verdict: Verdict) -> Verdict:
     return standing[-1]
 
 
-def _read(store: Any) -> Verdict | None:
+def _read(store: dist.Store) -> Verdict | None:
     try:
         return Verdict(*json.loads(store.get(_key()))) if store.check([_key()]) else None
     except Exception:
@@ -85,7 +84,7 @@ def _key() -> str:
     return "/".join(["tlgc_mp/meeting", *attempt])
 
 
-def _store() -> Any:
+def _store() -> dist.Store | None:
     """A connection to the key-value store where ranks meet; ``None`` where it is not up, or not known yet."""
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if host is None or not port.isdigit():

@@ -9,9 +9,10 @@ import os
 import select
 import signal
 import socket
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
+import torch.distributed as dist
 
 
 class Member(NamedTuple):
@@ -96,7 +97,7 @@ class Beats:
         self._first: dict[int, bytes] = {}
         self._still: set[int] = set()
 
-    def look(self, store: Any, world: int) -> None:
+    def look(self, store: dist.Store, world: int) -> None:
         """Reads everybody's ``beat/RANK``, and ``left/RANK`` of those that left in peace."""
         for rank in range(world):
             if rank != self._rank and store.check([f"beat/{rank}"]) and not store.check([f"left/{rank}"]):

@@ -20,9 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any
 
 import psutil
 
@@ -49,7 +49,7 @@ _ASKED_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _MPI_LAUNCHERS = ("mpirun", "mpiexec", "orterun", "prterun")
 
 
-def run(command: Sequence[str], max_restarts: int, parse: Callable[[list[str]], Any]) -> int:
+def run(command: Sequence[str], max_restarts: int, parse: Callable[[list[str]], Namespace]) -> int:
     """Runs ``command``, and again up to ``max_restarts`` times while it fails; the exit status of the last attempt.
 
     A run that ended well, that has a mistake in its arguments (2) or that was asked to stop is not started again.

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import traceback
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict, cast
 
 VERDICT_FILE = "TLGC_MP_VERDICT_FILE"
 """The environment variable with the path of the file."""
@@ -64,14 +64,21 @@ def met(path: str) -> bool:
     return os.path.exists(path + _MET)
 
 
-def read_verdict(path: str) -> dict[str, Any]:
+class LeftVerdict(TypedDict, total=False):
+    """What a job left for ``tlgc-mp launch``: the exit status it calls for, and why."""
+
+    status: int
+    text: str
+
+
+def read_verdict(path: str) -> LeftVerdict:
     """What was left at ``path``; empty where nothing was."""
     try:
         with open(path, encoding="utf-8") as file:
             verdict = json.load(file)
     except (OSError, ValueError):
         return {}
-    return verdict if isinstance(verdict, dict) else {}
+    return cast(LeftVerdict, verdict) if isinstance(verdict, dict) else {}
 
 
 def write_traceback(error: BaseException, rank: int, output_dir: str) -> str | None:

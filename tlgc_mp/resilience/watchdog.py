@@ -23,7 +23,6 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import Any
 
 import torch.distributed as dist
 
@@ -74,7 +73,7 @@ class Watchdog:
         self._next = (self._rank + 1) % self._world
         # Under torchrun the launcher's agent holds the store, else rank 0 does.
         self._holder = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
-        self._store: Any = None
+        self._store: dist.Store | None = None
         self._threads: list[threading.Thread] = []
         self._wake_read, self._wake_write = -1, -1
         self._look = threading.Event()
@@ -164,6 +163,7 @@ class Watchdog:
 
     def _exchange(self, beat: int) -> None:
         store, following = self._store, self._next
+        assert store is not None
         store.set(f"beat/{self._rank}", str(beat))
         if beat == 0:
             store.set(f"member/{self._rank}", json.dumps(Member.own()))
@@ -327,6 +327,8 @@ class Watchdog:
 
         Where the store is stopped, this waits until the judging thread ends the process.
         """
+        if self._store is None:
+            return None
         try:
             return Verdict(*json.loads(self._store.compare_set("verdict", "", json.dumps(verdict))))
         except Exception:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from tlgc_mp.checkpoint.engine_state import EngineState
 from tlgc_mp.checkpoint.reader import AVERAGE
+from tlgc_mp.engine.protocols import Engine
 
 
 class Average:
@@ -25,7 +25,7 @@ class Average:
         decay: the share of the average that stays at a step; ``None`` averages nothing.
     """
 
-    def __init__(self, engine: Any, decay: float | None) -> None:
+    def __init__(self, engine: Engine, decay: float | None) -> None:
         self._decay = decay
         self._update = None if decay is None else get_ema_multi_avg_fn(decay)
         self._state = EngineState(engine)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from argparse import Namespace
+from typing import TYPE_CHECKING
 
-from tlgc_mp.checkpoint.folder import CHECKPOINTS, find_checkpoint, newest_whole, saved_run, tags
+from tlgc_mp.checkpoint.folder import CHECKPOINTS, Progress, Run, find_checkpoint, newest_whole, saved_run, tags
 from tlgc_mp.errors import UsageError
+from tlgc_mp.json_types import JsonObject
 from tlgc_mp.training.recipes import FLAGS, find_recipe
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def find_resumed(resume: str, output_dir: str) -> tuple[str, str] | None:
         return folder, tag
 
 
-def named_here(options: Any, config: dict[str, Any]) -> set[str]:
+def named_here(options: Namespace, config: JsonObject) -> set[str]:
     """What of :data:`_CHANGEABLE` the options or the DeepSpeed configuration, as it was given, say by name."""
     named = {key for key in _CHANGEABLE if getattr(options, key, None) is not None}
     if any(getattr(options, flag) is not None for flag in FLAGS):
@@ -59,7 +61,7 @@ def named_here(options: Any, config: dict[str, Any]) -> set[str]:
     return named
 
 
-def check_resumed(settings: TrainSettings, saved: dict[str, Any], named: set[str]) -> None:
+def check_resumed(settings: TrainSettings, saved: Run, named: set[str]) -> None:
     """Refuses to go on with a run that is another one; how it is spread over ranks may change, and what is named."""
     assert settings.resume_from is not None
     for key, value in settings.description().items():
@@ -83,19 +85,20 @@ def check_data(settings: TrainSettings) -> None:
         )
 
 
-def changes(settings: TrainSettings, saved: dict[str, Any]) -> list[str]:
+def changes(settings: TrainSettings, saved: Run) -> list[str]:
     """What a resumed run has otherwise than the run that was saved, as ``epochs 2 -> 3``."""
     now = settings.description()
-    changed = [
-        f"{key} {saved[key]} -> {now[key]}" for key in _CHANGEABLE if key != "departures" and saved[key] != now[key]
-    ]
     before, after = saved["departures"], now["departures"]
+    told, asked = dict(saved), dict(now)
+    changed = [
+        f"{key} {told[key]} -> {asked[key]}" for key in _CHANGEABLE if key != "departures" and told[key] != asked[key]
+    ]
     flags = [flag for flag in FLAGS if before.get(flag) != after.get(flag)]
     default = find_recipe(settings.recipe)
     return changed + [f"{f} {before.get(f, getattr(default, f))} -> {getattr(settings.method, f)}" for f in flags]
 
 
-def place(settings: TrainSettings, saved: dict[str, Any], progress: dict[str, Any], steps: int) -> int:
+def place(settings: TrainSettings, saved: Run, progress: Progress, steps: int) -> int:
     """How many steps of its epoch a resumed run has behind it, where an epoch now has ``steps``.
 
     Where the batch was changed, they are as many as its images fill: those that are left over come again.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import TypeVar
 
 from tqdm import tqdm
+
+Item = TypeVar("Item")
 
 
 def say(text: str, speaks: bool) -> None:
@@ -15,7 +18,9 @@ def say(text: str, speaks: bool) -> None:
         sys.stdout.flush()
 
 
-def progress_bar(items: Any, total: int, description: str, unit: str, speaks: bool = True, initial: int = 0) -> Any:
+def progress_bar(
+    items: Iterable[Item] | None, total: int, description: str, unit: str, speaks: bool = True, initial: int = 0
+) -> tqdm[Item]:
     """A bar around ``items``, which goes when it is done; none where standard error is no terminal."""
     return tqdm(
         items,

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.errors import UsageError
 
 EVALUATION_BATCH = 250
 TOP = 5
 """Of how many guesses one must be right, where not the first."""
+
+
+class Totals(TypedDict):
+    """Of a test set; the top-5 error only of more than five classes."""
+
+    images: int
+    loss: float
+    error_percent: float
+    top5_error_percent: float | None
+
+
+class Figures(Totals):
+    """With the accuracy of each class, in their order; ``None`` of one without images."""
+
+    class_accuracy_percent: list[float | None]
 
 
 class Scores:
@@ -37,10 +53,8 @@ class Scores:
         for start, counted in ((3, first * weights), (3 + self._classes, weights)):
             self._totals[start : start + self._classes].index_add_(0, labels, counted)
 
-    def read(self) -> dict[str, Any]:
-        """``loss``, ``error_percent``, ``top5_error_percent`` (of more than five classes), ``images``, and
-        ``class_accuracy_percent`` in the order of the classes, ``None`` of one without images. Collective where
-        torch.distributed is up.
+    def read(self) -> Figures:
+        """The figures of all that was added. Collective where torch.distributed is up.
 
         Raises:
             UsageError: nothing was added.
@@ -61,8 +75,8 @@ class Scores:
 
 @torch.no_grad()
 def evaluate(
-    network: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], device: torch.device
-) -> dict[str, Any]:
+    network: torch.nn.Module | Engine, batches: Iterable[tuple[Tensor, Tensor, Tensor]], device: torch.device
+) -> Figures:
     """The figures of :class:`Scores` over a test set, each image counted once. Collective.
 
     Args:
@@ -97,14 +111,16 @@ def average_running_statistics(model: torch.nn.Module, group: dist.ProcessGroup)
         buffer.copy_(mean.view_as(buffer))
 
 
-def reduced(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+def reduced(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """``tensor`` reduced over all ranks of the world, as a new one."""
     tensor = tensor.clone()
     dist.all_reduce(tensor, op)
     return tensor
 
 
-def to_device(images: Tensor, labels: Tensor, network: torch.nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
+def to_device(
+    images: Tensor, labels: Tensor, network: torch.nn.Module | Engine, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """A batch on ``device``; images in the type of the weights, which DeepSpeed's bf16 and fp16 change."""
     dtype = next(network.parameters()).dtype
     images = images.to(device, dtype, memory_format=torch.channels_last, non_blocking=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -18,11 +17,17 @@ from tlgc_mp.data.pictures import read_image
 from tlgc_mp.data.preparation import Preparation
 from tlgc_mp.errors import UsageError
 from tlgc_mp.training.console import progress_bar
-from tlgc_mp.training.evaluation import EVALUATION_BATCH, evaluate
+from tlgc_mp.training.evaluation import EVALUATION_BATCH, Totals, evaluate
 
 _OF_TENSORS = ("digits", "synthetic")
 """Data sets that are no pictures, which nothing but their own network is made for."""
 _BATCH = 64
+
+
+class NamedFigures(Totals):
+    """Of a network on a data set: the accuracy of each class by its name."""
+
+    class_accuracy_percent: dict[str, float | None]
 
 
 def load(path: str) -> tuple[torch.nn.Module, Preparation, torch.device]:
@@ -42,22 +47,34 @@ def load(path: str) -> tuple[torch.nn.Module, Preparation, torch.device]:
     return model.to(memory_format=torch.channels_last), preparation, device  # type: ignore[call-overload]
 
 
-def score(path: str, dataset: str, data_dir: str | None, *, workers: int, **arguments: Any) -> dict[str, Any]:
+def score(
+    path: str,
+    dataset: str,
+    data_dir: str | None,
+    *,
+    workers: int,
+    image_size: int | None = None,
+    num_classes: int | None = None,
+    val_split: str | None = None,
+    seed: int = 0,
+) -> NamedFigures:
     """The figures of :class:`~tlgc_mp.training.evaluation.Scores` on a data set's test images, with the accuracy of
     each class by its name.
 
     Args:
         path: as for :func:`load`.
-        dataset, data_dir, arguments: as :func:`~tlgc_mp.data.load_datasets` takes them. Images are prepared as the
-            network wants them.
+        dataset, data_dir, image_size, num_classes, val_split, seed: as :func:`~tlgc_mp.data.load_datasets` takes
+            them. Images are prepared as the network wants them.
 
     Raises:
         UsageError: one of the two cannot be read, or they do not fit each other.
     """
     model, preparation, device = load(path)
     if dataset in ("imagefolder", "synthetic"):
-        arguments["image_size"] = arguments.get("image_size") or preparation.image_size
-    data = load_datasets(dataset, data_dir, **arguments)
+        image_size = image_size or preparation.image_size
+    data = load_datasets(
+        dataset, data_dir, seed=seed, image_size=image_size, num_classes=num_classes, val_split=val_split
+    )
     own = data.preparation
     if own.classes != preparation.classes:
         first = next((pair for pair in zip(own.classes, preparation.classes, strict=False) if len(set(pair)) > 1), None)
@@ -71,12 +88,16 @@ def score(path: str, dataset: str, data_dir: str | None, *, workers: int, **argu
             raise UsageError(
                 f"--dataset must be of pictures for this network, got {dataset}, which it was not made for"
             )
-        test: Any = data.test
-        test.transform = preparation.transform()
+        data.test.transform = preparation.transform()  # type: ignore[attr-defined]
     batches = EvaluationBatches(data.test, batch_size=EVALUATION_BATCH, rank=0, replicas=1, num_workers=workers)
     found = evaluate(model, progress_bar(batches, len(batches), "evaluation", "batch"), device)
-    accuracies = found.pop("class_accuracy_percent")
-    return {**found, "class_accuracy_percent": dict(zip(own.classes, accuracies, strict=True))}
+    return {
+        "images": found["images"],
+        "loss": found["loss"],
+        "error_percent": found["error_percent"],
+        "top5_error_percent": found["top5_error_percent"],
+        "class_accuracy_percent": dict(zip(own.classes, found["class_accuracy_percent"], strict=True)),
+    }
 
 
 @torch.no_grad()

@@ -6,14 +6,18 @@ import json
 import os
 import resource
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import TypeAlias
 
 import torch.distributed as dist
 
 from tlgc_mp.engine.monitors import EPOCH, STEPS, Event, Monitors, naming
+from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.host import describe_run, replace_file
 from tlgc_mp.training.runs import METRICS, RESULT
 
+Line: TypeAlias = dict[str, float]
+"""Figures by name, among them ``epoch``, ``step`` and ``samples``."""
 _COUNTS = ("epoch", "step", "samples")
 
 
@@ -27,9 +31,9 @@ class Metrics:
         resumed: whether the run goes on from a checkpoint.
     """
 
-    def __init__(self, engine: Any, folder: str, first_epoch: int, *, resumed: bool) -> None:
+    def __init__(self, engine: Engine, folder: str, first_epoch: int, *, resumed: bool) -> None:
         self.path = os.path.join(folder, METRICS)
-        self._lines: list[dict[str, Any]] = []
+        self._lines: list[Line] = []
         self._folder = folder
         self._speaks = dist.get_rank() == 0
         self._engine = engine
@@ -44,12 +48,12 @@ class Metrics:
                     [e for line in self._lines if line["step"] >= engine.global_steps for e in _events(line)]
                 )
 
-    def _stays(self, line: dict[str, Any], first_epoch: int) -> bool:
+    def _stays(self, line: Line, first_epoch: int) -> bool:
         """Whether a line of a run that goes on in ``first_epoch``, or before its evaluation, is not told again."""
         return line["epoch"] < first_epoch if _of_epoch(line) else line["step"] <= self._engine.global_steps
 
     @property
-    def lines(self) -> list[dict[str, Any]]:
+    def lines(self) -> list[Line]:
         """Of the epochs."""
         return [line for line in self._lines if _of_epoch(line)]
 
@@ -64,7 +68,7 @@ class Metrics:
             file.write(json.dumps(line) + "\n")
         self._monitors.write(_events(line))
 
-    def write_result(self, run: dict[str, Any]) -> None:
+    def write_result(self, run: Mapping[str, object]) -> None:
         """Writes ``result.json``, the row of a finished ``run``: what it was, what came out, epoch by epoch, and
         where."""
         last = self.lines[-1]
@@ -80,7 +84,7 @@ class Metrics:
         }
         replace_file(os.path.join(self._folder, RESULT), json.dumps(result) + "\n")
 
-    def best(self, figure: str) -> dict[str, Any]:
+    def best(self, figure: str) -> Line:
         """The line of the epoch with the smallest ``figure``, the earliest of equals; empty where none has it."""
         lines = [line for line in self.lines if figure in line]
         return min(lines, key=lambda line: line[figure], default={})
@@ -92,18 +96,18 @@ def in_words(figure: str, value: float) -> str:
     return f"{name.removesuffix(' percent')} {value:.2f} %" if name.endswith(" percent") else f"{name} {value:.4f}"
 
 
-def _of_epoch(line: dict[str, Any]) -> bool:
+def _of_epoch(line: Line) -> bool:
     """Whether a line of the metrics file is of an epoch, and not of some steps."""
     return "loss" not in line
 
 
-def _events(line: dict[str, Any]) -> list[Event]:
+def _events(line: Line) -> list[Event]:
     """What the monitors are told of a line."""
     kind = EPOCH if _of_epoch(line) else STEPS
-    return [(f"{kind}/{key}", value, line["step"]) for key, value in line.items() if key not in _COUNTS]
+    return [(f"{kind}/{key}", value, int(line["step"])) for key, value in line.items() if key not in _COUNTS]
 
 
-def _read_lines(path: str) -> list[dict[str, Any]]:
+def _read_lines(path: str) -> list[Line]:
     """The whole lines of a metrics file; a line cut off by a crash is none."""
     lines = []
     try:

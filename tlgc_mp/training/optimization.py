@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import lr_scheduler
+from torch.optim.optimizer import ParamsT
 from torchvision.transforms import v2
 
 from tlgc_mp.data.streams import global_stream
+from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.training.settings import TrainSettings
 
 WARMUP_START = 0.01
 """The share of the rate that a warm-up begins with."""
 
+MakeOptimizer: TypeAlias = Callable[[ParamsT], torch.optim.Optimizer]
+MakeScheduler: TypeAlias = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
 
-def make_optimizer(settings: TrainSettings) -> Any:
+
+def make_optimizer(settings: TrainSettings) -> MakeOptimizer:
     recipe, rate = settings.method, settings.learning_rate
     if recipe.optimizer == "adamw":
         return lambda parameters: torch.optim.AdamW(parameters, lr=rate, weight_decay=recipe.weight_decay)
@@ -27,7 +33,7 @@ def make_optimizer(settings: TrainSettings) -> Any:
     )
 
 
-def make_scheduler(settings: TrainSettings, steps: int) -> Any:
+def make_scheduler(settings: TrainSettings, steps: int) -> MakeScheduler:
     """What makes the schedule of epochs of ``steps`` steps, which is stepped with the optimizer."""
     recipe, total = settings.method, settings.epochs * steps
     warmup = recipe.warmup_epochs * steps
@@ -68,7 +74,7 @@ class Loss:
         return F.cross_entropy(logits, labels, label_smoothing=self._smoothing)
 
 
-def change(engine: Any, settings: TrainSettings, steps: int, done: int) -> None:
+def change(engine: Engine, settings: TrainSettings, steps: int, done: int) -> None:
     """Gives an engine that was loaded the rate, the schedule and the factors of ``settings``, as after ``done`` steps
     of them.
 
@@ -88,4 +94,5 @@ def change(engine: Any, settings: TrainSettings, steps: int, done: int) -> None:
         schedule = make_scheduler(settings, steps)(optimizer)
         for _ in range(done):
             schedule.step()
-    engine.lr_scheduler.load_state_dict(schedule.state_dict())
+    if engine.lr_scheduler is not None:
+        engine.lr_scheduler.load_state_dict(schedule.state_dict())

@@ -5,17 +5,26 @@ Loads no torch.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tlgc_mp.training.settings import TrainSettings
+
+
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from typing import Any, TypedDict
 
 from tlgc_mp.data.catalog import DATASETS
 from tlgc_mp.errors import UsageError, one_of
+from tlgc_mp.json_types import JsonObject
 from tlgc_mp.models.names import (
     COARSE_INITS,
     CONVOLUTIONS,
     IMAGENET_WIDE_RESNET,
     MOBILENET_V2,
+    ModelArguments,
     check_coarse_level,
     check_model,
 )
@@ -28,16 +37,23 @@ _LONGEST_WAIT = 604_800
 """A week, in seconds."""
 
 
+class _Check(TypedDict):
+    """Whether a value can work, and what is said where it cannot."""
+
+    fits: Callable[[Any], bool]
+    refusal: str
+
+
 def _option(
     help: str,
     *flags: str,
-    default: Any = None,
+    default: object = None,
     described: bool = False,
     each_start: bool = False,
     bounds: tuple[int, int] | None = None,
     fits: Callable[[Any], bool] | None = None,
     refusal: str = "",
-    **argument: Any,
+    **argument: object,
 ) -> Any:
     """A field that is an option.
 
@@ -53,13 +69,13 @@ def _option(
     return field(default=default, metadata={**metadata, "refusal": refusal, "argument": {"help": help, **argument}})
 
 
-def _must(need: str, fits: Callable[[Any], bool]) -> dict[str, Any]:
+def _must(need: str, fits: Callable[[Any], bool]) -> _Check:
     """A check by ``fits``: ``0 or more; use 5, say``."""
     need, _, use = need.partition("; ")
     return {"fits": fits, "refusal": f"{{flag}} must be {need}, got {{value}}; {use}"}
 
 
-def _chosen(known: tuple[str, ...]) -> dict[str, Any]:
+def _chosen(known: tuple[str, ...]) -> _Check:
     return {"fits": lambda value: value in known, "refusal": f"{{flag}} must be {one_of(known)}, got {{value!r}}"}
 
 
@@ -226,7 +242,7 @@ class TrainOptions(ModelOptions):
         refusal=f"{{flag}}={{value:g}} is no time to wait; use 1 second or more, {_LONGEST_WAIT} at most",
         metavar="SECONDS",
     )
-    deepspeed_config: str | dict[str, Any] | None = _option(  # noqa: RUF009
+    deepspeed_config: str | JsonObject | None = _option(  # noqa: RUF009
         "a DeepSpeed configuration (default: ZeRO 1)", *("--deepspeed_config", "--deepspeed-config"), metavar="JSON"
     )
     profile: int | None = _option(
@@ -247,11 +263,11 @@ KEPT = tuple(sorted(each.name for each in fields(TrainOptions) if not each.metad
 """What a run writes for the next start."""
 
 
-def flags_of(option: Field[Any]) -> tuple[str, ...]:
+def flags_of(option: Field[object]) -> tuple[str, ...]:
     return option.metadata["flags"] or (f"--{option.name.replace('_', '-')}",)
 
 
-def check_options(options: Any) -> None:
+def check_options(options: Namespace) -> None:
     """Refuses a value that can work beside no other.
 
     Raises:
@@ -271,13 +287,19 @@ def check_options(options: Any) -> None:
             raise UsageError(about["refusal"].format(flag=flag, value=value))
 
 
-def check_network(options: Any) -> None:
+def check_network(options: Namespace | TrainSettings) -> None:
     """Refuses a network that there is none of."""
     check_model(options.model, options.conv, options.groups, options.num_classes, options.coarse_everywhere)
     check_coarse_level(options.conv, options.coarse_kernel_size, options.coarse_init)
 
 
-def model_arguments(options: Any, num_classes: int | None) -> dict[str, Any]:
+def model_arguments(options: Namespace | TrainSettings, num_classes: int | None) -> ModelArguments:
     """Those of :func:`~tlgc_mp.models.create_model` for a network of so many classes, but for its name."""
-    names = [option.name for option in fields(ModelOptions) if option.name != "model"]
-    return {**{name: getattr(options, name) for name in names}, "num_classes": num_classes}
+    return {
+        "conv": options.conv,
+        "groups": options.groups,
+        "num_classes": num_classes,
+        "coarse_everywhere": options.coarse_everywhere,
+        "coarse_kernel_size": options.coarse_kernel_size,
+        "coarse_init": options.coarse_init,
+    }

@@ -7,7 +7,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from tlgc_mp.errors import UsageError, is_count, shown
+from tlgc_mp.errors import UsageError, is_count, is_number, shown
 
 
 class Batches(Protocol):
@@ -46,7 +46,7 @@ def steps_of(batches: Batches, accumulation: int, limit_steps: int | None, whose
     return steps if limit_steps is None else min(limit_steps, steps)
 
 
-def check_arguments(batches: Any, *, seed: Any, save_seconds: Any, ema: Any, **counts: Any) -> None:
+def check_arguments(batches: object, *, seed: object, save_seconds: object, ema: object, **counts: object) -> None:
     """Refuses what a trainer was given that cannot work; ``counts`` are 1 or more, and some of them may be ``None``."""
     if not hasattr(batches, "__len__") or not hasattr(batches, "epoch"):
         raise UsageError(
@@ -58,11 +58,7 @@ def check_arguments(batches: Any, *, seed: Any, save_seconds: Any, ema: Any, **c
             raise UsageError(f"{name} must be 1 or more, got {shown(value)}; give an int")
     if not isinstance(seed, int):
         raise UsageError(f"seed must be an int, got {shown(seed)}; use 0, say")
-    if save_seconds is not None and not (_is_number(save_seconds) and save_seconds > 0):
+    if save_seconds is not None and not (is_number(save_seconds) and save_seconds > 0):
         raise UsageError(f"save_seconds must be a positive number, got {shown(save_seconds)}; use 600, say")
-    if ema is not None and not (_is_number(ema) and 0 < ema < 1):
+    if ema is not None and not (is_number(ema) and 0 < ema < 1):
         raise UsageError(f"ema must be more than 0 and less than 1, got {shown(ema)}; use 0.999, say")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import cast
 
 from torch import Tensor
 
+from tlgc_mp.checkpoint.folder import Progress, Run
 from tlgc_mp.checkpoint.weights import load_weights
 from tlgc_mp.data import Datasets, EvaluationBatches, TrainingBatches
+from tlgc_mp.engine.config import section
+from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.errors import UsageError
+from tlgc_mp.json_types import JsonObject
 from tlgc_mp.training import optimization
 from tlgc_mp.training.changes import changes, place
 from tlgc_mp.training.evaluation import to_device, wide
@@ -32,7 +36,12 @@ class RecipeTrainer(Trainer):
     """
 
     def __init__(
-        self, settings: TrainSettings, engine: Any, data: Datasets, batches: TrainingBatches, tests: EvaluationBatches
+        self,
+        settings: TrainSettings,
+        engine: Engine,
+        data: Datasets,
+        batches: TrainingBatches,
+        tests: EvaluationBatches,
     ) -> None:
         super().__init__(
             engine,
@@ -74,7 +83,7 @@ class RecipeTrainer(Trainer):
 
     def _change(self) -> None:
         """Goes on with the rate, the schedule and the batch of the settings, where they are not those of the run."""
-        saved, progress = self._resumed["run"], self._resumed["progress"]
+        saved, progress = cast(Run, self._resumed["run"]), cast(Progress, self._resumed["progress"])
         if not (changed := changes(self.settings, saved)):
             return
         self.step = place(self.settings, saved, progress, self.steps)
@@ -91,14 +100,16 @@ class RecipeTrainer(Trainer):
     def after_step(self) -> None:
         self.profiler.step()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         return {
-            "run": self.settings.description(),
+            "run": cast(JsonObject, self.settings.description()),
             "progress": super().state_dict(),
             "num_classes": len(self.preparation.classes),
             "images": self.preparation.entry(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: JsonObject) -> None:
         self._resumed = state
-        super().load_state_dict({**state["progress"], "steps": self.steps})  # of another length: _change minds it
+        super().load_state_dict(
+            {**section(state, "progress"), "steps": self.steps}
+        )  # of another length: _change minds it

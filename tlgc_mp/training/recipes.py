@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 from tlgc_mp.errors import UsageError, one_of
+from tlgc_mp.json_types import JsonObject
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("step", "cosine", "onecycle")
@@ -78,7 +79,7 @@ def default_recipe(dataset: str) -> str:
     return dataset if dataset in RECIPES else "cifar"
 
 
-def with_flags(recipe: Recipe, options: Any, config: dict[str, Any]) -> Recipe:
+def with_flags(recipe: Recipe, options: Namespace, config: JsonObject) -> Recipe:
     """``recipe`` as the flags in ``options`` have it.
 
     Raises:
@@ -106,7 +107,7 @@ def with_flags(recipe: Recipe, options: Any, config: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def departures(name: str, recipe: Recipe) -> dict[str, Any]:
+def departures(name: str, recipe: Recipe) -> JsonObject:
     """What of ``recipe`` is otherwise than in the one of that name, but for epochs, batch and rate."""
     base = RECIPES[name]
     differing = [field.name for field in fields(Recipe) if getattr(recipe, field.name) != getattr(base, field.name)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import Any
 
 import torch.distributed as dist
 
@@ -26,7 +25,7 @@ class SaveSchedule:
         self._since = time.monotonic()
         self._prefix, self._number = f"tlgc_mp/save_before_step/{next(_runs)}", 0
         self._posted = False
-        self._store: Any = dist.distributed_c10d._get_default_store()
+        self._store: dist.Store = dist.distributed_c10d._get_default_store()
 
     def due(self, epoch_step: int, step: int, busy: bool) -> bool:
         """Whether all ranks save before ``step``, which counts up by one from call to call on every rank alike.

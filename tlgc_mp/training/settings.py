@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from argparse import Namespace
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import cast
 
-from tlgc_mp.checkpoint.folder import find_checkpoint, saved_run
+from tlgc_mp.checkpoint.folder import Run, find_checkpoint, saved_run
 from tlgc_mp.data import check_dataset
 from tlgc_mp.engine.compiled import check_compiled
-from tlgc_mp.engine.config import check_values, read_config, tensor_parallel_size, zero_stage
-from tlgc_mp.errors import UsageError, is_count, shown
+from tlgc_mp.engine.config import check_values, read_config, section, tensor_parallel_size, zero_stage
+from tlgc_mp.errors import UsageError, is_count, is_number, shown
 from tlgc_mp.host import usable_cores
+from tlgc_mp.json_types import JsonObject
 from tlgc_mp.models.names import check_split, library_model
 from tlgc_mp.parallel.topology import Launch, Topology, default_tensor_parallel
 from tlgc_mp.training.changes import check_resumed, find_resumed, named_here
@@ -25,7 +27,7 @@ from tlgc_mp.training.options import TrainOptions, check_network, check_options
 from tlgc_mp.training.recipes import Recipe, default_recipe, departures, find_recipe, with_flags
 from tlgc_mp.training.runs import check_free
 
-DEFAULT_CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 1}}
+DEFAULT_CONFIG: JsonObject = {"zero_optimization": {"stage": 1}}
 """The DeepSpeed configuration where none is given."""
 
 
@@ -50,7 +52,7 @@ class TrainSettings(TrainOptions):
     learning_rate: float
     workers: int
     output_dir: str
-    deepspeed_config: dict[str, Any]
+    deepspeed_config: JsonObject
     method: Recipe
     micro_batch: int
     accumulation: int
@@ -58,10 +60,10 @@ class TrainSettings(TrainOptions):
     resume_from: tuple[str, str] | None
     fingerprint: str | None = None
 
-    def description(self) -> dict[str, Any]:
+    def description(self) -> Run:
         """What the run is: the model, what it trains on and how, and how it is spread over ranks."""
         described = [option.name for option in fields(TrainOptions) if option.metadata["described"]]
-        return {
+        run = {
             **{name: getattr(self, name) for name in described},
             "data_dir": None if self.data_dir is None else os.path.abspath(self.data_dir),
             "data_fingerprint": self.fingerprint,
@@ -71,9 +73,10 @@ class TrainSettings(TrainOptions):
             "zero_stage": zero_stage(self.deepspeed_config),
             "accumulation": self.accumulation,
         }
+        return cast(Run, run)
 
 
-def resolve(options: Any, launch: Launch) -> TrainSettings:
+def resolve(options: Namespace, launch: Launch) -> TrainSettings:
     """Turns parsed command-line ``options`` into a complete run.
 
     Raises:
@@ -138,7 +141,7 @@ def resolve(options: Any, launch: Launch) -> TrainSettings:
     return settings
 
 
-def output_folder(options: Any) -> str:
+def output_folder(options: Namespace) -> str:
     """Where a run with the parsed ``options`` writes."""
     if options.output_dir:
         return str(options.output_dir)
@@ -150,7 +153,7 @@ def output_folder(options: Any) -> str:
     return os.path.join("runs", f"{options.model.replace(':', '-')}-{options.conv}-{options.groups}-{data}")
 
 
-def _topology(options: Any, config: dict[str, Any], launch: Launch) -> Topology:
+def _topology(options: Namespace, config: JsonObject, launch: Launch) -> Topology:
     """P from --tp or the configuration, which must agree; put into the configuration."""
     configured = tensor_parallel_size(config)
     if options.tp is not None and configured is not None and options.tp != configured:
@@ -164,14 +167,14 @@ def _topology(options: Any, config: dict[str, Any], launch: Launch) -> Topology:
     check_split(options.model, options.conv, options.groups, ranks)
     topology = Topology(launch.world, launch.rank, ranks)
     if ranks > 1:
-        config["tensor_parallel"] = {**config.get("tensor_parallel", {}), "autotp_size": ranks}
+        config["tensor_parallel"] = {**section(config, "tensor_parallel"), "autotp_size": ranks}
     else:
         config.pop("tensor_parallel", None)
     return topology
 
 
 def _batches(
-    options: Any, config: dict[str, Any], recipe: Recipe, topology: Topology, saved: dict[str, Any] | None
+    options: Namespace, config: JsonObject, recipe: Recipe, topology: Topology, saved: Run | None
 ) -> tuple[int, int]:
     """(micro-batch a replica, micro-batches a step), from --batch-size and the configuration, which must agree.
 
@@ -179,7 +182,7 @@ def _batches(
     however many replicas there are now.
     """
     replicas = topology.data_parallel
-    given = {}
+    given: dict[str, int] = {}
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         value = config.get(key)
         if value in (None, "auto"):
@@ -224,21 +227,20 @@ def _batches(
     return micro, accumulation
 
 
-def _learning_rate(options: Any, config: dict[str, Any], recipe: Recipe) -> float:
+def _learning_rate(options: Namespace, config: JsonObject, recipe: Recipe) -> float:
     """The initial rate, from --learning-rate, the configuration's optimizer or the recipe."""
-    optimizer = config.get("optimizer")
-    if optimizer is None:
+    if config.get("optimizer") is None:
         if zero_stage(config) > 0:
             config.setdefault("zero_allow_untested_optimizer", True)
         return recipe.learning_rate if options.learning_rate is None else options.learning_rate
-    params = optimizer.get("params") if isinstance(optimizer, dict) else None
-    rate = params.get("lr") if isinstance(params, dict) else None
+    optimizer = section(config, "optimizer")
+    rate = section(optimizer, "params").get("lr")
     if rate is None or not isinstance(optimizer.get("type"), str):
         raise UsageError(
-            f"optimizer={shown(optimizer)} in the DeepSpeed configuration names no type or no learning rate; "
+            f"optimizer={shown(config['optimizer'])} in the DeepSpeed configuration names no type or no learning rate; "
             'use {"type": ..., "params": {"lr": ...}}'
         )
-    if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate <= sys.float_info.max:
+    if not is_number(rate) or not 0 < rate <= sys.float_info.max:
         raise UsageError(
             f"optimizer.params.lr={shown(rate)} in the DeepSpeed configuration is not a positive number; use 0.1, say"
         )

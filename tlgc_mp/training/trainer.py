@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tlgc_mp.checkpoint import CheckpointSaver, load_checkpoint
-from tlgc_mp.checkpoint.folder import CHECKPOINTS, find_checkpoint, mark_best
+from tlgc_mp.checkpoint.folder import CHECKPOINTS, Progress, find_checkpoint, mark_best
 from tlgc_mp.checkpoint.loader import all_or_none
 from tlgc_mp.data import EvaluationBatches
 from tlgc_mp.data.streams import stream_seed
+from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.errors import UsageError, shown
 from tlgc_mp.host import as_path
+from tlgc_mp.json_types import JsonObject
 from tlgc_mp.training.averaging import Average
 from tlgc_mp.training.changes import RESUME_AUTO, find_resumed
 from tlgc_mp.training.console import progress_bar, say
@@ -76,7 +78,7 @@ class Trainer:
 
     def __init__(
         self,
-        engine: Any,
+        engine: Engine,
         batches: Batches,
         tests: EvaluationBatches | None = None,
         *,
@@ -147,9 +149,9 @@ class Trainer:
         if self.tests is None:
             return {}
         found = evaluate(self.engine, self.test_batches(), self.engine.device)
-        return {key: found[key] for key in ("loss", "error_percent")}
+        return {"loss": found["loss"], "error_percent": found["error_percent"]}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         """The position in the training, as JSON can hold it; checkpoints keep it beside the engine's state."""
         return {
             "epoch": self.epoch,
@@ -161,7 +163,7 @@ class Trainer:
             "learning_rate": self.rate,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: JsonObject) -> None:
         """Restores what :meth:`state_dict` returned.
 
         Raises:
@@ -169,14 +171,15 @@ class Trainer:
         """
         if missing := [key for key in Trainer.state_dict(self) if key not in state]:
             raise UsageError(f"the checkpoint must be one that a Trainer saved, got one without {missing[0]!r}")
-        if state["steps"] != self.steps:
+        progress = cast(Progress, state)
+        if progress["steps"] != self.steps:
             raise UsageError(
-                f"the checkpoint must be of epochs of {self.steps} steps, got {shown(state['steps'])}; train on the "
+                f"the checkpoint must be of epochs of {self.steps} steps, got {shown(progress['steps'])}; train on the "
                 "same data, with the same batch size"
             )
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.train_seconds, self.data_seconds = state["train_seconds"], state["data_seconds"]
-        self.rate, self._seconds = state["learning_rate"], state["seconds"]
+        self.epoch, self.step = progress["epoch"], progress["step"]
+        self.train_seconds, self.data_seconds = progress["train_seconds"], progress["data_seconds"]
+        self.rate, self._seconds = progress["learning_rate"], progress["seconds"]
 
     # What a program calls.
 

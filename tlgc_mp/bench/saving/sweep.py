@@ -13,7 +13,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from tlgc_mp.bench.report import describe, table
 from tlgc_mp.bench.settings import check_counts, check_ranks, output_folder
 from tlgc_mp.bench.zero.sweep import TrainingEngine
 from tlgc_mp.errors import UsageError
-from tlgc_mp.host import describe_run, replace_file
+from tlgc_mp.host import Provenance, describe_run, replace_file
 from tlgc_mp.models.names import check_model, check_split
 
 Row = dict[str, Any]
@@ -61,7 +61,7 @@ class SavingSettings:
     time_limit: float
 
 
-def resolve(options: Any) -> SavingSettings:
+def resolve(options: Namespace) -> SavingSettings:
     """Turns parsed command-line ``options`` into a complete run.
 
     Raises:
@@ -141,7 +141,7 @@ def make_row(settings: SavingSettings, ranks: list[dict[str, Any]]) -> Row:
     }
 
 
-def markdown(row: Row, description: Mapping[str, Any]) -> str:
+def markdown(row: Row, description: Provenance) -> str:
     """The row as a table, with where it comes from."""
     lines = [[text, f"{row['median'][name]:.3f}"] for name, text in _LINES]
     rounds = len(row["samples"]["plain"])

@@ -16,7 +16,8 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +35,7 @@ from tlgc_mp.bench.settings import (
 )
 from tlgc_mp.errors import UsageError
 from tlgc_mp.figures import COLORS, caption, machine_of, pyplot, rounded, save
-from tlgc_mp.host import describe_run, replace_file
+from tlgc_mp.host import Machine, Provenance, describe_run, replace_file
 
 STRATEGIES = ("gc-2l", "gc", "channel-parallel", "naive-mp", "zero3")
 RATES = (UNLIMITED, "1gbit", "100mbit", "20mbit")
@@ -98,7 +99,7 @@ class Row:
         return 0.0 if bits is None else 8 * self.network_bytes / bits
 
 
-def resolve(options: Any) -> BandwidthSettings:
+def resolve(options: Namespace) -> BandwidthSettings:
     """Turns parsed command-line ``options`` into a complete run.
 
     Raises:
@@ -216,7 +217,7 @@ step is longer by is less where they travel under the computation. In the coarse
 or waits for them."""
 
 
-def markdown(rows: list[Row], case: Case, description: Mapping[str, Any]) -> str:
+def markdown(rows: list[Row], case: Case, description: Provenance) -> str:
     """The rows as a table, with where they come from and how to read them."""
     lines = [_line(row, rows) for row in rows]
     return "\n".join(
@@ -253,7 +254,7 @@ def _line(row: Row, rows: list[Row]) -> list[str]:
     ]
 
 
-def plot(rows: list[Row], case: Case, machine: Mapping[str, Any], folder: str) -> None:
+def plot(rows: list[Row], case: Case, machine: Machine, folder: str) -> None:
     """Writes ``bandwidth.png`` and ``bandwidth.svg`` to ``folder``."""
     plt = pyplot()
     rates = list(dict.fromkeys(row.rate for row in rows))

@@ -11,6 +11,7 @@ from typing import Any
 from tlgc_mp.bench.scaling import capacity
 from tlgc_mp.bench.settings import IMAGE_SIZE
 from tlgc_mp.figures import COLORS, caption, machine_of, one_or_more, pyplot, save
+from tlgc_mp.host import Machine
 
 Row = dict[str, Any]
 
@@ -46,7 +47,7 @@ def formulas(row: Row) -> dict[str, float]:
     }
 
 
-def plot(rows: list[Row], machine: dict[str, Any], folder: str) -> None:
+def plot(rows: list[Row], machine: Machine, folder: str) -> None:
     """Writes ``growth.png`` and ``growth.svg`` to ``folder``, if ``rows`` show growth."""
     lines = curves(rows)
     if not lines:

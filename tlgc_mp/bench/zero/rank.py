@@ -18,6 +18,7 @@ from tlgc_mp.bench.settings import IMAGE_SIZE, NUM_CLASSES
 from tlgc_mp.bench.zero.sweep import BOUNDED, OWN, STAGES, TrainingEngine, bounds
 from tlgc_mp.engine import initialize
 from tlgc_mp.engine.memory import engine_memory, peak_during_backward
+from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.host import keep_freed_memory, return_freed_memory
 from tlgc_mp.models import create_model
 from tlgc_mp.parallel.topology import Topology
@@ -73,7 +74,7 @@ def training_engine(
     return engine, step
 
 
-def _moments(engine: Any, step: Callable[..., None]) -> dict[str, dict[str, int]]:
+def _moments(engine: Engine, step: Callable[..., None]) -> dict[str, dict[str, int]]:
     """What the engine holds in a step: ``in_backward``, ``after_backward`` and ``at_step``."""
     after_backward: dict[str, int] = {}
     at_step: dict[str, int] = {}

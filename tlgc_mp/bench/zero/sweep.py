@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from tlgc_mp.bench.ranks import launch
 from tlgc_mp.bench.report import describe, table
 from tlgc_mp.bench.settings import check_counts, check_ranks, output_folder
 from tlgc_mp.errors import UsageError
-from tlgc_mp.host import describe_run, replace_file
+from tlgc_mp.host import Provenance, describe_run, replace_file
 from tlgc_mp.models.names import check_model, check_split
 
 STAGES = (0, 1, 2, 3)
@@ -52,7 +52,7 @@ class ZeroSettings:
     time_limit: float
 
 
-def resolve(options: Any) -> ZeroSettings:
+def resolve(options: Namespace) -> ZeroSettings:
     """Turns parsed command-line ``options`` into a complete run.
 
     Raises:
@@ -207,7 +207,7 @@ What DeepSpeed holds beyond the promise, and what removes it:
   nothing is said."""
 
 
-def markdown(settings: ZeroSettings, rows: list[Row], description: Mapping[str, Any]) -> str:
+def markdown(settings: ZeroSettings, rows: list[Row], description: Provenance) -> str:
     """The rows as a table, in MB, with where they come from and how to read them."""
     return "\n".join(
         [
