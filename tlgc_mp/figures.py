@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
 import os
 from collections.abc import Iterable
-from typing import Any
+from types import ModuleType
 
 from tlgc_mp.host import Machine
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # told apart by colour-blind readers too
 
 
-def pyplot() -> Any:
+def pyplot() -> ModuleType:
     """Matplotlib's, which draws into files."""
     import matplotlib
 
@@ -32,12 +38,12 @@ def one_or_more(what: str, values: Iterable[object]) -> str:
     return f"{what} {', '.join(str(value) for value in dict.fromkeys(values))}"
 
 
-def caption(figure: Any, *said: str) -> None:
+def caption(figure: Figure, *said: str) -> None:
     """Writes the conditions of a measurement above what is drawn."""
     figure.suptitle("; ".join(said), fontsize="small")
 
 
-def save(figure: Any, path: str) -> None:
+def save(figure: Figure, path: str) -> None:
     """Writes ``path.png`` and ``path.svg``, each whole or not at all."""
     for suffix in ("png", "svg"):
         figure.savefig(f"{path}.tmp.{suffix}", dpi=150)

@@ -19,7 +19,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, get_args
 
 from tlgc_mp.bench.report import describe, table
 from tlgc_mp.bench.settings import check_counts, output_folder
@@ -27,7 +27,34 @@ from tlgc_mp.host import Provenance, describe_run, replace_file
 from tlgc_mp.models.names import check_model
 from tlgc_mp.paper.printed import printed_rows
 
-Row = dict[str, Any]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Clock: TypeAlias = Literal["torch_ms", "onnx_ms"]
+CLOCKS: tuple[Clock, ...] = get_args(Clock)
+
+
+class Row(TypedDict):
+    """A form of a network; what cannot be had is ``None``.
+
+    ``flops`` an image; ``bytes`` of its safetensors file; ``torch_ms`` and ``onnx_ms`` of a call, medians of CPU time;
+    ``nodes`` of the ONNX graph; ``difference`` of its outputs from those of the form that is trained, relative to the
+    largest; ``paper_error``, percent.
+    """
+
+    model: str
+    conv: str
+    groups: int
+    folded: bool
+    parameters: int
+    flops: int
+    bytes: int
+    difference: float
+    paper_error: float | None
+    torch_ms: float | None
+    onnx_ms: float | None
+    nodes: int | None
+
 
 CONVOLUTIONS = ("sc", "gc", "gc-2l")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -83,13 +110,7 @@ def run(settings: InferenceSettings) -> int:
 
 
 def measure(name: str, settings: InferenceSettings) -> list[Row]:
-    """A row for each form of the model ``name``.
-
-    ``model``, ``conv``, ``groups``, ``folded``; ``parameters``; ``flops`` an image; ``bytes`` of its safetensors file;
-    ``torch_ms`` and ``onnx_ms`` of a call, medians of CPU time; ``nodes`` of the ONNX graph; ``difference`` of its
-    outputs from those of the form that is trained, relative to the largest; ``paper_error``, percent. What cannot be
-    had is ``None``.
-    """
+    """A row for each form of the model ``name``."""
     import torch
     from safetensors.torch import save
 
@@ -98,7 +119,7 @@ def measure(name: str, settings: InferenceSettings) -> list[Row]:
     size = SMALL_IMAGES if name.startswith("wrn-") else LARGE_IMAGES
     images = torch.randn(settings.batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
     rows: list[Row] = []
-    calls: dict[tuple[int, str], Callable[[], Any]] = {}
+    calls: dict[tuple[int, Clock], Callable[[], object]] = {}
     with _one_thread(), torch.no_grad(), torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         for conv in CONVOLUTIONS:
@@ -108,20 +129,27 @@ def measure(name: str, settings: InferenceSettings) -> list[Row]:
             expected = trained(images)
             for model in (trained, fold(trained)):
                 found = model(images)
-                row: Row = {"model": name, "conv": conv, "groups": groups, "folded": model is not trained}
-                row["parameters"] = sum(param.numel() for param in model.parameters())
-                row["flops"] = flops(model, images[:1])
-                row["bytes"] = len(save({key: value.contiguous() for key, value in model.state_dict().items()}))
-                row["difference"] = float((found - expected).abs().max() / expected.abs().max())
-                row["paper_error"] = paper_error(name, conv, groups)
-                row["torch_ms"] = row["onnx_ms"] = row["nodes"] = None
+                row: Row = {
+                    "model": name,
+                    "conv": conv,
+                    "groups": groups,
+                    "folded": model is not trained,
+                    "parameters": sum(param.numel() for param in model.parameters()),
+                    "flops": flops(model, images[:1]),
+                    "bytes": len(save({key: value.contiguous() for key, value in model.state_dict().items()})),
+                    "difference": float((found - expected).abs().max() / expected.abs().max()),
+                    "paper_error": paper_error(name, conv, groups),
+                    "torch_ms": None,
+                    "onnx_ms": None,
+                    "nodes": None,
+                }
                 index = len(rows)
                 rows.append(row)
                 calls[index, "torch_ms"] = lambda model=model: model(images)  # type: ignore[misc]
                 session = _session(model, images, os.path.join(folder, f"{index}.onnx"))
                 if session is not None:
                     row["nodes"], calls[index, "onnx_ms"] = session
-        samples: dict[tuple[int, str], list[float]] = {key: [] for key in calls}
+        samples: dict[tuple[int, Clock], list[float]] = {key: [] for key in calls}
         for turn in range(settings.rounds + 1):
             for key, call in calls.items():
                 start = time.process_time()
@@ -145,7 +173,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def flops(model: Any, images: Any) -> int:
+def flops(model: nn.Module, images: Tensor) -> int:
     """Of the convolutions and linear layers of a call; a multiplication and an addition are two."""
     from torch import nn
 
@@ -153,11 +181,12 @@ def flops(model: Any, images: Any) -> int:
 
     total = 0
 
-    def count(module: Any, inputs: Any, output: Any) -> None:
+    def count(module: nn.Module, inputs: tuple[object, ...], output: Tensor) -> None:
         nonlocal total
         if isinstance(module, nn.Linear):
             total += 2 * output.shape[0] * module.weight.numel()
             return
+        assert isinstance(module, nn.Conv2d | TwoLevelConv2d)
         needed = module.weight.numel()
         if isinstance(module, TwoLevelConv2d):
             needed += module.restriction.numel() + module.out_channels * module.groups
@@ -179,7 +208,7 @@ def paper_error(name: str, conv: str, groups: int) -> float | None:
     return None
 
 
-def _session(model: Any, images: Any, path: str) -> tuple[int, Callable[[], Any]] | None:
+def _session(model: nn.Module, images: Tensor, path: str) -> tuple[int, Callable[[], object]] | None:
     """(the nodes of the model's graph, a call of it in ONNX Runtime), where that is installed."""
     if any(importlib.util.find_spec(package) is None for package in ONNX_PACKAGES):
         return None
@@ -227,9 +256,9 @@ def markdown(rows: list[Row], description: Provenance) -> str:
 def _line(row: Row, rows: list[Row]) -> list[str]:
     (dense,) = (r for r in rows if r["model"] == row["model"] and r["conv"] == "sc" and r["folded"])
     times = []
-    for clock in ("torch_ms", "onnx_ms"):
-        known = row[clock] is not None and dense[clock] is not None
-        times += [f"{row[clock]:.2f}", f"{row[clock] / dense[clock]:.2f}"] if known else ["", ""]
+    for clock in CLOCKS:
+        own, of_dense = row[clock], dense[clock]
+        times += ["", ""] if own is None or of_dense is None else [f"{own:.2f}", f"{own / of_dense:.2f}"]
     kind = row["conv"] + (f", N = {row['groups']}" if row["groups"] > 1 else "") + (", folded" if row["folded"] else "")
     return [
         row["model"],

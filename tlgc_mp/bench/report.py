@@ -8,15 +8,13 @@ naive model parallelism at w = 60 and 80; its GC-2L network on N GPUs.
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from tlgc_mp.bench.scaling import growth
+from tlgc_mp.bench.scaling.rows import Row
 from tlgc_mp.figures import COLORS, caption, machine_of, one_or_more, pyplot, rounded, save
 from tlgc_mp.host import Machine, Provenance, replace_file
 from tlgc_mp.models.names import parse_model
 from tlgc_mp.paper.printed import printed_rows
-
-Row = dict[str, Any]
 
 PAPER_HOURS = {(parse_model(row.model)[1], row.groups): row.hours for row in printed_rows() if row.hours is not None}
 """(w, N) -> hours, as printed in Table 2; N = 1 is the dense network."""

@@ -6,7 +6,7 @@ import os
 import time
 from argparse import Namespace
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
 from tlgc_mp.bench.ranks.launch import Request
 from tlgc_mp.errors import UsageError, divisors, one_of
@@ -79,14 +79,73 @@ class Case:
         """The convolution of the network."""
         return STRATEGIES[self.strategy]
 
-    def steps(self, **others: Any) -> Steps:
-        """What is asked of the ranks to measure this case; ``others`` is what it leaves open."""
-        named = ("strategy", "depth", "width", "groups", "batch_size", "activation_checkpointing")
-        return Steps(**{name: getattr(self, name) for name in named}, **others)
+    def steps(self, *, dtype: str, momentum: bool, update_in_backward: bool, micro_batches: int, steps: int) -> Steps:
+        """What is asked of the ranks to measure this case; the arguments are what it leaves open."""
+        return Steps(
+            strategy=self.strategy,
+            depth=self.depth,
+            width=self.width,
+            groups=self.groups,
+            batch_size=self.batch_size,
+            activation_checkpointing=self.activation_checkpointing,
+            dtype=dtype,
+            momentum=momentum,
+            update_in_backward=update_in_backward,
+            micro_batches=micro_batches,
+            steps=steps,
+        )
+
+
+class Calls(TypedDict):
+    """Of one kind of collective in a step."""
+
+    calls: int
+    seconds: float
+    bytes: int
+
+
+class Memory(TypedDict):
+    """Of a rank, in bytes, as the optimizer is about to step."""
+
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+
+class InstrumentedFigures(Memory):
+    """What meters that would slow the timed steps find: ``accounting`` and ``collectives`` by kind,
+    ``busy_device_seconds`` of a step (``None`` on the CPU)."""
+
+    accounting: dict[str, float]
+    busy_device_seconds: float | None
+    collectives: dict[str, Calls]
+    collective_seconds: float
+    collective_bytes: float
+    coarse_seconds: float
+    activation_bytes: int
+
+
+class StepFigures(InstrumentedFigures):
+    """What a training step costs a rank: ``seconds`` and ``busy_cpu_seconds`` of each timed step, ``network_bytes``
+    that its host sent in one."""
+
+    seconds: list[float]
+    busy_cpu_seconds: list[float]
+    network_bytes: float
+    flops: int
+    peak_memory_bytes: int
+
+
+class CoreFigures(TypedDict):
+    """The best rate of a rank, and the name and the free memory of its accelerator, where it has one."""
+
+    best_flops_per_second: float
+    device: str | None
+    device_memory_bytes: int | None
 
 
 @dataclass(frozen=True)
-class Steps(Request):
+class Steps(Request[StepFigures]):
     """Training steps of a case.
 
     Attributes:
@@ -112,7 +171,7 @@ class Steps(Request):
 
 
 @dataclass(frozen=True)
-class CoreRate(Request):
+class CoreRate(Request[CoreFigures]):
     """The best rate of a dense 3x3 convolution."""
 
     measured_by: ClassVar[str] = "tlgc_mp.bench.scaling.rank:measure_core_rate"

@@ -13,7 +13,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, NoReturn, TypeAlias, TypedDict, cast
+from typing import NoReturn, TypeAlias, TypedDict, cast
 
 from tlgc_mp.checkpoint.folder import BEST, CHECKPOINTS, DESCRIPTION, LATEST
 from tlgc_mp.engine.config import read_config
@@ -45,14 +45,16 @@ class Parser(argparse.ArgumentParser):
 
     has_commands = False
 
-    def add_subparsers(self, **options: Any) -> Commands:  # type: ignore[override]
+    def add_subparsers(self, **options: object) -> Commands:  # type: ignore[override]
         self.has_commands = True
-        return super().add_subparsers(**options)
+        return super().add_subparsers(**options)  # type: ignore[call-overload,no-any-return]
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Namespace | None = None
+    ) -> tuple[Namespace, list[str]]:
         words = sys.argv[1:] if args is None else list(args)
         if not words and self.has_commands:
             self.print_help()

@@ -5,16 +5,22 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TypeAlias, TypeVar
 
 import torch
+from torch import nn
 
+from tlgc_mp.engine.elementwise import Group
 from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.engine.schedules import check_steps_alone
 from tlgc_mp.errors import UsageError, is_count
 
+Parameters: TypeAlias = Iterable[torch.Tensor] | Iterable[Group]
+"""Of an optimizer: parameters, or groups of them."""
+T = TypeVar("T")
 
-def retarget(parameters: Any, replaced: dict[int, Any]) -> Any:
+
+def retarget(parameters: Parameters | None, replaced: dict[int, nn.Parameter]) -> list[object] | None:
     """``model_parameters`` (parameters, or groups of them) with every whole parameter replaced by its share."""
     if parameters is None:
         return None
@@ -27,7 +33,7 @@ def retarget(parameters: Any, replaced: dict[int, Any]) -> Any:
     ]
 
 
-def retarget_optimizer(optimizer: Any, replaced: dict[int, Any]) -> Any:
+def retarget_optimizer(optimizer: T, replaced: dict[int, nn.Parameter]) -> T:
     """``optimizer`` over the shares; a callable is passed on, to be called with them.
 
     Raises:
@@ -40,19 +46,19 @@ def retarget_optimizer(optimizer: Any, replaced: dict[int, Any]) -> Any:
     for group in optimizer.param_groups:
         group["params"] = retarget(group["params"], replaced)
     if optimizer.state:  # Adagrad makes its own when it is made
-        kind: Any = type(optimizer)
+        kind: Callable[..., torch.optim.Optimizer] = type(optimizer)
         try:
             state = kind([dict(group) for group in optimizer.param_groups], **optimizer.defaults).state
         except TypeError:
             raise UsageError(
-                f"optimizer must hold no state of the whole parameters, got a {kind.__name__} that does; give a "
-                "callable that makes it"
+                f"optimizer must hold no state of the whole parameters, got a {type(optimizer).__name__} that does; "
+                "give a callable that makes it"
             ) from None
         optimizer.state = state
     return optimizer
 
 
-def _is_zero(step: Any) -> bool:
+def _is_zero(step: torch.Tensor | float) -> bool:
     return (isinstance(step, torch.Tensor) and step.is_meta) or float(step) == 0
 
 
@@ -70,7 +76,7 @@ def keep_optimizer(engine: Engine) -> None:
             zero._link_all_hp_params()
 
 
-def check_kinds(optimizer: Any, model_parameters: Any, lr_scheduler: Any, port: Any, seed: Any) -> None:
+def check_kinds(optimizer: object, model_parameters: object, lr_scheduler: object, port: object, seed: object) -> None:
     """Refuses arguments of which DeepSpeed would make something else, or an error of its own."""
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer) and not callable(optimizer):
         raise UsageError(f"optimizer={optimizer!r} is none; give a torch optimizer, or a callable that makes one")
@@ -111,11 +117,11 @@ class OwnCode:
         error: what it raised.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., object]) -> None:
         self.function = function
         self.error: BaseException | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         try:
             return self.function(*args, **kwargs)
         except Exception as error:
@@ -129,7 +135,7 @@ _NOT_THE_USERS = {
 }
 
 
-def is_own_error(error: BaseException, *given: Any) -> bool:
+def is_own_error(error: BaseException, *given: object) -> bool:
     """Whether ``error`` came out of the user's own code, of which ``given`` are what DeepSpeed was to call: the length
     of a data set or a layer's ``to`` is called, too."""
     if any(isinstance(code, OwnCode) and code.error is error for code in given):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.errors import UsageError
@@ -70,16 +70,19 @@ def _compile(module: nn.Module, backend: str) -> None:
 
     eager = module.forward
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> object:
         return eager(*args, **kwargs)
 
     # What has been compiled is kept, and its number limited, by code object: this module gets one of its own.
     own = FunctionType(forward.__code__.replace(), globals(), "forward", None, forward.__closure__)
     # Random numbers are torch's own then, and not those that the compiler would draw.
+    options: dict[str, str | int | bool | Callable[..., object]] | None
     options = {"fallback_random": True} if backend == "inductor" else None
-    compiled: Any = torch.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)  # type: ignore[arg-type]
+    compiled: Callable[..., object] = torch.compile(
+        own, fullgraph=True, dynamic=False, backend=backend, options=options
+    )
 
-    def training_or_not(*args: Any, **kwargs: Any) -> Any:
+    def training_or_not(*args: object, **kwargs: object) -> object:
         return compiled(*args, **kwargs) if module.training else eager(*args, **kwargs)
 
     module.forward = training_or_not

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from typing import TypeAlias, cast
 
 from tlgc_mp.errors import UsageError, is_count, is_number, shown
 from tlgc_mp.json_types import Json, JsonObject
 
+Config: TypeAlias = "str | os.PathLike[str] | Mapping[str, object]"
+"""As callers give it: a path, or what a JSON file could hold."""
 
-def read_config(config: object) -> JsonObject:
+
+def read_config(config: Config) -> JsonObject:
     """A copy of a configuration given as a mapping, or as the path of a JSON file (HJSON, as DeepSpeed reads it).
 
     Raises:
@@ -19,7 +23,7 @@ def read_config(config: object) -> JsonObject:
     """
     if isinstance(config, Mapping):
         try:
-            return copy.deepcopy(dict(config))
+            return cast(JsonObject, copy.deepcopy(dict(config)))
         except Exception as error:  # too deep, or an object in it that is not to be copied
             raise UsageError(f"config: it cannot be copied: {error}; give what a JSON file could hold") from None
     if not isinstance(config, str | os.PathLike):

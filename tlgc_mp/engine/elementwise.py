@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from tlgc_mp.errors import UsageError
 
@@ -24,8 +25,11 @@ _SCALES = (1.0, 0.01, 100.0)
 _TOLERANCE = 1e-3
 """Of the largest update; elements that are computed alike differ by rounding."""
 
+Group: TypeAlias = dict[str, Any]
+"""Of an optimizer's parameters, with their settings."""
 
-def check_elementwise(optimizer: Any, ranks: int) -> None:
+
+def check_elementwise(optimizer: Optimizer, ranks: int) -> None:
     """Refuses an optimizer that would compute something else of shares, by trying it on small parameters of its own.
 
     Its state, its parameters and torch's random state stay as they are. One that does not step on such parameters
@@ -35,7 +39,7 @@ def check_elementwise(optimizer: Any, ranks: int) -> None:
         UsageError: the two halves of a parameter are not updated as the whole is, or at random.
     """
     for inner in vars(optimizer).values():
-        if isinstance(inner, torch.optim.Optimizer):
+        if isinstance(inner, Optimizer):
             check_elementwise(inner, ranks)
     if hasattr(type(optimizer), "__del__"):  # a stand-in would end what it holds, as DeepSpeed's Adam on the CPU does
         return
@@ -50,7 +54,7 @@ def check_elementwise(optimizer: Any, ranks: int) -> None:
                     )
 
 
-def _halves_are_updated_as_the_whole(optimizer: Any, group: dict[str, Any], shape: tuple[int, ...], dim: int) -> bool:
+def _halves_are_updated_as_the_whole(optimizer: Optimizer, group: Group, shape: tuple[int, ...], dim: int) -> bool:
     given = next((p for p in group["params"] if p.is_floating_point()), None)
     if given is None:
         return True
@@ -73,7 +77,7 @@ def _halves_are_updated_as_the_whole(optimizer: Any, group: dict[str, Any], shap
     return bool(difference <= _TOLERANCE * whole.abs().max())
 
 
-def _update(optimizer: Any, group: dict[str, Any], value: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+def _update(optimizer: Optimizer, group: Group, value: Tensor, gradients: Sequence[Tensor]) -> Tensor:
     """What a few steps of ``optimizer``, with the settings of ``group``, add to a parameter that it has alone."""
     parameter = torch.nn.Parameter(value.clone(memory_format=torch.contiguous_format))
     stand_in = object.__new__(type(optimizer))

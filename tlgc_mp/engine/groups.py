@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from types import ModuleType
+from typing import Concatenate, ParamSpec, TypeVar
 
 import deepspeed.comm.comm as deepspeed_comm
 import torch.distributed as dist
@@ -82,7 +83,7 @@ def _is_alive(group: dist.ProcessGroup) -> bool:
     return True
 
 
-def enter_groups(ranks: int) -> Any:
+def enter_groups(ranks: int) -> ModuleType | None:
     """Puts the groups of engines of ``ranks`` tensor-parallel ranks in place, made if need be. Collective.
 
     Returns:
@@ -95,7 +96,7 @@ def enter_groups(ranks: int) -> Any:
             groups.mpu = groups
         _made[ranks] = {name: getattr(groups, name) for name in _STATE}
     vars(groups).update(_made[ranks])
-    return groups.mpu
+    return None if ranks == 1 else groups
 
 
 def keep_groups(engine: Engine) -> None:
@@ -105,8 +106,10 @@ def keep_groups(engine: Engine) -> None:
 
 
 @functools.cache
-def _in_own_groups(engine_class: Any) -> type[Engine]:
-    entries = {name: _entry(getattr(engine_class, name)) for name in _ENTRIES if hasattr(engine_class, name)}
+def _in_own_groups(engine_class: type[Engine]) -> type[Engine]:
+    entries: dict[str, object] = {
+        name: _entry(getattr(engine_class, name)) for name in _ENTRIES if hasattr(engine_class, name)
+    }
     entries["_take_model_step"] = take_model_step(engine_class._take_model_step)
     return type(engine_class.__name__, (engine_class,), {**entries, "__module__": engine_class.__module__})
 

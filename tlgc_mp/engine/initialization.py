@@ -10,33 +10,45 @@ from __future__ import annotations
 import datetime
 import functools
 import os
-from typing import Any
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
-from tlgc_mp.engine.config import check_values, read_config, tensor_parallel_size, zero_stage
-from tlgc_mp.engine.protocols import Engine
+from tlgc_mp.engine.config import Config, check_values, read_config, tensor_parallel_size, zero_stage
 from tlgc_mp.engine.quiet import quiet_start
 from tlgc_mp.engine.start import barrier, start_distributed
 from tlgc_mp.errors import UsageError
+from tlgc_mp.json_types import JsonObject
 from tlgc_mp.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.runtime.dataloader import DeepSpeedDataLoader
+    from torch import nn
+    from torch.optim import Optimizer
+    from torch.utils.data import Dataset
+
+    from tlgc_mp.engine.arguments import Parameters
+    from tlgc_mp.engine.protocols import Engine, Scheduler
 
 
 def initialize(
-    args: Any = None,
-    model: Any = None,
-    optimizer: Any = None,
-    model_parameters: Any = None,
-    training_data: Any = None,
-    lr_scheduler: Any = None,
+    args: object = None,
+    model: nn.Module | None = None,
+    optimizer: Optimizer | Callable[..., Optimizer] | None = None,
+    model_parameters: Parameters | None = None,
+    training_data: Dataset[object] | None = None,
+    lr_scheduler: Scheduler | Callable[..., Scheduler] | None = None,
     distributed_port: int = 29500,
     dist_init_required: bool | None = None,
-    collate_fn: Any = None,
-    config: Any = None,
-    config_params: Any = None,
+    collate_fn: Callable[..., object] | None = None,
+    config: Config | None = None,
+    config_params: Config | None = None,
     *,
     seed: int | None = None,
     collective_timeout: datetime.timedelta | float | None = None,
-    sample_inputs: Any = None,
-) -> tuple[Any, Any, Any, Any]:
+    sample_inputs: object = None,
+) -> tuple[DeepSpeedEngine, Optimizer, DeepSpeedDataLoader | None, Scheduler | None]:
     """Splits ``model`` over P tensor-parallel ranks and returns what ``deepspeed.initialize`` returns.
 
     Takes what ``deepspeed.initialize`` takes, less ``mpu`` and ``mesh_param``: the groups come from
@@ -91,7 +103,7 @@ def initialize(
     from tlgc_mp.nn.arguments import check_module
     from tlgc_mp.nn.init import materialize
     from tlgc_mp.parallel.plan import channels_stay_apart
-    from tlgc_mp.parallel.sharding import shard
+    from tlgc_mp.parallel.sharding import COLLECTIVE_TIMEOUT, shard
     from tlgc_mp.parallel.waiting import as_timeout
 
     given = config if config is not None else config_params
@@ -103,9 +115,7 @@ def initialize(
         raise UsageError("model: none is given; give a torch.nn.Module")
     check_module("model", model)
     check_kinds(optimizer, model_parameters, lr_scheduler, distributed_port, seed)
-    options: dict[str, Any] = {"seed": seed, "sample_inputs": sample_inputs}
-    if collective_timeout is not None:
-        options["timeout"] = as_timeout("collective_timeout", collective_timeout)
+    timeout = as_timeout("collective_timeout", COLLECTIVE_TIMEOUT if collective_timeout is None else collective_timeout)
     settings = read_config(given)
     settings.setdefault("gradient_clipping", 0.0)  # DeepSpeed clips to 1 where nothing is said
     settings.setdefault("zero_force_ds_cpu_optimizer", False)  # DeepSpeed offloads no optimizer but its own else
@@ -120,11 +130,19 @@ def initialize(
         check_elementwise(optimizer, ranks)
     before = dict(model.named_parameters())
     mpu = enter_groups(ranks)
-    if ranks > 1:
+    if mpu is not None:
         replicas = mpu.get_data_parallel_group()
         group = mpu.get_tensor_model_parallel_group()
         check_names(model, ranks)
-        model = shard(model, group, device=device, data_parallel_group=replicas, **options)
+        model = shard(
+            model,
+            group,
+            device=device,
+            seed=seed,
+            timeout=timeout,
+            data_parallel_group=replicas,
+            sample_inputs=sample_inputs,
+        )
         join(model)
     elif any(tensor.is_meta for tensor in (*before.values(), *model.buffers())):
         materialize(model, device, torch.initial_seed() if seed is None else seed)
@@ -137,17 +155,19 @@ def initialize(
     for param in model.parameters():
         param.data = param.data.flatten().view(param.shape)
     with quiet_start():
-        optimizer = retarget_optimizer(optimizer, replaced)
-        model_parameters = retarget(model_parameters, replaced)
-        optimizer, lr_scheduler = (OwnCode(code) if callable(code) else code for code in (optimizer, lr_scheduler))
+        own_optimizer, own_scheduler = (
+            OwnCode(code) if callable(code) else code
+            for code in (retarget_optimizer(optimizer, replaced), lr_scheduler)
+        )
+        own_parameters = retarget(model_parameters, replaced)
         try:
             with ScalarsAsBytes():
-                made: tuple[Any, Any, Any, Any] = deepspeed.initialize(
+                made = deepspeed.initialize(
                     model=model,
-                    optimizer=optimizer,
-                    model_parameters=model_parameters,
+                    optimizer=own_optimizer,
+                    model_parameters=own_parameters,
                     training_data=training_data,
-                    lr_scheduler=lr_scheduler,
+                    lr_scheduler=own_scheduler,
                     mpu=mpu,
                     dist_init_required=dist_init_required,
                     collate_fn=collate_fn,
@@ -156,29 +176,30 @@ def initialize(
         except UsageError:
             raise
         except (ZeRORuntimeException, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-            if is_own_error(error, optimizer, lr_scheduler):
+            if is_own_error(error, own_optimizer, own_scheduler):
                 raise
             raise _refused(error) from error
-    for kind, stepped in (("optimizer", getattr(made[0], "basic_optimizer", None)), ("lr_scheduler", made[3])):
+    engine: Engine = made[0]
+    for kind, stepped in (("optimizer", getattr(engine, "basic_optimizer", None)), ("lr_scheduler", made[3])):
         if stepped is not None:
             check_steps_alone(kind, stepped)
             if ranks > 1 and kind == "optimizer":
                 check_elementwise(stepped, ranks)
-    keep_optimizer(made[0])
-    match_statistics(made[0].module)
+    keep_optimizer(engine)
+    match_statistics(engine.module)
     if stage == 0:
         memory_format.restore(filters)
-        clip_scalars_too(made[0])
-        if made[0].dp_world_size == 1:
+        clip_scalars_too(engine)
+        if engine.dp_world_size == 1:
             # Else all gradients are copied into a buffer, and back, around an all-reduce over one rank.
-            made[0].enable_backward_allreduce = False
+            engine.enable_backward_allreduce = False
     elif not channels_stay_apart(model):  # the others turn their images to channels_last themselves
-        memory_format.follow(made[0].module, filters)
-    keep_groups(made[0])
-    made[0].save_16bit_model = functools.partial(_save_16bit_model, made[0])
+        memory_format.follow(engine.module, filters)
+    keep_groups(engine)
+    engine.save_16bit_model = functools.partial(_save_16bit_model, engine)
     if mpu is not None:
-        check_first_batch(made[0], mpu.get_tensor_model_parallel_group())
-    return made
+        check_first_batch(engine, mpu.get_tensor_model_parallel_group())
+    return cast("tuple[DeepSpeedEngine, Optimizer, DeepSpeedDataLoader | None, Scheduler | None]", made)
 
 
 def _save_16bit_model(
@@ -210,7 +231,7 @@ def _save_16bit_model(
     return True
 
 
-def _check_settings(settings: dict[str, Any], mpu: Any) -> None:
+def _check_settings(settings: JsonObject, mpu: ModuleType | None) -> None:
     """Lets DeepSpeed read the configuration once, to turn what it refuses into one line."""
     from deepspeed.runtime.config import DeepSpeedConfig
 

@@ -20,8 +20,8 @@ from deepspeed.module_inject.layers import (
 from torch import Tensor, nn
 
 from tlgc_mp.errors import UsageError
-from tlgc_mp.parallel.plan import plan
-from tlgc_mp.parallel.sharded import ShardedLayer, split_class
+from tlgc_mp.parallel.plan import Placement, plan
+from tlgc_mp.parallel.sharded import Region, ShardedLayer, split_class
 
 _DEEPSPEEDS = {
     *("mp_group", "tp_world_size", "tp_index", "is_tp_parallel", "support_training"),
@@ -79,8 +79,8 @@ class EngineLayer:
     """What the class of a split layer begins with in an engine."""
 
     tlgc_behind = (TensorParallel_Layer,)
-    tlgc_region: Any
-    tlgc_placement: Any
+    tlgc_region: Region
+    tlgc_placement: Placement
     _parameters: dict[str, nn.Parameter | None]
 
     @property
@@ -90,7 +90,7 @@ class EngineLayer:
         return group
 
     @mp_group.setter
-    def mp_group(self, group: Any) -> None:
+    def mp_group(self, group: dist.ProcessGroup) -> None:
         """It follows from the region."""
 
     @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ def engine_memory(engine: Engine, arriving: Tensor | None = None) -> dict[str, i
     gradients = [getattr(parameter, "grad_accum", None) for parameter in parameters]
     gradients += [tensor.grad for tensor in (*parameters, *masters)]
     buckets = [bucket.buffer for bucket in getattr(outer, "ipg_buckets", {}).values()]
-    kinds: dict[str, Iterable[Any]] = {
+    kinds: dict[str, Iterable[Tensor | None]] = {
         "bucket_bytes": _tensors(buckets),  # first: a gradient on its way is a view of one
         "parameter_bytes": (*parameters, *partitions),
         "state_bytes": _tensors(list(inner.state.values())),
@@ -58,10 +57,10 @@ def engine_memory(engine: Engine, arriving: Tensor | None = None) -> dict[str, i
     return held
 
 
-def _tensors(owner: Any) -> Iterator[Tensor]:
+def _tensors(owner: object) -> Iterator[Tensor]:
     """All tensors that ``owner`` holds, in containers and in objects of ZeRO's."""
     seen: set[int] = set()
-    pending = [owner]
+    pending: list[object] = [owner]
     while pending:
         item = pending.pop()
         if id(item) in seen:

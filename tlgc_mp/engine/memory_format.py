@@ -6,8 +6,6 @@ So a model whose filters are channels_last gets outputs in that format whether Z
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +39,7 @@ def follow(model: nn.Module, filters: list[nn.Parameter]) -> None:
             module.register_forward_pre_hook(_to_channels_last)
 
 
-def _to_channels_last(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _to_channels_last(module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(
         x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x for x in inputs
     )

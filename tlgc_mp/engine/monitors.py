@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deepspeed.monitor.csv_monitor import csvMonitor
+
+
 import contextlib
 import csv
 import glob
 import io
 import os
 import threading
-from collections.abc import Iterator
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import TypeAlias
 
 from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.host import replace_file
@@ -33,7 +40,7 @@ class Monitors:
         from deepspeed.monitor.config import DeepSpeedMonitorConfig
         from deepspeed.monitor.monitor import MonitorMaster
 
-        self._naming: Any = contextlib.nullcontext
+        self._naming: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         if engine.monitor.enabled:
             self._monitor = engine.monitor
             # The engine would write figures of its own, counted in samples: W&B drops what comes with a smaller count.
@@ -71,7 +78,7 @@ class Monitors:
             writer.add_event(Record(step=step, session_log=SessionLog(status=SessionLog.START)))
 
 
-def _csv_files(monitor: Any) -> list[str]:
+def _csv_files(monitor: csvMonitor) -> list[str]:
     """The figures' files of DeepSpeed's CSV monitor that have their header."""
     folder = glob.escape(monitor.log_dir)
     paths = [path for kind in (EPOCH, STEPS) for path in glob.glob(os.path.join(folder, f"{kind}_*.csv"))]

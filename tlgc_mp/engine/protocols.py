@@ -1,14 +1,15 @@
-"""DeepSpeed's engine as the rooms above use it; its own class carries no types."""
+"""DeepSpeed's engine as the rooms above use it; its own class carries no types. Loads no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+    from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
 
 
 class Scheduler(Protocol):
@@ -42,6 +43,7 @@ class Engine(Protocol):
     micro_steps: int
     monitor: Any
     enable_backward_allreduce: bool
+    save_16bit_model: Callable[..., bool]
     first_dataloader_check: RemovableHandle | None
     clip_fp32_gradients: Callable[[], None]
 
@@ -65,5 +67,7 @@ class Engine(Protocol):
     def zero_optimization_stage(self) -> int: ...
 
     def zero_optimization_partition_weights(self) -> bool: ...
+
+    def _take_model_step(self, lr_kwargs: dict[str, object] | None, /) -> None: ...
 
     def was_step_applied(self) -> bool: ...

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TextIO, cast
 
 _LIBRARIES = ("deepspeed", "torch")
 
@@ -19,7 +19,7 @@ def quiet_start() -> Iterator[None]:
     for logger in loggers:
         logger.addFilter(_is_error)
     try:
-        with contextlib.redirect_stdout(_OthersAlone(sys.stdout)):
+        with contextlib.redirect_stdout(cast(TextIO, _OthersAlone(sys.stdout))):
             yield
     finally:
         for logger in loggers:
@@ -33,12 +33,12 @@ def _is_error(record: logging.LogRecord) -> bool:
 class _OthersAlone:
     """A stream that takes nothing from the code of the libraries."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
         writer = sys._getframe(1).f_globals.get("__name__", "")
         return len(text) if writer.partition(".")[0] in _LIBRARIES else self.stream.write(text)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)

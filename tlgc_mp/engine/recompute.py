@@ -10,19 +10,19 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import TypeAlias, cast
 
 import torch
-import torch.utils.checkpoint
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from tlgc_mp.errors import UsageError
 from tlgc_mp.nn.arguments import check_module
 from tlgc_mp.parallel.sharded import ShardedLayer
 
-CheckpointFunction: Any = checkpointing.CheckpointFunction
+CheckpointFunction = checkpointing.CheckpointFunction
 """The function of autograd in which a block runs."""
 
 Blocks: TypeAlias = type[nn.Module] | tuple[type[nn.Module], ...]
@@ -74,9 +74,9 @@ def _outermost(module: nn.Module, blocks: Blocks) -> Iterator[nn.Module]:
         yield from _outermost(child, blocks)
 
 
-def _checkpointed(block: nn.Module, *inputs: Tensor) -> Any:
+def _checkpointed(block: nn.Module, *inputs: Tensor) -> Tensor:
     """The forward pass of ``block`` under activation checkpointing, as far as there is going to be a backward one."""
-    forward = functools.partial(type(block).forward, block)
+    forward: Callable[..., Tensor] = functools.partial(type(block).forward, block)
     if not torch.is_grad_enabled():
         return forward(*inputs)
     if checkpointing.PARTITION_ACTIVATIONS and checkpointing.mp_size > 1:
@@ -90,18 +90,18 @@ def _checkpointed(block: nn.Module, *inputs: Tensor) -> Any:
     autocast, shares = _current_autocast(inputs[0].device.type), _current_shares(block)
     computed = itertools.count()
 
-    def compute(*inputs: Tensor) -> Any:
+    def compute(*inputs: Tensor) -> Tensor:
         if next(computed) == 0:
             return forward(*inputs)
         with autocast, shares(), _statistics_at_rest(block):
             return forward(*inputs)
 
     if inputs[0].is_meta:  # which DeepSpeed would move to its device
-        return torch.utils.checkpoint.checkpoint(compute, *inputs, use_reentrant=True, preserve_rng_state=False)
-    return checkpointing.checkpoint(compute, *inputs)
+        return cast(Tensor, torch_checkpoint(compute, *inputs, use_reentrant=True, preserve_rng_state=False))
+    return cast(Tensor, checkpointing.checkpoint(compute, *inputs))
 
 
-def _current_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+def _current_autocast(device: str) -> contextlib.AbstractContextManager[object]:
     """The autocast of now, to be entered again: backward runs outside it."""
     if not torch.amp.is_autocast_available(device):
         return contextlib.nullcontext()
@@ -113,7 +113,7 @@ def _current_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     )
 
 
-def _current_shares(block: nn.Module) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+def _current_shares(block: nn.Module) -> Callable[[], contextlib.AbstractContextManager[object]]:
     """What enters again whether plain shares go from layer to layer, as now: backward runs outside the split model."""
     for module in block.modules():
         if isinstance(module, ShardedLayer):

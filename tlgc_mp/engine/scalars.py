@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from tlgc_mp.engine.protocols import Engine
+from tlgc_mp.parallel.signatures import Args
 
 
 class ScalarsAsBytes(TorchFunctionMode):
@@ -19,7 +19,7 @@ class ScalarsAsBytes(TorchFunctionMode):
         self,
         function: Callable[..., object],
         types: object,
-        args: tuple[Any, ...] = (),
+        args: Args = (),
         kwargs: dict[str, object] | None = None,
     ) -> object:
         if function is torch.Tensor.view and args[1:] == (torch.uint8,) and args[0].dim() == 0:

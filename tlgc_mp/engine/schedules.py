@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import TypeAlias
 
 from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.errors import UsageError
 
+TakeStep: TypeAlias = Callable[[Engine, dict[str, object] | None], None]
 
-def check_steps_alone(kind: str, stepped: Any) -> None:
+
+def check_steps_alone(kind: str, stepped: object) -> None:
     """Refuses a scheduler or an optimizer (``kind`` says which) whose ``step`` cannot be called without an argument:
     the engine has none to give.
 
@@ -17,7 +20,8 @@ def check_steps_alone(kind: str, stepped: Any) -> None:
         UsageError: it wants a metric, an epoch or a closure.
     """
     try:  # the class's: a scheduler of torch puts a function of its own in the place of an optimizer's step
-        parameters = list(inspect.signature(type(stepped).step).parameters.values())
+        step: Callable[..., object] = type(stepped).step  # type: ignore[attr-defined]
+        parameters = list(inspect.signature(step).parameters.values())
     except (AttributeError, TypeError, ValueError):  # it is no Python function, and does not say
         return
     wanted = [
@@ -40,14 +44,14 @@ _HINTS = {
 }
 
 
-def take_model_step(deepspeed_step: Any) -> Any:
+def take_model_step(deepspeed_step: TakeStep) -> TakeStep:
     """An engine's ``_take_model_step`` that steps the scheduler after DeepSpeed's has stepped the optimizer.
 
     DeepSpeed's own takes any TypeError inside a scheduler for one that wants an argument, and gives it the batch size,
     which torch's take for an epoch or a metric.
     """
 
-    def step(engine: Engine, lr_kwargs: dict[str, Any] | None) -> None:
+    def step(engine: Engine, lr_kwargs: dict[str, object] | None) -> None:
         scheduler, engine.lr_scheduler = engine.lr_scheduler, None
         try:
             deepspeed_step(engine, lr_kwargs)

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -167,7 +167,7 @@ def _check_arguments(conv: str, groups: int, where: Where | None, init: str) -> 
         raise UsageError(f"where={where!r} cannot be called with (name, layer); give a function of those two")
 
 
-def _takes_two(function: Any) -> bool:
+def _takes_two(function: Callable[..., object]) -> bool:
     try:
         inspect.signature(function).bind("", None)
     except TypeError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +137,7 @@ def _made_for(model: nn.Module) -> tuple[int, int]:
     return size, size
 
 
-def output_on_meta(model: nn.Module, batch_size: int, height: int, width: int) -> Any:
+def output_on_meta(model: nn.Module, batch_size: int, height: int, width: int) -> object:
     """What the model, which is on the meta device, gives for such images in training."""
     images = torch.empty(batch_size, 3, height, width, device="meta").to(memory_format=torch.channels_last)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):

@@ -23,17 +23,17 @@ def check_module(name: str, value: object) -> None:
         raise UsageError(f"{name}: a {type(value).__name__} is none; give a torch.nn.Module")
 
 
-def check_device(device: Any) -> None:
+def check_device(device: object) -> None:
     """Raises :class:`UsageError` unless ``device`` is ``None`` or names a device that torch knows of."""
     if device is None or isinstance(device, torch.device):
         return
     try:
-        torch.device(device)
+        torch.device(device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError):
         raise UsageError(f"device={device!r} is none; use 'cpu', 'cuda' or 'meta', say") from None
 
 
-def check_dtype(dtype: Any) -> None:
+def check_dtype(dtype: object) -> None:
     """Raises :class:`UsageError` unless ``dtype`` is ``None`` or one that weights can have."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UsageError(f"dtype={dtype!r} is none for weights; use torch.float32, say")
@@ -52,7 +52,7 @@ def check_groups(groups: int, **channels: int) -> None:
             raise UsageError(f"groups={groups} does not divide {name}={count}; use {one_of(common)}")
 
 
-def _pair(value: Any) -> tuple[Any, ...]:
+def _pair(value: object) -> tuple[Any, ...]:
     """One value for both directions, or what is given for each."""
     return tuple(value) if isinstance(value, Iterable) else (value, value)
 

@@ -6,13 +6,11 @@ choice that depends on the input.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import Proxy
 
 
-def is_captured(x: Any) -> bool:
+def is_captured(x: object) -> bool:
     """Whether ``x`` comes from torch.fx, torch.export (and so ONNX), or a transform of torch.func.
 
     torch.compile and torch.jit.trace take the layers as they are.

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -140,12 +140,25 @@ def autocasts(tensor: Tensor) -> bool:
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
+class Context(FunctionCtx):
+    """What the autograd functions of the two-level layers keep for backward."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    memory_format: torch.memory_format
+    computed_in: torch.memory_format
+    fine: Window
+    coarse: Window
+    groups: int
+    exchange: Exchange
+
+
 def without_autocast(method: Method) -> Method:
     """A pass of an autograd function in the types that its tensors have: on accelerators autocast would sum in float32
     what is to be multiplied in bfloat16."""
 
     @functools.wraps(method)
-    def run(ctx: Any, tensor: Tensor, *others: Any) -> Any:
+    def run(ctx: Context, tensor: Tensor, *others: object) -> object:
         if not autocasts(tensor):
             return method(ctx, tensor, *others)
         with torch.autocast(tensor.device.type, enabled=False):
@@ -221,7 +234,7 @@ class Overlapped(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(
-        ctx: Any,
+        ctx: Context,
         x: Tensor,
         weight: Tensor,
         restriction: Tensor,
@@ -247,13 +260,14 @@ class Overlapped(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, restriction, prolongation, gathered = ctx.saved_tensors
         groups = ctx.groups
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_rows = rows_of(grad)  # L, m
         arrival = ctx.exchange.reduce_scatter(prolongation.t() @ grad_rows.t())  # in flight
-        grad_x, grad_weight = convolution_backward(grad, x, weight, ctx.fine, groups, ctx.needs_input_grad[:2])
+        needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        grad_x, grad_weight = convolution_backward(grad, x, weight, ctx.fine, groups, needed)
         grad_prolongation = (gathered @ grad_rows).t() if ctx.needs_input_grad[3] else None
         grad_bias = grad_rows.sum(0) if ctx.needs_input_grad[4] else None
         taps = _restrict_transposed(arrival(), x, groups, ctx.coarse, grad.shape[2], grad.shape[3])
@@ -274,7 +288,7 @@ class Fused(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(
-        ctx: Any,
+        ctx: Context,
         x: Tensor,
         weight: Tensor,
         restriction: Tensor,
@@ -308,7 +322,7 @@ class Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, filters, prolongation, gathered = ctx.saved_tensors
         groups = ctx.groups
         grad_rows = rows_of(grad.contiguous(memory_format=torch.channels_last))  # L, m

@@ -5,14 +5,12 @@ Shape letters as in :mod:`tlgc_mp.nn.coarse_level`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tlgc_mp.nn.coarse_level import Window, convolution_backward, memory_format_of, without_autocast
+from tlgc_mp.nn.coarse_level import Context, Window, convolution_backward, memory_format_of, without_autocast
 
 
 def composed(weight: Tensor, restriction: Tensor, prolongation: Tensor) -> Tensor:
@@ -59,7 +57,7 @@ class Dense(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(
-        ctx: Any,
+        ctx: Context,
         x: Tensor,
         weight: Tensor,
         restriction: Tensor,
@@ -83,7 +81,7 @@ class Dense(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, filters, restriction, prolongation = ctx.saved_tensors
         grad = grad.contiguous(memory_format=ctx.computed_in)
         needed = (ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4]))

@@ -16,6 +16,12 @@ device), h x w output positions, L = B * h * w.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
 import math
 from typing import Any
 
@@ -245,7 +251,7 @@ class TwoLevelConv2d(NotFusedByTorch):
             return False
         return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> Self:
         if mode:
             self._kept.clear()
         return super().train(mode)

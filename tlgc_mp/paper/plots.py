@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 from tlgc_mp.figures import caption, machine_of, one_or_more, pyplot, save
 from tlgc_mp.models.names import CONVOLUTIONS
@@ -108,7 +114,7 @@ def plot_errors(rows: list[Row], path: str) -> None:
     _finish(figure, rows, path)
 
 
-def _bars(axis: Any, variants: dict[Variant, list[Row]], first: Row) -> None:
+def _bars(axis: Axes, variants: dict[Variant, list[Row]], first: Row) -> None:
     """Test error of each convolution at the one N that was run."""
     names, marked = [], False
     for place, (variant, rows) in enumerate(variants.items()):
@@ -120,7 +126,7 @@ def _bars(axis: Any, variants: dict[Variant, list[Row]], first: Row) -> None:
         names.append(f"{LABELS[variant.conv]}\nN = {variant.groups}".replace(" prototype", "\nprototype"))
         paper = _printed(first, variant.conv).get(variant.groups)
         if paper is not None:
-            said = None if marked else "dashed: the paper's"
+            said = "" if marked else "dashed: the paper's"
             axis.hlines(paper, place - 0.4, place + 0.4, color="black", ls="--", lw=1.2, label=said)
             marked = True
     axis.set_xticks(range(len(names)), names)
@@ -139,7 +145,7 @@ def _printed(row: Row, conv: str) -> dict[int, float]:
     }
 
 
-def _finish(figure: Any, rows: list[Row], path: str) -> None:
+def _finish(figure: Figure, rows: list[Row], path: str) -> None:
     """Says under which conditions ``rows`` were trained, and saves the picture."""
     machines = dict.fromkeys(machine_of(row["machine"]) for row in rows)
     dtypes = dict.fromkeys(row["dtype"] for row in rows if row.get("dtype"))  # older rows do not say

@@ -15,7 +15,6 @@ import math
 import os
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 from tlgc_mp.errors import UsageError
 from tlgc_mp.host import replace_file
@@ -199,12 +198,12 @@ def _paper_tables(rows: list[Row]) -> list[str]:
     return parts
 
 
-def _measured(row: Printed, dataset: str, measured: dict[Any, list[Row]]) -> list[Row]:
+def _measured(row: Printed, dataset: str, measured: dict[tuple[str, str, int, str], list[Row]]) -> list[Row]:
     found = measured.get((row.model, row.conv, row.groups, dataset), [])
     return [run for run in found if not variant_of(run).departure]
 
 
-def _printed_line(row: Printed, dataset: str, measured: dict[Any, list[Row]]) -> list[str]:
+def _printed_line(row: Printed, dataset: str, measured: dict[tuple[str, str, int, str], list[Row]]) -> list[str]:
     found = _measured(row, dataset, measured)
     own = ["", "", "", ""]
     if found:

@@ -6,14 +6,15 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 from tlgc_mp.data.catalog import DATASETS
-from tlgc_mp.errors import UsageError, is_count, shown
+from tlgc_mp.errors import UsageError, is_count, is_number, shown
 from tlgc_mp.models.names import COARSE_INITS, CONVOLUTIONS, TWO_LEVEL, check_model
 from tlgc_mp.training.runs import RESULT
 
-Row = dict[str, Any]
+Key = TypeVar("Key")
+Row: TypeAlias = dict[str, Any]
 
 SETTING = ("model", "dataset", "image_size", "recipe", "epochs", "batch_size", "learning_rate", "limit_steps")
 """What rows that are compared have in common, beside what they have otherwise than the recipe, and the images."""
@@ -82,7 +83,7 @@ def _read(path: str) -> list[Row]:
     return rows
 
 
-def _check(row: Any, path: str) -> None:
+def _check(row: object, path: str) -> None:
     """Refuses a row that is not as a finished run leaves it."""
     if not isinstance(row, dict):
         raise UsageError(f"report: {path!r} cannot be read as rows of runs: {shown(row)} is no JSON object")
@@ -109,15 +110,15 @@ def _check(row: Any, path: str) -> None:
         raise UsageError(f"report: a row in {path!r} is of no model: {error}") from None
 
 
-def _is_figure(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_FIGURE
+def _is_figure(value: object) -> TypeGuard[float]:
+    return is_number(value) and abs(value) <= _LARGEST_FIGURE
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return is_count(value) and _is_figure(value)
 
 
-def _are_lines(value: Any) -> bool:
+def _are_lines(value: object) -> bool:
     return (
         isinstance(value, list)
         and len(value) > 0
@@ -125,7 +126,7 @@ def _are_lines(value: Any) -> bool:
     )
 
 
-def _holds(**parts: type) -> Callable[[Any], bool]:
+def _holds(**parts: type) -> Callable[[object], bool]:
     return lambda value: isinstance(value, dict) and all(isinstance(value.get(k), kind) for k, kind in parts.items())
 
 
@@ -134,7 +135,7 @@ _COUNT = (_is_count, "a count")
 _PERHAPS_COUNT = (lambda value: value is None or _is_count(value), "a count or null")
 _FIGURE = (_is_figure, "a number")
 _TEXT = (lambda value: isinstance(value, str), "text")
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "model": _TEXT,
     "dataset": (lambda value: value in DATASETS, "a data set"),
     "image_size": _PERHAPS_COUNT,
@@ -163,7 +164,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 """What a report reads of a row, what it must be, and what that is called."""
 
 
-def setting_of(row: Row) -> tuple[Any, ...]:
+def setting_of(row: Row) -> tuple[object, ...]:
     departures = json.dumps(row.get("departures") or {}, sort_keys=True)
     return (*(row[key] for key in SETTING), departures, row.get("data_fingerprint"))
 
@@ -177,8 +178,8 @@ def variant_of(row: Row) -> Variant:
     return Variant(row["conv"], row["groups"], ", ".join(departures))
 
 
-def grouped(rows: Iterable[Row], key: Any) -> dict[Any, list[Row]]:
-    groups: dict[Any, list[Row]] = {}
+def grouped(rows: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row]]:
+    groups: dict[Key, list[Row]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return groups

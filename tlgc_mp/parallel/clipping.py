@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -70,7 +68,7 @@ def _norm(gradients: list[Tensor], norm_type: float) -> Tensor:
 
 def _over_ranks(own: Tensor, others: Tensor, norm_type: float, region: Region) -> Tensor:
     """The norm of the shares of all ranks, of which ``own`` is that of this one's, and of what is whole."""
-    everywhere: Any = own.to(others.device, torch.promote_types(own.dtype, others.dtype))
+    everywhere = own.to(others.device, torch.promote_types(own.dtype, others.dtype))
     if norm_type == float("inf"):
         everywhere = collectives.all_reduce(everywhere, region.ranks, dist.ReduceOp.MAX)
         return torch.maximum(everywhere, others)

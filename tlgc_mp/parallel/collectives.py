@@ -16,6 +16,12 @@ its own for gradients.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import GroupName
+
+
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol, cast
@@ -23,7 +29,8 @@ from typing import Any, Protocol, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.autograd.function import FunctionCtx
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from tlgc_mp.parallel.waiting import Call, begin, complete
 
@@ -53,15 +60,15 @@ class TensorParallelRanks(Protocol):
 
 def resolve_group(name: str) -> dist.ProcessGroup:
     """The process group of that name."""
-    return _resolve_process_group(cast(Any, name))
+    return _resolve_process_group(cast("GroupName", name))
 
 
-def _comm(name: str, torch_name: str) -> Any:
+def _comm(name: str, torch_name: str) -> Callable[..., Any]:
     """The collective ``name`` of DeepSpeed's communication layer where that is up, else torch's ``torch_name``."""
     deepspeed_comm = sys.modules.get("deepspeed.comm.comm")
     if deepspeed_comm is not None and deepspeed_comm.cdb is not None and deepspeed_comm.cdb.is_initialized():
-        return getattr(deepspeed_comm, name)
-    return getattr(dist, torch_name, None) or getattr(dist, name)
+        return getattr(deepspeed_comm, name)  # type: ignore[no-any-return]
+    return getattr(dist, torch_name, None) or getattr(dist, name)  # type: ignore[no-any-return]
 
 
 def _begin(name: str, sent: Tensor, group: dist.ProcessGroup) -> Call:
@@ -157,7 +164,7 @@ def _start_swap(call: Call, sent: Tensor, received: Tensor, group: dist.ProcessG
     return wait
 
 
-def _arrival(call: Call, work: Any, result: Tensor, sent: Tensor) -> Callable[[], Tensor]:
+def _arrival(call: Call, work: dist.Work, result: Tensor, sent: Tensor) -> Callable[[], Tensor]:
     """A function that waits for ``work`` and gives its ``result``; it holds what is ``sent``, to live until then."""
 
     def wait(sent: Tensor = sent) -> Tensor:
@@ -196,11 +203,20 @@ def start_coarse_reduce_scatter(
     return _scatter_sum("coarse_reduce_scatter", stacked, share, group, by_sends=by_sends)
 
 
-def _gather_context(ctx: Any, inputs: tuple[Tensor, int, str], output: Tensor) -> None:
+class _Context(FunctionCtx):
+    """What the operators below keep for backward."""
+
+    ranks: int
+    group_name: str
+    sends: list[int]
+    receives: list[int]
+
+
+def _gather_context(ctx: _Context, inputs: tuple[Tensor, int, str], output: Tensor) -> None:
     _, ctx.ranks, ctx.group_name = inputs
 
 
-def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+def _gather_backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None]:
     return coarse_reduce_scatter(grad, ctx.ranks, ctx.group_name), None, None
 
 
@@ -236,7 +252,7 @@ def _(whole: Tensor, group_name: str) -> Tensor:
     return torch.empty_like(whole)
 
 
-def _copy_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+def _copy_context(ctx: _Context, inputs: tuple[Tensor, str], output: Tensor) -> None:
     _, ctx.group_name = inputs
 
 
@@ -269,11 +285,11 @@ def _(channels: Tensor, sends: list[int], receives: list[int], group_name: str) 
     return channels.new_empty(sum(receives), *channels.shape[1:])
 
 
-def _exchange_context(ctx: Any, inputs: tuple[Tensor, list[int], list[int], str], output: Tensor) -> None:
+def _exchange_context(ctx: _Context, inputs: tuple[Tensor, list[int], list[int], str], output: Tensor) -> None:
     _, ctx.sends, ctx.receives, ctx.group_name = inputs
 
 
-def _exchange_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+def _exchange_backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return exchange_channels(grad, ctx.receives, ctx.sends, ctx.group_name), None, None, None
 
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch.utils._pytree import tree_map
 
+Key = TypeVar("Key")
+T = TypeVar("T")
 
-def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+
+def map_leaves(function: Callable[[object], object], tree: T) -> T:
     """``tree`` with ``function`` of each leaf. Containers keep their class; those that do not change are not copied.
 
     Beside what torch's own trees hold (tuples, lists, dicts, named tuples), dataclasses and subclasses of ``dict``,
     ``list`` and ``tuple`` are containers.
     """
-    return tree_map(lambda leaf: _mapped(function, leaf), tree)
+    return cast(T, tree_map(lambda leaf: _mapped(function, leaf), tree))
 
 
-def _mapped(function: Callable[[Any], Any], leaf: Any) -> Any:
+def _mapped(function: Callable[[object], object], leaf: object) -> object:
     made: Any
     if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
         names = [field.name for field in dataclasses.fields(leaf) if hasattr(leaf, field.name)]
@@ -41,10 +44,10 @@ def _mapped(function: Callable[[Any], Any], leaf: Any) -> Any:
             dict.__setitem__(made, key, value)
         return made
     if isinstance(leaf, list | tuple):
-        changed = _changed(function, dict(enumerate(leaf)))
-        if not changed:
+        items = _changed(function, dict(enumerate(leaf)))
+        if not items:
             return leaf
-        parts_in_order = [changed.get(index, value) for index, value in enumerate(leaf)]
+        parts_in_order = [items.get(index, value) for index, value in enumerate(leaf)]
         if isinstance(leaf, tuple):
             return tuple.__new__(type(leaf), parts_in_order)
         made = copy.copy(leaf)
@@ -53,7 +56,7 @@ def _mapped(function: Callable[[Any], Any], leaf: Any) -> Any:
     return function(leaf)
 
 
-def _changed(function: Callable[[Any], Any], parts: dict[Any, Any]) -> dict[Any, Any]:
+def _changed(function: Callable[[object], object], parts: dict[Key, object]) -> dict[Key, object]:
     """Of the parts, those that ``function`` gives another object for."""
     mapped = {key: map_leaves(function, value) for key, value in parts.items()}
     return {key: value for key, value in mapped.items() if _differs(value, parts[key])}

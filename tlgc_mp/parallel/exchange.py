@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +40,11 @@ class CoarseExchange(Exchange):
         return self._started("coarse_reduce_scatter", coarse_reduce_scatter, start_coarse_reduce_scatter, full)
 
     def _started(
-        self, name: str, operator: Any, start: Callable[[Tensor, int, str, bool], Callable[[], Tensor]], tensor: Tensor
+        self,
+        name: str,
+        operator: Callable[[Tensor, int, str], Tensor],
+        start: Callable[[Tensor, int, str, bool], Callable[[], Tensor]],
+        tensor: Tensor,
     ) -> Callable[[], Tensor]:
         if torch.compiler.is_compiling() or type(tensor) is not Tensor:
             # What is traced is a graph of whole operators; a compiler finds its own overlap.

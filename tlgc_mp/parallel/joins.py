@@ -8,8 +8,8 @@ of the inputs is given, one pass on the meta device tells who will meet what, an
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from tlgc_mp.parallel.meta_pass import copy_on_meta, run_on_meta
 from tlgc_mp.parallel.plan import Placement, channels_stay_apart
 
 
-def fit_joins(model: nn.Module, placements: dict[str, Placement], ranks: int, inputs: Any) -> dict[str, Placement]:
+def fit_joins(model: nn.Module, placements: dict[str, Placement], ranks: int, inputs: object) -> dict[str, Placement]:
     """The placements, with the segments that each layer's parameters are needed in.
 
     Args:
@@ -42,7 +42,7 @@ def fit_joins(model: nn.Module, placements: dict[str, Placement], ranks: int, in
     def note(needed: layout.Layout) -> None:
         found.setdefault(inside[-1], needed.segments)
 
-    def enter(name: str) -> Any:
+    def enter(name: str) -> Callable[[nn.Module, object], None]:
         return lambda module, args: inside.append(name)
 
     for name, module in twin.named_modules():
@@ -88,7 +88,7 @@ def _fits(
 
 
 def agreed_joins(
-    model: nn.Module, placements: dict[str, Placement], inputs: Any, groups: list[dist.ProcessGroup]
+    model: nn.Module, placements: dict[str, Placement], inputs: object, groups: list[dist.ProcessGroup]
 ) -> dict[str, Placement]:
     """:func:`fit_joins`, as it came out on the first rank of ``groups[0]``; the placements as they are, with a
     warning, where the model cannot be run on the meta device or with these inputs. Collective over each of ``groups``.
@@ -104,7 +104,7 @@ def agreed_joins(
         fitted = placements
     own = {name: placement.segments for name, placement in fitted.items()}
     for group in groups:
-        every: list[Any] = [None] * dist.get_world_size(group)
+        every: list[object] = [None] * dist.get_world_size(group)
         dist.all_gather_object(every, own, group=group)
         if any(theirs != every[0] for theirs in every):
             raise UsageError("sample_inputs must be of the same shapes on every rank, got others; give all ranks alike")

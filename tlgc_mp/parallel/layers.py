@@ -8,9 +8,11 @@ package's own do: then shares go from layer to layer as plain tensors.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, SupportsIndex
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,7 +21,17 @@ from tlgc_mp.parallel.collectives import coarse_gather, copy_to_ranks, exchange_
 from tlgc_mp.parallel.exchange import CoarseExchange
 from tlgc_mp.parallel.layout import Layout, take_share
 from tlgc_mp.parallel.plan import Placement, unsplit_class
-from tlgc_mp.parallel.sharded import HOOKS, Region, ShardedLayer, is_engines, keep_gradient_plain, reduced, split_class
+from tlgc_mp.parallel.sharded import (
+    HOOKS,
+    Reduced,
+    Region,
+    ShardedLayer,
+    is_engines,
+    keep_gradient_plain,
+    reduced,
+    split_class,
+)
+from tlgc_mp.parallel.signatures import Args
 from tlgc_mp.parallel.split_functions import hook_of_whole
 from tlgc_mp.parallel.split_tensor import SplitTensor, enter_leaves, enter_ranks, from_share, to_share, whole
 
@@ -29,9 +41,9 @@ CHANNELS = Layout(1, None)
 class LocalLayer(ShardedLayer):
     """A layer that runs on plain shares of channels, dimension 1, and has collectives of its own."""
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> Tensor:
         if self.tlgc_region.plain:
-            return super().forward(x)  # type: ignore[misc]
+            return super().forward(x)
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         channels = self.in_channels  # type: ignore[attr-defined]
@@ -46,7 +58,7 @@ class LocalLayer(ShardedLayer):
         share = to_share(x, CHANNELS, self.tlgc_region.ranks)  # of a whole tensor, a view with gaps
         share = share.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         with self.tlgc_region.set_plain(True):
-            y = super().forward(share)  # type: ignore[misc]
+            y = super().forward(share)
         return from_share(y, CHANNELS, self.tlgc_region.ranks)
 
 
@@ -94,16 +106,16 @@ class ParallelSyncNorm(LocalLayer):
     """A SyncBatchNorm with a share of its channels, whose statistics are over the replicas alone."""
 
     @property
-    def process_group(self) -> Any:
+    def process_group(self) -> dist.ProcessGroup | None:
         return None if self.tlgc_region.replicas is None else self.tlgc_region.replicas.group
 
     @process_group.setter
-    def process_group(self, group: Any) -> None:
+    def process_group(self, group: object) -> None:
         """It follows from the region."""
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> Tensor:
         if self.tlgc_region.plain or not self.training:  # type: ignore[attr-defined]
-            return super(LocalLayer, self).forward(x)  # type: ignore[misc]
+            return super(LocalLayer, self).forward(x)
         if x.device.type == "meta":  # to be measured
             return nn.BatchNorm2d.forward(self, x)  # type: ignore[arg-type]
         return self._tlgc_on_shares(x)
@@ -112,10 +124,10 @@ class ParallelSyncNorm(LocalLayer):
 class ParallelGroupConv(ShardedLayer):
     """N / P groups of a group (or depthwise) convolution. No communication."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         layer: Any = self
         if not self.tlgc_region.plain or self.tlgc_region.ranks.size == 1:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         (x,) = args
         groups = layer.groups // self.tlgc_region.ranks.size
         return F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, groups)
@@ -128,10 +140,10 @@ class ParallelColumnConv(ShardedLayer):
     input is asked for.
     """
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         if self.tlgc_region.plain and self.tlgc_region.ranks.size > 1 and args[0].requires_grad:
             args = (copy_to_ranks(args[0], self.tlgc_region.ranks.group_name),)
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)
 
 
 class GatheredConv(ShardedLayer):
@@ -140,12 +152,12 @@ class GatheredConv(ShardedLayer):
     (B, n / P, H, W) -> (B, m / P, h, w). Sends a whole feature map where a two-level layer sends one channel a group.
     """
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         ranks = self.tlgc_region.ranks
         if self.tlgc_region.plain and ranks.size > 1:
             gathered = coarse_gather(args[0].transpose(0, 1), ranks.size, ranks.group_name)  # n, B, H, W
             args = (gathered.transpose(0, 1).contiguous(memory_format=torch.channels_last),)
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)
 
 
 class ParallelDropout(ShardedLayer):
@@ -155,11 +167,12 @@ class ParallelDropout(ShardedLayer):
     own of them.
     """
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         layer: Any = self
         ranks = self.tlgc_region.ranks
         if not self.tlgc_region.plain or ranks.size == 1 or not layer.training or layer.p == 0:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
+        x: Tensor
         (x,) = args
         shape = (x.shape[0], x.shape[1] * ranks.size, *x.shape[2:])
         last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)  # values are drawn in memory's order
@@ -174,17 +187,17 @@ class ParallelRow(ShardedLayer):
     """A layer with a share of its inputs. Between plain shares it is the head: (B, n / P) features of each rank ->
     (B, C) logits, summed over the ranks; the bias is added once."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         layer: Any = self
         if self.tlgc_region.ranks.size == 1:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         if not self.tlgc_region.plain:
-            return super().forward(*self._tlgc_cut(args), **kwargs)  # type: ignore[misc]
+            return super().forward(*self._tlgc_cut(args), **kwargs)
         (x,) = args
-        logits = sum_partials(F.linear(x, layer.weight), self.tlgc_region.ranks.group_name)
+        logits: Tensor = sum_partials(F.linear(x, layer.weight), self.tlgc_region.ranks.group_name)
         return logits if layer.bias is None else logits + layer.bias
 
-    def _tlgc_cut(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _tlgc_cut(self, args: Args) -> Args:
         """The arguments, with an input that every rank holds whole cut: then autograd keeps this rank's share of it.
 
         Only for layers whose code is known to leave its input as it is.
@@ -229,7 +242,7 @@ class SplitModel:
 
     tlgc_region: Region
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         region = self.__dict__.get("tlgc_region")  # a part that was sliced off has none
         if region is None or region.ranks.size == 1:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -241,12 +254,12 @@ class SplitModel:
         args, kwargs = enter_leaves((args, kwargs), region.ranks)
         return whole(super().forward(*args, **kwargs))  # type: ignore[misc]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return reduced(self)
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Reduced:
+        return reduced(self)  # type: ignore[arg-type]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph of split tensors would lose gradients
-def _run_eagerly(forward: Any, args: Any, kwargs: Any) -> Any:
+def _run_eagerly(forward: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
     return whole(forward(*args, **kwargs))
 
 

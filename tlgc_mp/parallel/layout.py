@@ -7,9 +7,16 @@ sends nothing.
 
 from __future__ import annotations
 
+import datetime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tlgc_mp.parallel.split_tensor import SplitTensor
+
+
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -62,11 +69,18 @@ class Ranks:
             self._group = collectives.resolve_group(self.group_name)
         return self._group
 
-    def __deepcopy__(self, memo: Any) -> Ranks:
+    def __deepcopy__(self, memo: dict[int, object]) -> Ranks:
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_group": None}
+
+
+def new_group(members: list[int], timeout: datetime.timedelta | None = None) -> dist.ProcessGroup:
+    """A group of these ranks, this one among them, which call this together."""
+    made = dist.new_group(members, timeout=timeout, use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup)
+    return made
 
 
 def whole_geometry(share: Tensor, layout: Layout, ranks: Ranks) -> tuple[Sequence[int], Sequence[int]]:
@@ -158,7 +172,7 @@ def join_shares(shares: Sequence[Tensor], layout: Layout) -> list[Tensor]:
     return [cut[rank][piece] for piece in range(len(lengths)) for rank in range(len(shares))]
 
 
-def gather_shares(tensor: Any) -> Tensor:
+def gather_shares(tensor: SplitTensor) -> Tensor:
     """The whole of a SplitTensor, plain, in the memory format that it has on one device. Collective.
 
     A random draw, for one, follows that order.
@@ -166,20 +180,21 @@ def gather_shares(tensor: Any) -> Tensor:
     return start_gather_shares(tensor)()
 
 
-def start_gather_shares(tensor: Any) -> Callable[[], Tensor]:
+def start_gather_shares(tensor: SplitTensor) -> Callable[[], Tensor]:
     """Starts :func:`gather_shares`; the function returned waits for its result."""
     layout, share, ranks = tensor.cut, tensor.share, tensor.ranks
     if layout.dim is None:
-        return lambda: share  # type: ignore[no-any-return]
+        return lambda: share
     order = memory_order(share)
     arrival = collectives.start_all_gather(share.permute(order).contiguous(), ranks)
     return lambda: _joined(arrival(), tensor, order)
 
 
-def _joined(stacked: Tensor, tensor: Any, order: Sequence[int]) -> Tensor:
+def _joined(stacked: Tensor, tensor: SplitTensor, order: Sequence[int]) -> Tensor:
     """The whole of ``tensor`` from the shares of all ranks: P, then a share in memory's ``order``."""
     layout, share, ranks = tensor.cut, tensor.share, tensor.ranks
     dim = layout.dim
+    assert dim is not None
     back = [order.index(i) for i in range(share.dim())]
     if layout.segments is None and _is_outermost(share, dim, order):
         place = order.index(dim)
@@ -194,12 +209,13 @@ def _joined(stacked: Tensor, tensor: Any, order: Sequence[int]) -> Tensor:
     return torch.cat(shares, dim, out=out)
 
 
-def change_segments(tensor: Any, layout: Layout) -> Tensor:
+def change_segments(tensor: SplitTensor, layout: Layout) -> Tensor:
     """This rank's share of a SplitTensor in another ``layout`` of the same cut dimension. Collective."""
     for note in segments_changed:
         note(layout)
     share, ranks = tensor.share, tensor.ranks
-    dim: Any = layout.dim
+    dim = layout.dim
+    assert dim is not None
     if type(share) is not Tensor or not share.is_contiguous():
         return take_share(gather_shares(tensor), layout, ranks)
     stacked = collectives.all_gather(share, ranks)

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ def copy_on_meta(model: nn.Module, ranks: int, placements: dict[str, Placement] 
         ranks: P.
         placements: of a one-device model's layers; ``None`` for one that was split.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         twin = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
@@ -51,7 +50,7 @@ def copy_on_meta(model: nn.Module, ranks: int, placements: dict[str, Placement] 
     return copied
 
 
-def run_on_meta(twin: nn.Module, inputs: Any) -> Any:
+def run_on_meta(twin: nn.Module, inputs: object) -> object:
     """What a model on the meta device gives for inputs of these shapes.
 
     Args:

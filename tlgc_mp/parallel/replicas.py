@@ -10,8 +10,8 @@ from __future__ import annotations
 import datetime
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel import checksums
 from tlgc_mp.parallel.collectives import start_all_gather
-from tlgc_mp.parallel.layout import Ranks
+from tlgc_mp.parallel.layout import Ranks, new_group
 
 CHECK_EVERY = 16
 """Forward passes in training from one check to the next; the first is checked, too."""
@@ -36,6 +36,8 @@ _HEAD = 9
 _SLOTS = _HEAD + 2 * _TENSORS
 CHECK_BYTES = 8 * _SLOTS
 """What a rank sends for a check."""
+Slot: TypeAlias = int | Tensor
+"""A number that is sent, or a tensor of shape () that holds one."""
 
 
 def agree_on_model(model: nn.Module, group: dist.ProcessGroup, seed: int | None = None) -> int:
@@ -132,7 +134,7 @@ def watch_replicas(model: nn.Module, ranks: Ranks, timeout: datetime.timedelta |
     if ranks.size == 1:
         return
     members = dist.get_process_group_ranks(ranks.group)
-    group: Any = dist.new_group(members, timeout=timeout, use_local_synchronization=True)
+    group = new_group(members, timeout)
     watch = ReplicaWatch(Ranks(group), held_whole, CHECK_EVERY)
     model.register_forward_pre_hook(watch.before, with_kwargs=True)
     model.register_forward_hook(watch.after)
@@ -183,24 +185,23 @@ class ReplicaWatch:
         every: passes from one check to the next.
     """
 
-    def __init__(self, ranks: Ranks, whole: Callable[[nn.Module], list[tuple[str, Tensor]]], every: int) -> None:
-        self.ranks: Ranks | None = ranks
+    def __init__(self, ranks: Ranks | None, whole: Callable[[nn.Module], list[tuple[str, Tensor]]], every: int) -> None:
+        self.ranks = ranks
         self.whole, self.every = whole, every
         self.passes = 0
         self.place = 0, 0
-        self.begun: list[Any] | None = None
+        self.begun: list[Slot] | None = None
         self.check: _Check | None = None
 
-    def __deepcopy__(self, memo: Any) -> ReplicaWatch:
-        ranks: Any = self.ranks
-        copied = ReplicaWatch(ranks, self.whole, self.every)
+    def __deepcopy__(self, memo: dict[int, object]) -> ReplicaWatch:
+        copied = ReplicaWatch(self.ranks, self.whole, self.every)
         memo[id(self)] = copied
         return copied
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "ranks": None, "begun": None, "check": None}
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Begins a forward pass: judges a check that is under way, and begins the next when it is time."""
         if torch.compiler.is_compiling() or self.ranks is None:
             return
@@ -217,7 +218,7 @@ class ReplicaWatch:
             with torch.no_grad():
                 self.begun = [*_of_inputs(inputs), *_random_states(_device(module))]
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def after(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         """Ends a forward pass: now it is known whether it drew random numbers, and the check is sent."""
         if torch.compiler.is_compiling() or self.begun is None or self.ranks is None:
             return
@@ -305,14 +306,14 @@ _EXACT = -1
 """Stands in the second slot of a tensor whose first holds a checksum of all bits; no sum of squares has these bits."""
 
 
-def _of_tensor(elements: Tensor) -> list[Any]:
+def _of_tensor(elements: Tensor) -> list[Slot]:
     """The two slots of a whole tensor."""
     if elements.is_floating_point():
         return list(checksums.rounded(elements).view(torch.int64))
     return [checksums.exact(elements), _EXACT]
 
 
-def _of_inputs(inputs: list[Any]) -> list[Any]:
+def _of_inputs(inputs: list[object]) -> list[Slot]:
     """Four slots: what the inputs are, a checksum of those that must be the same in all bits, and two for the rest."""
     described: list[str] = []
     whole: list[Tensor] = []
@@ -325,10 +326,10 @@ def _of_inputs(inputs: list[Any]) -> list[Any]:
                 (rest if loose else whole).append(value)
         else:
             described.append(repr(value) if isinstance(value, int | float | str | None) else type(value).__name__)
-    total: Any = 0
+    total: Slot = 0
     for position, value in enumerate(whole):
         total = total + checksums.exact(value).to(whole[0].device) * (2 * position + 1)
-    pair: Any = (0, 0)
+    pair: Iterable[Slot] = (0, 0)
     if rest:
         pair = torch.stack([checksums.rounded(value).to(rest[0].device) for value in rest]).sum(0).view(torch.int64)
     return [_digest("\n".join(described)), total, *pair]
@@ -354,12 +355,12 @@ def _random_states(device: torch.device) -> list[int]:
     return [*states, own]
 
 
-def _packed(slots: list[Any], device: torch.device) -> Tensor:
+def _packed(slots: list[Slot], device: torch.device) -> Tensor:
     """Numbers and tensors of shape () as one int64 tensor on ``device``."""
     numbers = torch.tensor([0 if isinstance(slot, Tensor) else slot for slot in slots]).to(device)
     places = [index for index, slot in enumerate(slots) if isinstance(slot, Tensor)]
     if places:
-        numbers[places] = torch.stack([slots[index].to(device) for index in places])
+        numbers[places] = torch.stack([slot.to(device) for slot in slots if isinstance(slot, Tensor)])
     return numbers
 
 

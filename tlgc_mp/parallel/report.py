@@ -11,10 +11,11 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
 from tlgc_mp.errors import UsageError, is_count
@@ -89,7 +90,7 @@ class LayoutReport:
         total = split_bytes + sum(layer.saved_whole for layer in self.layers)
         return split_bytes / total if total else 0.0
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """As JSON can hold it."""
         return {
             "tensor_parallel": self.tensor_parallel,
@@ -134,7 +135,7 @@ def static_report(model: nn.Module, placements: dict[str, Placement], tensor_par
     return LayoutReport(tensor_parallel, layers)
 
 
-def layout_report(model: nn.Module, inputs: Any = None, *, tensor_parallel: int | None = None) -> LayoutReport:
+def layout_report(model: nn.Module, inputs: object = None, *, tensor_parallel: int | None = None) -> LayoutReport:
     """How a model lies over P tensor-parallel ranks, and what a training step sends and keeps.
 
     Args:
@@ -186,7 +187,7 @@ class _Recorder:
         self.ranks = ranks
         self.by_name = {layer.name: layer for layer in report.layers}
         self.inside: list[str] = [""]
-        self.tagged: set[Any] = set()
+        self.tagged: set[Node] = set()
 
     def cost(self) -> LayerCost:
         name = self.inside[-1]
@@ -204,7 +205,7 @@ class _Recorder:
             part = others / self.ranks * (2 if collective in ("all_reduce", "sum_partials") else 1)
         self.cost().sent[collective] += round(size * part)
 
-    def computed(self, operator: Any, how: str) -> None:
+    def computed(self, operator: object, how: str) -> None:
         if how == "whole":
             self.cost().whole[str(operator).removeprefix("aten.").partition(".")[0]] += 1
 
@@ -218,10 +219,10 @@ class _Recorder:
             cost.saved_whole += size
         return tensor
 
-    def enter(self, module: nn.Module, inputs: Any) -> None:
+    def enter(self, module: nn.Module, inputs: object) -> None:
         self.inside.append(self.names[module])
 
-    def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, inputs: object, output: object) -> None:
         name = self.inside.pop()
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
@@ -229,19 +230,19 @@ class _Recorder:
                     Tensor.register_hook(tensor, self.entering(name))  # type: ignore[no-untyped-call]
                 self.tag(tensor.grad_fn, name)
 
-    def entering(self, name: str) -> Callable[[Any], None]:
+    def entering(self, name: str) -> Callable[[tuple[Tensor | None, ...]], None]:
         return lambda grads: self.inside.__setitem__(slice(None), [name])
 
-    def tag(self, node: Any, name: str) -> None:
+    def tag(self, node: Node, name: str) -> None:
         """Has what backward does in the nodes that ``name`` made count as its own."""
-        waiting = [node]
+        waiting: list[Node | None] = [node]
         while waiting:
-            node = waiting.pop()
-            if node is None or node in self.tagged:
+            found = waiting.pop()
+            if found is None or found in self.tagged:
                 continue
-            self.tagged.add(node)
-            node.register_prehook(self.entering(name))
-            waiting.extend(following for following, _ in node.next_functions)
+            self.tagged.add(found)
+            found.register_prehook(self.entering(name))
+            waiting.extend(following for following, _ in found.next_functions)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ operator on the shares, and say which dimension of the result is cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,19 +19,20 @@ from torch.utils._pytree import tree_map_only
 
 from tlgc_mp.parallel import collectives
 from tlgc_mp.parallel.layout import WHOLE, Layout, contiguous_geometry, gather_shares, thin_geometry
-from tlgc_mp.parallel.split_tensor import SplitTensor, share_in
+from tlgc_mp.parallel.signatures import Args, Kwargs, Operator, Rule
+from tlgc_mp.parallel.split_tensor import SplitTensor, T, share_in
 from tlgc_mp.parallel.split_tensor import like as alike
 
 aten = torch.ops.aten
 
-_RULES: dict[Any, Callable[..., Any]] = {}
+_RULES: dict[object, Rule] = {}
 """Operator, or overload of one -> its rule."""
 
 
-def rule(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def rule(*operators: object) -> Callable[[Rule], Rule]:
     """Registers a rule for operators (all overloads) or single overloads."""
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+    def register(function: Rule) -> Rule:
         _RULES.update(dict.fromkeys(operators, function))
         return function
 
@@ -49,7 +50,7 @@ def operators(names: str) -> list[Any]:
     return found
 
 
-def rule_of(func: Any) -> Callable[..., Any] | None:
+def rule_of(func: Operator) -> Rule | None:
     """The rule of an operator's overload, or ``None``."""
     from tlgc_mp.parallel import (  # noqa: F401  (they register theirs)
         rules_convolution,
@@ -89,7 +90,7 @@ def wrap(share: Tensor, layout: Layout, like: SplitTensor) -> SplitTensor:
     return SplitTensor(share, layout, like.ranks)
 
 
-def wrap_all(out: Any, layout: Layout, like: SplitTensor) -> Any:
+def wrap_all(out: Any, layout: Layout, like: SplitTensor) -> object:
     if isinstance(out, Tensor):
         return wrap(out, layout, like)
     return type(out)(wrap(t, layout, like) if isinstance(t, Tensor) else t for t in out)
@@ -105,7 +106,7 @@ def written(tensor: SplitTensor) -> SplitTensor:
 # Pointwise operators.
 
 
-def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def pointwise(func: Operator, args: Args, kwargs: Kwargs) -> object:
     lead: SplitTensor | None = None
     same = not kwargs
     local = []
@@ -134,7 +135,7 @@ def pointwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _broadcast(func, args, kwargs, lead)
 
 
-def pointwise_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def pointwise_in_place(func: Operator, args: Args, kwargs: Kwargs) -> object:
     target = args[0]
     if type(target) is not SplitTensor or target.cut.dim is None:
         return NotImplemented
@@ -142,14 +143,14 @@ def pointwise_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     return written(target)
 
 
-def _broadcast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], lead: SplitTensor) -> Any:
+def _broadcast(func: Operator, args: Args, kwargs: Kwargs, lead: SplitTensor) -> object:
     """``func`` with every tensor brought to the layout of ``lead``, dimensions counted from the last."""
     dim = lead.cut.dim
     assert dim is not None
     place = dim - lead.dim()
     total = lead.shape[dim]
 
-    def local(value: Any) -> Any:
+    def local(value: object) -> object:
         if isinstance(value, list | tuple):
             return type(value)(local(item) for item in value)
         if not isinstance(value, Tensor):
@@ -175,9 +176,9 @@ def _broadcast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], lead: S
     return wrap_all(out, layout, lead)
 
 
-def unfilled(tree: Any) -> Any:
+def unfilled(tree: T) -> T:
     """``tree`` with every tensor in it, whole, on the meta device."""
-    return tree_map_only(Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), tree)
+    return tree_map_only(Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), tree)  # type: ignore[no-any-return]
 
 
 class _Unlike(Exception):
@@ -187,13 +188,13 @@ class _Unlike(Exception):
 # Operators of one tensor, of which every dimension but those named stands for itself.
 
 
-def _first(args: tuple[Any, ...]) -> SplitTensor | None:
+def _first(args: Args) -> SplitTensor | None:
     """The first argument, where it is split."""
     first = args[0] if args else None
     return first if type(first) is SplitTensor and first.cut.dim is not None else None
 
 
-def argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+def argument(func: Operator, args: Args, kwargs: Kwargs, name: str) -> Any:
     """The value of the argument called ``name``, given or not."""
     for index, described in enumerate(func._schema.arguments):
         if described.name == name:
@@ -203,14 +204,14 @@ def argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
     return None
 
 
-def dims_of(value: Any, count: int) -> list[int]:
+def dims_of(value: int | Iterable[int], count: int) -> list[int]:
     """Dimensions, as an int or a list, as non-negative ones of a tensor of ``count``."""
     values = [value] if isinstance(value, int) else list(value)
     return [v % count if count else 0 for v in values]
 
 
 @rule(*operators("clone zeros_like ones_like empty_like full_like _to_copy"))
-def same_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def same_shape(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x = _first(args)
     if x is None:
         return NotImplemented
@@ -223,7 +224,7 @@ def same_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @rule(*operators("fill_.Scalar zero_"))
-def fill(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def fill(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x = _first(args)
     if x is None:
         return NotImplemented
@@ -232,7 +233,7 @@ def fill(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @rule(aten.copy_)
-def copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def copy(func: Operator, args: Args, kwargs: Kwargs) -> object:
     if type(args[0]) is SplitTensor:
         return pointwise_in_place(func, args, kwargs)
     return NotImplemented
@@ -244,7 +245,7 @@ def copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         "topk.default cummax.default cummin.default kthvalue.default mode.default"
     )
 )
-def along_dim(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def along_dim(func: Operator, args: Args, kwargs: Kwargs) -> object:
     """Acts along one or several dimensions, and keeps all; or, with ``keepdim``, drops one."""
     x = _first(args)
     if x is None:
@@ -271,7 +272,7 @@ _SCANS = {aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin
 
 
 @rule(aten._softmax_backward_data, aten._log_softmax_backward_data)
-def softmax_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def softmax_backward(func: Operator, args: Args, kwargs: Kwargs) -> object:
     grad, output, dim = args[0], args[1], args[2]
     lead = output if type(output) is SplitTensor and output.cut.dim is not None else _first(args)
     if lead is None or lead.cut.dim == dim % max(lead.dim(), 1):
@@ -294,7 +295,7 @@ _REDUCTIONS = operators(
 
 
 @rule(*_REDUCTIONS, *operators("sum.default mean.default"))
-def reduce(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def reduce(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x = _first(args)
     if x is None:
         return NotImplemented
@@ -311,7 +312,7 @@ def reduce(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return tuple(SplitTensor(t, layout, x.ranks) for t in out)
 
 
-def _reduce_over_ranks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: SplitTensor) -> Any:
+def _reduce_over_ranks(func: Operator, args: Args, kwargs: Kwargs, x: SplitTensor) -> object:
     """Sums, means and extremes over the cut dimension: of the shares, then of the ranks."""
     packet = func.overloadpacket
     if packet not in (aten.sum, aten.mean, aten.amax, aten.amin) or x.share.numel() == 0:
@@ -328,7 +329,7 @@ def _reduce_over_ranks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
 
 
 @rule(*operators("constant_pad_nd"))
-def pad(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def pad(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x = _first(args)
     if x is None:
         return NotImplemented
@@ -340,7 +341,7 @@ def pad(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @rule(*operators("tril triu"))
-def last_two(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def last_two(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x = _first(args)
     if x is None or x.cut.dim is None or x.cut.dim >= x.dim() - 2:
         return NotImplemented
@@ -348,7 +349,7 @@ def last_two(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @rule(*operators("new_empty new_zeros new_ones new_full new_empty_strided"))
-def new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def new(func: Operator, args: Args, kwargs: Kwargs) -> object:
     """Only the type and the device of the tensor are looked at; its size is not that of the share."""
     x = args[0]
     if type(x) is not SplitTensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,10 +28,14 @@ from tlgc_mp.parallel.layout import (
 )
 from tlgc_mp.parallel.rules import aten, rule
 from tlgc_mp.parallel.rules_layers import CHANNELS, cut_dim, optional, ranks_of
+from tlgc_mp.parallel.signatures import Args, Kwargs, Operator
 from tlgc_mp.parallel.split_tensor import SplitTensor, share_in
 
 LARGEST_TRANSIENT = 256 << 20
 """Bytes of one tensor that a rank holds whole for a moment; what is larger comes in blocks of channels."""
+
+PassBack: TypeAlias = Callable[[Tensor, Tensor, Tensor, list[bool]], tuple[Tensor, Tensor, Tensor]]
+"""(gradient of the output, input, filters, which gradients are asked for) -> those of input, filters and bias."""
 
 
 def _convolution_kind(x: Tensor, weight: Tensor, transposed: bool, groups: int) -> tuple[str, Layout, Layout]:
@@ -82,7 +86,7 @@ def _weight_layout(kind: str, transposed: bool, inputs: Layout, outputs: Layout)
 
 
 @rule(aten.convolution.default)
-def convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def convolution(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args
     if type(x) is not SplitTensor and type(weight) is not SplitTensor:
         return NotImplemented
@@ -169,7 +173,7 @@ def _channel_blocks(channels: int, cut: Layout, size: int, ranks: Ranks, device:
 
 
 @rule(aten.convolution_backward.default)
-def convolution_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def convolution_backward(func: Operator, args: Args, kwargs: Kwargs) -> object:
     grad, x, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask = args
     if type(x) is not SplitTensor and type(weight) is not SplitTensor:
         return NotImplemented
@@ -182,10 +186,10 @@ def convolution_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     bias_layout = Layout(0, outputs.segments) if kind in ("grouped", "column") else WHOLE
     local_groups = groups // ranks.size if kind == "grouped" else groups
 
-    def pass_back(grad: Tensor, part: Tensor, filters: Tensor, which: list[bool]) -> Any:
+    def pass_back(grad: Tensor, part: Tensor, filters: Tensor, which: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
         geometry = (stride, padding, dilation, transposed, output_padding, local_groups)
         sizes = None if bias_sizes is None else [grad.shape[1]]
-        return func(grad, part, filters, sizes, *geometry, which)
+        return func(grad, part, filters, sizes, *geometry, which)  # type: ignore[no-any-return]
 
     if kind == "column":
         layout = x.cut if type(x) is SplitTensor else WHOLE
@@ -213,7 +217,7 @@ def _column_backward(
     layout: Layout,
     channels: int,
     mask: list[bool],
-    pass_back: Callable[..., Any],
+    pass_back: PassBack,
     ranks: Ranks,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of this rank's input, filters and bias: each rank has the part that its outputs pass back.
@@ -243,7 +247,7 @@ def _column_backward_in_blocks(
     layout: Layout,
     channels: int,
     mask: list[bool],
-    pass_back: Callable[..., Any],
+    pass_back: PassBack,
     ranks: Ranks,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     to_inputs: list[Tensor] = []
@@ -270,7 +274,7 @@ def _row_backward(
     outputs: Layout,
     channels: int,
     mask: list[bool],
-    pass_back: Callable[..., Any],
+    pass_back: PassBack,
     ranks: Ranks,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of this rank's input and filters, and of the bias, of which every rank has the whole."""

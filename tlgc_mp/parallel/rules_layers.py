@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,17 +10,18 @@ from torch import Tensor
 from tlgc_mp.parallel import collectives
 from tlgc_mp.parallel.layout import WHOLE, Layout, Ranks, contiguous_geometry, gather_shares, take_share
 from tlgc_mp.parallel.rules import aten, operators, pointwise, pointwise_in_place, rule, wrap, wrap_all
+from tlgc_mp.parallel.signatures import Args, Kwargs, Operator
 from tlgc_mp.parallel.split_tensor import SplitTensor, share_in
 
 CHANNELS = Layout(1, None)
 
 
-def cut_dim(tensor: Any) -> int | None:
+def cut_dim(tensor: object) -> int | None:
     """The dimension along which ``tensor`` is cut."""
     return tensor.cut.dim if type(tensor) is SplitTensor else None
 
 
-def ranks_of(*tensors: Any) -> Ranks:
+def ranks_of(*tensors: object) -> Ranks:
     return next(t.ranks for t in tensors if type(t) is SplitTensor)
 
 
@@ -73,7 +74,7 @@ def _update(statistics: list[Tensor | None], new: list[Tensor | None], layout: L
         "_native_batch_norm_legit.default _native_batch_norm_legit.no_stats _batch_norm_no_update.default"
     )
 )
-def batch_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def batch_norm(func: Operator, args: Args, kwargs: Kwargs) -> object:
     """(x, weight, bias, [running_mean, running_var,] ...) -> (y, mean, inverse deviation, ...)."""
     x = args[0]
     ranks = next(t.ranks for t in args if type(t) is SplitTensor)
@@ -106,20 +107,20 @@ def _statistic(tensor: Tensor, layout: Layout, ranks: Ranks) -> SplitTensor:
 
 
 @rule(*operators("native_batch_norm_backward.default batch_norm_backward.default"))
-def batch_norm_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def batch_norm_backward(func: Operator, args: Args, kwargs: Kwargs) -> object:
     """(grad, x, weight, running_mean, running_var, mean, inverse deviation, training, eps, mask, ...)"""
     return _batch_norm_backward(func, args, kwargs, x=args[1], full=(0, 1), channel=range(2, 7))
 
 
 @rule(*operators("cudnn_batch_norm_backward.default miopen_batch_norm_backward.default"))
-def cudnn_batch_norm_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def cudnn_batch_norm_backward(func: Operator, args: Args, kwargs: Kwargs) -> object:
     """(x, grad, weight, running_mean, running_var, mean, inverse deviation, eps, ...)"""
     return _batch_norm_backward(func, args, kwargs, x=args[0], full=(0, 1), channel=range(2, 7))
 
 
 def _batch_norm_backward(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Any, full: Any, channel: Any
-) -> Any:
+    func: Operator, args: Args, kwargs: Kwargs, x: Tensor, full: Sequence[int], channel: Sequence[int]
+) -> object:
     ranks = next(t.ranks for t in args if type(t) is SplitTensor)
     lead = x if type(x) is SplitTensor and cut_dim(x) is not None else None
     if cut_dim(x) not in (None, 1):
@@ -184,7 +185,7 @@ def _normalized_backward(
 
 
 @rule(aten.native_layer_norm.default)
-def layer_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def layer_norm(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x, shape, weight, bias, eps = args
     if type(x) is not SplitTensor or cut_dim(x) is None:
         return NotImplemented
@@ -209,7 +210,7 @@ def layer_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @rule(aten.native_layer_norm_backward.default)
-def layer_norm_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def layer_norm_backward(func: Operator, args: Args, kwargs: Kwargs) -> object:
     grad, x, shape, mean, inverse, weight, bias, mask = args
     if type(x) is not SplitTensor or cut_dim(x) is None:
         return NotImplemented
@@ -256,7 +257,7 @@ def _in_group_norms_format(y: Tensor) -> Tensor:
 
 
 @rule(aten.native_group_norm.default)
-def group_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def group_norm(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x, weight, bias, batch, channels, positions, groups, eps = args
     if type(x) is not SplitTensor or cut_dim(x) != 1:
         return NotImplemented
@@ -282,7 +283,7 @@ def group_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @rule(aten.native_group_norm_backward.default)
-def group_norm_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def group_norm_backward(func: Operator, args: Args, kwargs: Kwargs) -> object:
     grad, x, mean, inverse, weight, batch, channels, positions, groups, mask = args
     if type(x) is not SplitTensor or cut_dim(x) != 1:
         return NotImplemented
@@ -330,14 +331,14 @@ rule(*operators("hardswish_ mish_ threshold_ gelu_"))(pointwise_in_place)
 
 
 def _positions(names: str, count: int) -> None:
-    def spatial(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def spatial(func: Operator, args: Args, kwargs: Kwargs) -> object:
         lead = next((t for t in args if type(t) is SplitTensor and t.cut.dim is not None), None)
         if lead is None:
             return NotImplemented
         dim = lead.cut.dim
         if dim is None or dim >= lead.dim() - count:
             return NotImplemented
-        own: list[Any] = []
+        own: list[object] = []
         for value in args:
             if isinstance(value, Tensor):
                 if value.dim() != lead.dim() or value.shape[dim] != lead.shape[dim]:
@@ -357,7 +358,7 @@ def _positions(names: str, count: int) -> None:
                 _SIZED[operator] = index
 
 
-_SIZED: dict[Any, int] = {}
+_SIZED: dict[object, int] = {}
 """Operators that are told the size of the whole input -> which argument tells it."""
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from tlgc_mp.parallel.layout import WHOLE, Layout, Ranks, scatter_sum
 from tlgc_mp.parallel.rules import aten, operators, rule
 from tlgc_mp.parallel.rules_layers import cut_dim, ranks_of
+from tlgc_mp.parallel.signatures import Args, Kwargs, Operator
 from tlgc_mp.parallel.split_tensor import SplitTensor, share_in
 
 
-def _layout(tensor: Any) -> Layout:
+def _layout(tensor: object) -> Layout:
     return tensor.cut if type(tensor) is SplitTensor else WHOLE
 
 
@@ -48,7 +47,7 @@ def _plan(a: Tensor, b: Tensor, batched: int) -> tuple[Layout, Layout, Layout, b
     return None
 
 
-def _product(func: Any, a: Tensor, b: Tensor, batched: int) -> SplitTensor | None:
+def _product(func: Operator, a: Tensor, b: Tensor, batched: int) -> SplitTensor | None:
     found = _plan(a, b, batched)
     if found is None:
         return None
@@ -59,19 +58,19 @@ def _product(func: Any, a: Tensor, b: Tensor, batched: int) -> SplitTensor | Non
 
 
 @rule(aten.mm.default)
-def mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def mm(func: Operator, args: Args, kwargs: Kwargs) -> object:
     result = _product(func, args[0], args[1], 0)
     return NotImplemented if result is None else result
 
 
 @rule(aten.bmm.default)
-def bmm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def bmm(func: Operator, args: Args, kwargs: Kwargs) -> object:
     result = _product(func, args[0], args[1], 1)
     return NotImplemented if result is None else result
 
 
 @rule(aten.addmm.default)
-def addmm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def addmm(func: Operator, args: Args, kwargs: Kwargs) -> object:
     bias, a, b = args
     if type(a) is not SplitTensor and type(b) is not SplitTensor:
         return NotImplemented
@@ -94,7 +93,7 @@ _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 @rule(*operators(f"{_FLASH}.default {_FLASH}_backward.default"))
-def attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def attention(func: Operator, args: Args, kwargs: Kwargs) -> object:
     """Heads, which are dimension 1, and images stand for themselves; no dropout, which would be drawn a share."""
     backward = func.overloadpacket is not aten._scaled_dot_product_flash_attention_for_cpu
     tensors = 6 if backward else 3  # grad, query, key, value, output, logsumexp; or query, key, value

@@ -6,12 +6,11 @@ whole tensor is drawn in the strides that it has on one device. The draw takes t
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from tlgc_mp.parallel.layout import take_share
 from tlgc_mp.parallel.rules import _first, aten, operators, rule, wrap, written
+from tlgc_mp.parallel.signatures import Args, Kwargs, Operator
 from tlgc_mp.parallel.split_tensor import SplitTensor
 
 
@@ -26,7 +25,7 @@ def _blank(x: SplitTensor) -> torch.Tensor:
         "geometric_"
     )
 )
-def draw_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def draw_in_place(func: Operator, args: Args, kwargs: Kwargs) -> object:
     """What stood in the tensor plays no part."""
     x = _first(args)
     if x is None:
@@ -36,7 +35,7 @@ def draw_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 @rule(*operators("rand_like.default randn_like.default randint_like.default randint_like.low_dtype"))
-def draw_like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def draw_like(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x = _first(args)
     if x is None:
         return NotImplemented
@@ -44,7 +43,7 @@ def draw_like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @rule(aten.native_dropout)
-def native_dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def native_dropout(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x = _first(args)
     if x is None:
         return NotImplemented

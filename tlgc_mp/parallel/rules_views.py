@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from tlgc_mp.parallel.layout import WHOLE, Layout
 from tlgc_mp.parallel.rules import _first, aten, operators, rule, unfilled, wrap
+from tlgc_mp.parallel.signatures import Args, Kwargs, Operator
 from tlgc_mp.parallel.split_tensor import Family, SplitTensor, as_view, made_as_view, share_in
 
 MOST_SEGMENTS = 256
 
 
 @rule(aten.detach, aten.alias)
-def same(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def same(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x = args[0]
     return as_view(func(x.share), x.cut, x, geometry=(x.shape, x.stride()))
 
 
 @rule(aten._conj, aten._neg_view)
-def mark(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def mark(func: Operator, args: Args, kwargs: Kwargs) -> object:
     """Computed at once, since operators on shares come after those that look at such a mark."""
     x = args[0]
     computed = aten.conj_physical if func.overloadpacket is aten._conj else aten.neg
@@ -38,12 +38,12 @@ def mark(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @rule(aten.lift_fresh)
-def lift(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def lift(func: Operator, args: Args, kwargs: Kwargs) -> object:
     return args[0]
 
 
 @rule(aten.permute)
-def permute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def permute(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x, dims = args
     if x.cut.dim is None:
         return NotImplemented
@@ -52,7 +52,7 @@ def permute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @rule(aten.transpose.int, aten.t)
-def transpose(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def transpose(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x = args[0]
     if x.cut.dim is None:
         return NotImplemented
@@ -62,7 +62,7 @@ def transpose(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @rule(aten.unsqueeze)
-def unsqueeze(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def unsqueeze(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x, at = args
     if x.cut.dim is None:
         return NotImplemented
@@ -71,7 +71,7 @@ def unsqueeze(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @rule(aten.squeeze)
-def squeeze(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def squeeze(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x = args[0]
     dim = x.cut.dim
     if dim is None:
@@ -83,7 +83,7 @@ def squeeze(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @rule(aten.expand)
-def expand(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def expand(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x, size = args[0], list(args[1])
     if x.cut.dim is None:
         return NotImplemented
@@ -95,7 +95,7 @@ def expand(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @rule(aten.view.default, aten._unsafe_view, aten._reshape_alias)
-def view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def view(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x, size = args[0], list(args[1])
     if x.cut.dim is None or x.numel() == 0:
         return NotImplemented
@@ -126,7 +126,7 @@ def viewed(shape: Sequence[int], size: Sequence[int], layout: Layout, ranks: int
     """
     assert layout.dim is not None
     old, new = _group(shape, size, layout.dim)
-    if old is None:
+    if old is None or new is None:
         return None
     outer = math.prod(shape[old.start : layout.dim])
     inner = math.prod(shape[layout.dim + 1 : old.stop])
@@ -145,7 +145,7 @@ def viewed(shape: Sequence[int], size: Sequence[int], layout: Layout, ranks: int
     return Layout(first, segments)
 
 
-def _group(shape: Sequence[int], size: Sequence[int], dim: int) -> tuple[Any, Any]:
+def _group(shape: Sequence[int], size: Sequence[int], dim: int) -> tuple[range, range] | tuple[None, None]:
     """The dimensions of ``shape`` and of ``size`` with the same product among which ``dim`` is; as few as there are."""
     i = j = 0
     while i < len(shape):
@@ -166,7 +166,7 @@ def _group(shape: Sequence[int], size: Sequence[int], dim: int) -> tuple[Any, An
     return None, None
 
 
-def _start_stop(args: tuple[Any, ...], length: int) -> tuple[int, int, int]:
+def _start_stop(args: Args, length: int) -> tuple[int, int, int]:
     """Of ``slice(x, dim, start, end, step)``."""
     start = args[2] if len(args) > 2 else None
     end = args[3] if len(args) > 3 else None
@@ -176,7 +176,7 @@ def _start_stop(args: tuple[Any, ...], length: int) -> tuple[int, int, int]:
 
 
 @rule(aten.slice)
-def slices(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def slices(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x = args[0]
     if x.cut.dim is None or kwargs:
         return NotImplemented
@@ -208,7 +208,7 @@ def _between(pieces: Sequence[int], begin: int, stop: int) -> tuple[int, ...] | 
 
 
 @rule(aten.select.int)
-def select(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def select(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x, dim, index = args
     if x.cut.dim is None or dim % x.dim() == x.cut.dim:
         return NotImplemented
@@ -219,7 +219,7 @@ def select(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @rule(aten.split.Tensor, aten.split_with_sizes, aten.unsafe_split, aten.unsafe_split_with_sizes, aten.unbind)
-def split(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def split(func: Operator, args: Args, kwargs: Kwargs) -> object:
     """As many slices."""
     x = args[0]
     if x.cut.dim is None:
@@ -249,7 +249,7 @@ def split(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @rule(aten.unfold)
-def unfold(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def unfold(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x, dim = args[0], args[1]
     if x.cut.dim is None or dim % x.dim() == x.cut.dim:
         return NotImplemented
@@ -257,7 +257,7 @@ def unfold(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @rule(aten.slice_backward, aten.select_backward)
-def slice_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def slice_backward(func: Operator, args: Args, kwargs: Kwargs) -> object:
     grad, sizes, dim = args[0], list(args[1]), args[2]
     x = _first(args)
     if x is None:
@@ -274,7 +274,7 @@ def slice_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 @rule(aten.cat.default)
-def cat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def cat(func: Operator, args: Args, kwargs: Kwargs) -> object:
     tensors = list(args[0])
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     lead = next((t for t in tensors if type(t) is SplitTensor and t.cut.dim is not None), None)
@@ -303,7 +303,7 @@ def cat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @rule(aten.stack.default)
-def stack(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def stack(func: Operator, args: Args, kwargs: Kwargs) -> object:
     tensors = list(args[0])
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     lead = next((t for t in tensors if type(t) is SplitTensor and t.cut.dim is not None), None)
@@ -321,7 +321,7 @@ def stack(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @rule(*operators("index_select.default"))
-def index_select(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def index_select(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x, dim, index = args
     if _first(args) is None or dim % x.dim() == x.cut.dim:
         return NotImplemented

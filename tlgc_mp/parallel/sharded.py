@@ -8,6 +8,13 @@ penalty on weights computes what it does on one device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
+
+if TYPE_CHECKING:
+    from tlgc_mp.parallel.report import LayoutReport
+
+
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -49,7 +56,7 @@ class Region:
         self.plain = ranks.size == 1
         self.replicas = replicas
         self.over_network = over_network
-        self.report: Any = None
+        self.report: LayoutReport | None = None
 
     @contextlib.contextmanager
     def set_plain(self, plain: bool) -> Iterator[None]:
@@ -66,6 +73,11 @@ class ShardedLayer:
 
     tlgc_region: Region
     tlgc_placement: Placement
+
+    if TYPE_CHECKING:
+
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            """That of the class behind."""
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)  # type: ignore[misc]
@@ -86,20 +98,21 @@ class ShardedLayer:
         shown.held = value
         return shown
 
-    def __setattr__(self, name: str, value: Any) -> Any:
+    def __setattr__(self, name: str, value: object) -> None:
         own = self.__dict__
         if not isinstance(value, Tensor) or "tlgc_region" not in own or own["tlgc_region"].plain:
-            return super().__setattr__(name, value)
+            super().__setattr__(name, value)
+            return
         if name in own["tlgc_placement"].dims and name in own["_parameters"]:
             own["_parameters"][name] = self._tlgc_as_held(name, value)
-            return None
+            return
         if name in own["_buffers"]:
             # A buffer that forward code replaces is stored as the one before it was.
             if name in own["tlgc_placement"].dims:
                 value = share_in(value, own["tlgc_placement"].layout(name), own["tlgc_region"].ranks).clone()
             else:
                 value = whole(value)
-        return super().__setattr__(name, value)
+        super().__setattr__(name, value)
 
     def _tlgc_as_held(self, name: str, value: Tensor) -> nn.Parameter:
         """The share that ``value`` stands for, to be held as the cut parameter ``name``: as after ``weight -= x``, or
@@ -134,10 +147,10 @@ class ShardedLayer:
             )
         super().register_parameter(name, param)  # type: ignore[misc]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return reduced(self)
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Reduced:
+        return reduced(self)  # type: ignore[arg-type]
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         for key, param in self._parameters.items():  # type: ignore[attr-defined]
             if param is not None:
@@ -164,7 +177,7 @@ def keep_gradient_plain(param: nn.Parameter, dim: int | None, region: Region) ->
         param.register_hook(plain_gradient)
 
 
-def split_class(base: Any, kind: Any) -> Any:
+def split_class(base: type[nn.Module], kind: type) -> type[nn.Module]:
     """The class of a layer or model of class ``base`` after it is sharded. It bears the same name."""
     if (base, kind) not in _CLASSES:
         behind = getattr(kind, "tlgc_behind", ())
@@ -178,8 +191,11 @@ def split_class(base: Any, kind: Any) -> Any:
     return _CLASSES[base, kind]
 
 
-_CLASSES: dict[tuple[Any, Any], Any] = {}
+_CLASSES: dict[tuple[type[nn.Module], type], type[nn.Module]] = {}
 
+
+Reduced: TypeAlias = tuple[Callable[..., object], tuple[type, ...], object]
+"""As ``__reduce_ex__`` gives it."""
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -188,7 +204,7 @@ _ENGINES = ("_original_parameters", "_external_params", "all_parameters", "pre_b
 """Attributes that ZeRO 3 gives to modules, beside those that begin with ``ds_``."""
 
 
-def reduced(module: Any) -> Any:
+def reduced(module: nn.Module) -> Reduced:
     """What pickle and copy keep of a module: all but what an engine added, which belongs to that engine alone.
 
     Parameters that ZeRO 3 has partitioned are kept in full, so this is collective there.
@@ -201,7 +217,7 @@ def reduced(module: Any) -> Any:
     return _empty, (cls, *reversed(kinds)), clean.__getstate__()
 
 
-def without_engine(module: Any, done: dict[int, Any]) -> Any:
+def without_engine(module: nn.Module | None, done: dict[int, Any]) -> Any:
     """``module``, with the same values and without the hooks and attributes of an engine.
 
     Args:
@@ -222,7 +238,7 @@ def without_engine(module: Any, done: dict[int, Any]) -> Any:
     return done[id(module)]
 
 
-def _plain_parameter(param: Any, done: dict[int, Any]) -> Any:
+def _plain_parameter(param: nn.Parameter | None, done: dict[int, Any]) -> Any:
     if param is None or (id(param) not in done and not vars(param)):
         return param
     if id(param) not in done:
@@ -236,7 +252,7 @@ EXTRA = "_extra_state"
 """The last part of the name under which a state dict holds a module's extra state."""
 
 
-def extra_state(module: nn.Module) -> dict[str, Any]:
+def extra_state(module: nn.Module) -> dict[str, object]:
     """What a module with a ``get_extra_state`` of its own adds to its state dict; nothing of others."""
     mine = type(module).get_extra_state is not nn.Module.get_extra_state
     return {EXTRA: module.get_extra_state()} if mine else {}
@@ -255,11 +271,11 @@ def zero3_gathered(parameters: Sequence[Any]) -> Iterator[bool]:
         yield True
 
 
-def is_engines(hook: Any) -> bool:
+def is_engines(hook: object) -> bool:
     return (getattr(hook, "__module__", "") or "").startswith("deepspeed")
 
 
-def _empty(cls: Any, *kinds: Any) -> Any:
+def _empty(cls: type[nn.Module], *kinds: type) -> nn.Module:
     """An object to be filled by what pickle or copy kept of one."""
     for kind in kinds:
         cls = split_class(cls, kind)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,7 @@ from tlgc_mp.nn.init import check_drawable, draw_by_blocks, draw_whole, drawn_by
 from tlgc_mp.parallel.collectives import is_gloo
 from tlgc_mp.parallel.joins import agreed_joins
 from tlgc_mp.parallel.layers import make_root, shard_layer
-from tlgc_mp.parallel.layout import Layout, Ranks
+from tlgc_mp.parallel.layout import Layout, Ranks, new_group
 from tlgc_mp.parallel.plan import Placement, goes_plain, plan
 from tlgc_mp.parallel.replicas import agree_on_model, watch_replicas
 from tlgc_mp.parallel.report import static_report
@@ -38,7 +37,7 @@ def shard(
     seed: int | None = None,
     timeout: datetime.timedelta | float = COLLECTIVE_TIMEOUT,
     data_parallel_group: dist.ProcessGroup | None = None,
-    sample_inputs: Any = None,
+    sample_inputs: object = None,
 ) -> nn.Module:
     """Splits ``model`` over the ranks of ``process_group``, in place, layer by layer. Collective.
 
@@ -80,17 +79,17 @@ def shard(
         raise UsageError(f"seed={seed!r} is no seed; use an int")
     if not dist.is_initialized():
         raise UsageError("shard: torch.distributed is not initialized; call torch.distributed.init_process_group first")
-    group: Any = process_group if process_group is not None else dist.group.WORLD
+    group = process_group if process_group is not None else dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):
         raise UsageError(f"process_group={group!r} is none that this rank is in; give a group of it")
     bound = as_timeout("timeout", timeout)
     members = dist.get_process_group_ranks(group)
-    coarse_group: Any = dist.new_group(members, timeout=bound, use_local_synchronization=True)
+    coarse_group = new_group(members, bound)
     drawn_from = agree_on_model(model, coarse_group, seed)
     ranks = Ranks(coarse_group)
     placements = plan(model, ranks.size)
     if sample_inputs is not None:
-        alike: list[Any] = [coarse_group, *([] if data_parallel_group is None else [data_parallel_group])]
+        alike = [coarse_group, *([] if data_parallel_group is None else [data_parallel_group])]
         placements = agreed_joins(model, placements, sample_inputs, alike)
     replicas = _replicas(model, members, data_parallel_group)
     over_network = _lie_on_several_hosts(coarse_group)
@@ -107,7 +106,7 @@ def _lie_on_several_hosts(group: dist.ProcessGroup) -> bool:
     """Whether the ranks of ``group`` lie on several hosts, if it is Gloo's; the same on every rank. Collective."""
     if not is_gloo(group):
         return False
-    hosts: list[Any] = [None] * dist.get_world_size(group)
+    hosts: list[object] = [None] * dist.get_world_size(group)
     dist.all_gather_object(hosts, host_on_network(), group=group)
     return len(set(hosts)) > 1
 
@@ -143,15 +142,14 @@ def _replicas(model: nn.Module, members: list[int], group: dist.ProcessGroup | N
     layers = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
     if not layers:
         return None
-    given: list[Any] = [group] if group is not None else [layer.process_group for layer in layers]
+    given: list[dist.ProcessGroup | None] = [group] if group is not None else [layer.process_group for layer in layers]
     if any(each is None for each in given):
         if len(members) < dist.get_world_size():
             raise UsageError(
                 "data_parallel_group must be the ranks that hold the same share of other replicas, got None; "
                 "SyncBatchNorm takes its statistics over them"
             )
-        alone: Any = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        return Ranks(alone)
+        return Ranks(new_group([dist.get_rank()]))
     for each in given:
         ranks = dist.get_process_group_ranks(each)
         if len(set(ranks) & set(members)) > 1 or ranks != dist.get_process_group_ranks(given[0]):
@@ -196,7 +194,7 @@ def split_layers(
 
 
 @torch.no_grad()
-def gather_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Any]:
+def gather_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, object]:
     """The state dict of the whole model, whatever its split over tensor-parallel ranks and by ZeRO. Collective.
 
     It loads into the single-device model. One layer is assembled at a time.
@@ -205,7 +203,7 @@ def gather_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Any]:
         keep: whether this rank wants it; one that only helps the others gets an empty dict, and holds one tensor.
     """
     check_module("model", model)
-    state: dict[str, Any] = {}
+    state: dict[str, object] = {}
     first: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
@@ -241,7 +239,7 @@ def effective_parameters(model: nn.Module) -> int:
     return total
 
 
-def _own_state(module: nn.Module) -> dict[str, Any]:
+def _own_state(module: nn.Module) -> dict[str, object]:
     """What ``module.state_dict()`` holds of the module itself, without its children."""
     transient = module._non_persistent_buffers_set
     entries = {**module._parameters, **{k: v for k, v in module._buffers.items() if k not in transient}}

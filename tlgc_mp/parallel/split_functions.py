@@ -7,7 +7,7 @@ what is recomputed in it, and hooks. It is started from the edges of the graph i
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from tlgc_mp.parallel.layout import Layout, Ranks
+from tlgc_mp.parallel.signatures import Args, Function, Kwargs
 from tlgc_mp.parallel.split_tensor import (
     FUNCTIONS,
     SplitTensor,
@@ -30,7 +31,7 @@ from tlgc_mp.parallel.split_tensor import (
 )
 
 
-def entered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def entered(func: Function, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     """The arguments, each plain tensor that needs a gradient as a SplitTensor that is whole on every rank.
 
     Its gradient then comes back plain and whole.
@@ -44,11 +45,11 @@ def entered(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     return enter_leaves((args, kwargs), ranks)  # type: ignore[no-any-return]
 
 
-def _tuple(value: Any) -> tuple[Any, ...]:
+def _tuple(value: object) -> Args:
     return tuple(value) if isinstance(value, Sequence) and not hasattr(value, "node") else (value,)
 
 
-def _edges(tensors: Sequence[Any]) -> list[Any]:
+def _edges(tensors: Args) -> list[Any]:
     """Where the graph holds them; a parameter's share is where it begins."""
     return [
         tensor if type(tensor) is not SplitTensor else get_gradient_edge(tensor if tensor.held is None else tensor.held)
@@ -56,7 +57,7 @@ def _edges(tensors: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _seeds(outputs: Sequence[Any], gradients: Any) -> list[Any] | None:
+def _seeds(outputs: Args, gradients: object) -> list[Any] | None:
     """The gradient to start from for each output; ``None`` where torch has something to complain about."""
     given = [None] * len(outputs) if gradients is None else list(_tuple(gradients))
     if len(given) != len(outputs):
@@ -76,16 +77,16 @@ def _seeds(outputs: Sequence[Any], gradients: Any) -> list[Any] | None:
 
 
 def _grad(
-    outputs: Any,
-    inputs: Any,
-    grad_outputs: Any = None,
+    outputs: object,
+    inputs: object,
+    grad_outputs: object = None,
     retain_graph: bool | None = None,
     create_graph: bool = False,
     only_inputs: bool = True,
     allow_unused: bool | None = None,
     is_grads_batched: bool = False,
     materialize_grads: bool = False,
-) -> Any:
+) -> object:
     outputs, inputs = _tuple(outputs), _tuple(inputs)
     seeds = _seeds(outputs, grad_outputs)
     if seeds is None or is_grads_batched or any(isinstance(t, Tensor) and not t.requires_grad for t in inputs):
@@ -113,30 +114,31 @@ def _grad(
 
 
 def _backward(
-    tensors: Any,
-    grad_tensors: Any = None,
+    tensors: object,
+    grad_tensors: object = None,
     retain_graph: bool | None = None,
     create_graph: bool = False,
-    inputs: Any = None,
-) -> Any:
+    inputs: object = None,
+) -> object:
     tensors = _tuple(tensors)
     seeds = _seeds(tensors, grad_tensors)
     if seeds is None:
         return NotImplemented
-    return torch.autograd.backward(
+    torch.autograd.backward(
         _edges(tensors),
         seeds,
         retain_graph=retain_graph,
         create_graph=create_graph,
         inputs=None if inputs is None else _edges(_tuple(inputs)),
     )
+    return None
 
 
-def _tensor_backward(tensor: Tensor, gradient: Any = None, **options: Any) -> Any:
+def _tensor_backward(tensor: Tensor, gradient: object = None, **options: Any) -> object:
     return _backward(tensor, gradient, **options)
 
 
-def set_data(tensor: Tensor, value: Tensor) -> Any:
+def set_data(tensor: Tensor, value: Tensor) -> None:
     """``tensor.data = value``."""
     if type(tensor) is not SplitTensor:
         tensor.data = whole(value.detach())  # type: ignore[attr-defined]
@@ -155,7 +157,7 @@ def set_data(tensor: Tensor, value: Tensor) -> Any:
 # What is asked of a parameter that code has read from a layer.
 
 
-def hook_of_whole(hook: Any, layout: Layout, ranks: Ranks, grad: Tensor) -> Tensor | None:
+def hook_of_whole(hook: Callable[[Tensor], Tensor | None], layout: Layout, ranks: Ranks, grad: Tensor) -> Tensor | None:
     """Calls ``hook`` with the whole of a share's gradient; the share of what it makes of it."""
     changed = hook(SplitTensor(grad, layout, ranks))
     return None if changed is None else share_in(changed, layout, ranks)
@@ -166,10 +168,10 @@ def _shown(share: Tensor, tensor: SplitTensor) -> SplitTensor:
     return from_share(share, tensor.cut, tensor.ranks)
 
 
-def _of_held(function: Any) -> Any:
+def _of_held(function: Callable[..., object]) -> Callable[..., object]:
     """``function(tensor, held, ...)`` where the tensor shows a parameter; as torch does otherwise."""
 
-    def replace(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def replace(tensor: Tensor, *args: object, **kwargs: object) -> object:
         if type(tensor) is not SplitTensor or tensor.held is None:
             return NotImplemented
         return function(tensor, tensor.held, *args, **kwargs)
@@ -181,7 +183,7 @@ def _get_grad(tensor: SplitTensor, held: Tensor) -> Tensor | None:
     return None if held.grad is None else _shown(held.grad, tensor)
 
 
-def _set_grad(tensor: Tensor, value: Tensor | None) -> Any:
+def _set_grad(tensor: Tensor, value: Tensor | None) -> object:
     if type(tensor) is not SplitTensor:
         tensor.grad = whole(value)
     elif tensor.held is not None:
@@ -207,11 +209,11 @@ def _set_requires_grad(tensor: SplitTensor, held: Tensor, requires_grad: bool) -
     held.requires_grad = requires_grad
 
 
-def _register_hook(tensor: SplitTensor, held: Tensor, hook: Any) -> Any:
+def _register_hook(tensor: SplitTensor, held: Tensor, hook: Callable[[Tensor], Tensor | None]) -> object:
     return held.register_hook(functools.partial(hook_of_whole, hook, tensor.cut, tensor.ranks))
 
 
-def _register_post_hook(tensor: SplitTensor, held: Tensor, hook: Any) -> Any:
+def _register_post_hook(tensor: SplitTensor, held: Tensor, hook: Callable[[Tensor], Tensor | None]) -> object:
     def call(param: Tensor) -> None:
         shown = _shown(param, tensor)
         shown.held = param
@@ -220,10 +222,10 @@ def _register_post_hook(tensor: SplitTensor, held: Tensor, hook: Any) -> Any:
     return held.register_post_accumulate_grad_hook(call)
 
 
-def _tensor_split(function: Any) -> Any:
+def _tensor_split(function: Function) -> Callable[..., object]:
     """Indices in a tensor are read from its memory."""
 
-    def replace(tensor: Tensor, indices: Any, *args: Any, **kwargs: Any) -> Any:
+    def replace(tensor: Tensor, indices: object, *args: object, **kwargs: object) -> object:
         if type(indices) is not SplitTensor:
             return NotImplemented
         return function(tensor, whole(indices), *args, **kwargs)
@@ -231,17 +233,17 @@ def _tensor_split(function: Any) -> Any:
     return replace
 
 
-def _element_by_element(function: Any) -> Any:
+def _element_by_element(function: Function) -> Callable[..., Tensor]:
     """A function in place that calls one of Python's for each element, which it finds in memory."""
 
-    def replace(tensor: Tensor, *args: Any) -> Any:
+    def replace(tensor: Tensor, *args: object) -> Tensor:
         changed = whole(tensor.detach()).clone().requires_grad_(tensor.requires_grad)  # which torch then refuses
         return tensor.copy_(function(changed, *whole(args)))
 
     return replace
 
 
-def _matrix_rank(*args: Any, out: Any = None, **kwargs: Any) -> Any:
+def _matrix_rank(*args: Any, out: Tensor | None = None, **kwargs: Any) -> object:
     """torch writes ``out`` here without an operator that could be seen."""
     if out is None:
         return NotImplemented
@@ -267,7 +269,7 @@ def _gathered(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     )
 
 
-def _linear(*args: Any, **kwargs: Any) -> Any:
+def _linear(*args: Any, **kwargs: Any) -> object:
     y = through_torch(F.linear, args, kwargs)
     x = args[0] if args else kwargs["input"]
     weight = args[1] if len(args) > 1 else kwargs["weight"]
@@ -277,7 +279,7 @@ def _linear(*args: Any, **kwargs: Any) -> Any:
     return y
 
 
-def _attention(*args: Any, **kwargs: Any) -> Any:
+def _attention(*args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
     """Its last product is that of a row-parallel layer."""
     y, weights = through_torch(F.multi_head_attention_forward, args, kwargs)
     if type(y) is SplitTensor and y.cut.dim == y.dim() - 1 and y.requires_grad:
@@ -285,7 +287,7 @@ def _attention(*args: Any, **kwargs: Any) -> Any:
     return y, weights
 
 
-def _one_hot(*args: Any, **kwargs: Any) -> Any:
+def _one_hot(*args: object, **kwargs: object) -> object:
     """Contiguous, as of a plain tensor; torch computes it otherwise of a subclass."""
     return through_torch(F.one_hot, args, kwargs).contiguous()
 
@@ -322,7 +324,7 @@ FUNCTIONS.update(
 )
 
 
-def in_place(func: Any) -> bool:
+def in_place(func: Function) -> bool:
     """Whether ``func`` changes its first argument, which must then stay the tensor that it is."""
     name = getattr(func, "__name__", "")
     if name.startswith("__"):

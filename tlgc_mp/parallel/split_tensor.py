@@ -10,7 +10,7 @@ No tensor is ever a partial sum: what ranks have to add up is added up at once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,15 +27,16 @@ from tlgc_mp.parallel.layout import (
     take_share,
     whole_geometry,
 )
+from tlgc_mp.parallel.signatures import Args, Context, Function, Geometry, Kwargs, Offset, Operator, Rule
 
-Rule = Callable[..., Any]
-RULES: dict[Any, Rule] = {}
+T = TypeVar("T")
+RULES: dict[Operator, Rule] = {}
 """Operator overload -> what computes it on shares, or gives ``NotImplemented`` for arguments that it does not know."""
 
-FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+FUNCTIONS: dict[Function, Callable[..., object]] = {}
 """Function of torch above its operators -> what to call in its place; ``NotImplemented`` leaves it to torch."""
 
-observers: list[Callable[[Any, str], None]] = []
+observers: list[Callable[[Operator, str], None]] = []
 """Called with each operator and ``"shares"`` or ``"whole"``: how it was computed. Empty but for reports and tests."""
 
 _make = torch.Tensor._make_wrapper_subclass
@@ -126,7 +127,12 @@ class SplitTensor(Tensor):
 
     @staticmethod
     def __new__(
-        cls, share: Tensor, layout: Layout, ranks: Ranks, geometry: tuple[Any, Any] | None = None, offset: int = 0
+        cls,
+        share: Tensor,
+        layout: Layout,
+        ranks: Ranks,
+        geometry: Geometry | None = None,
+        offset: Offset = 0,
     ) -> SplitTensor:
         if not share.shape:  # one value, which torch.tensor, for one, reads from memory
             made = torch.Tensor._make_subclass(cls, share)
@@ -137,18 +143,16 @@ class SplitTensor(Tensor):
         made.share, made.cut, made.ranks = share, layout, ranks
         return made
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         # Never a collective: one rank alone may print.
         how = "whole" if self.cut.dim is None else f"dimension {self.cut.dim} over {self.ranks.size} ranks"
         return f"SplitTensor({tuple(self.shape)}, {self.dtype}, {how}, requires_grad={self.requires_grad})"
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(cls, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None) -> object:
         if func not in FUNCTIONS:
             return through_torch(func, args, kwargs)
         result = FUNCTIONS[func](*args, **(kwargs or {}))
@@ -159,7 +163,7 @@ class SplitTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls, func: Operator, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
         _refresh(args, kwargs)
         rule = RULES.get(func) or _resolve(func)
@@ -176,7 +180,7 @@ class SplitTensor(Tensor):
         return result
 
     # What reads memory without an operator.
-    def __format__(self, spec: str) -> Any:
+    def __format__(self, spec: str) -> str:
         return format(self.item(), spec) if self.dim() == 0 else super().__format__(spec)  # type: ignore[no-untyped-call]
 
     def numpy(self, *, force: bool = False) -> Any:
@@ -185,34 +189,34 @@ class SplitTensor(Tensor):
         array.flags.writeable = False
         return array
 
-    def __array__(self, dtype: Any = None) -> Any:
+    def __array__(self, dtype: object = None) -> object:
         return self.numpy() if dtype is None else self.numpy().astype(dtype)
 
     def tolist(self) -> Any:
         return whole(self.detach()).tolist()
 
-    def __dlpack__(self, **options: Any) -> Any:  # type: ignore[override]
+    def __dlpack__(self, **options: Any) -> object:  # type: ignore[override]
         return whole(self.detach()).__dlpack__(**options)
 
-    def data_ptr(self) -> Any:
+    def data_ptr(self) -> NoReturn:
         raise RuntimeError(_NO_MEMORY)
 
     const_data_ptr = mutable_data_ptr = untyped_storage = data_ptr
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         plain = whole(self.detach()).clone()
         return plain.requires_grad_(self.requires_grad).__reduce_ex__(protocol)
 
     def __copy__(self) -> SplitTensor:
         return self.detach().requires_grad_(self.requires_grad)  # type: ignore[return-value]
 
-    def __deepcopy__(self, memo: Any) -> Any:
+    def __deepcopy__(self, memo: dict[int, object]) -> object:
         if not self.is_leaf:
             return Tensor.__deepcopy__(self, memo)  # type: ignore[no-untyped-call]  # raises as torch does
         return memo.setdefault(id(self), self.detach().clone().requires_grad_(self.requires_grad))
 
 
-def through_torch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+def through_torch(func: Function, args: Args, kwargs: Kwargs | None) -> Any:
     """Calls a function of torch's, with plain tensors that need gradients as split ones that are whole."""
     if torch.is_grad_enabled():
         for value in args if not kwargs else (*args, *kwargs.values()):
@@ -228,13 +232,13 @@ def through_torch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | Non
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
-def _holds_plain(tree: Any) -> bool:
+def _holds_plain(tree: object) -> bool:
     if isinstance(tree, list | tuple) and all(type(item) is int or type(item) is SplitTensor for item in tree):
         return False  # sizes, strides, what is joined: the most frequent by far
     return any(type(t) is not SplitTensor and isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(tree))
 
 
-def _refresh(args: Any, kwargs: Any) -> None:
+def _refresh(args: Args, kwargs: Kwargs | None) -> None:
     if not Family.linked:
         return
     for tensor in tree_leaves((args, kwargs)):
@@ -242,7 +246,7 @@ def _refresh(args: Any, kwargs: Any) -> None:
             tensor.family.refresh()
 
 
-def _resolve(func: Any) -> Rule:
+def _resolve(func: Operator) -> Rule:
     """The rule of ``func``, looked up at its first use."""
     from tlgc_mp.parallel import rules
 
@@ -251,7 +255,7 @@ def _resolve(func: Any) -> Rule:
 
 
 def as_view(
-    share: Tensor, layout: Layout, base: SplitTensor, offset: int | None = None, geometry: Any = None
+    share: Tensor, layout: Layout, base: SplitTensor, offset: int | None = None, geometry: Geometry | None = None
 ) -> SplitTensor:
     """A view of ``base`` whose ``share`` is a view of its share: they share memory, and their family."""
     made = made_as_view(share, layout, base, base.storage_offset() if offset is None else offset, geometry)
@@ -259,7 +263,9 @@ def as_view(
     return made
 
 
-def made_as_view(share: Tensor, layout: Layout, base: SplitTensor, offset: Any, geometry: Any = None) -> SplitTensor:
+def made_as_view(
+    share: Tensor, layout: Layout, base: SplitTensor, offset: Offset, geometry: Geometry | None = None
+) -> SplitTensor:
     """A view of ``base``, of which the family is still to be said."""
     if torch.is_inference_mode_enabled() and not base.is_inference():  # then neither is its view
         with torch.inference_mode(False):
@@ -278,7 +284,7 @@ class _Enter(torch.autograd.Function):
     """A plain tensor, alike on every rank -> a SplitTensor that holds it whole. Its gradient comes back plain."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> SplitTensor:  # type: ignore[override]
+    def forward(ctx: Context, tensor: Tensor, ranks: Ranks) -> SplitTensor:  # type: ignore[override]
         ctx.set_materialize_grads(False)
         data = tensor.detach()
         if data.is_conj() or data.is_neg():
@@ -286,7 +292,7 @@ class _Enter(torch.autograd.Function):
         return SplitTensor(data, WHOLE, ranks, (tensor.shape, tensor.stride()), tensor.storage_offset())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return whole(grad), None
 
 
@@ -294,14 +300,14 @@ class _Leave(torch.autograd.Function):
     """A SplitTensor -> the plain whole tensor, of which every rank computes the same."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: SplitTensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Context, tensor: SplitTensor) -> Tensor:  # type: ignore[override]
         ctx.ranks = tensor.ranks
         ctx.set_materialize_grads(False)
         _refresh((tensor,), None)
         return gather_shares(tensor).detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Context, grad: Tensor | None) -> Tensor | None:  # type: ignore[override]
         return grad if grad is None or type(grad) is SplitTensor else _Enter.apply(grad, ctx.ranks)
 
 
@@ -309,13 +315,13 @@ class _FromShare(torch.autograd.Function):
     """Each rank's share -> the SplitTensor."""
 
     @staticmethod
-    def forward(ctx: Any, share: Tensor, layout: Layout, ranks: Ranks) -> SplitTensor:  # type: ignore[override]
+    def forward(ctx: Context, share: Tensor, layout: Layout, ranks: Ranks) -> SplitTensor:  # type: ignore[override]
         ctx.layout, ctx.ranks = layout, ranks
         ctx.set_materialize_grads(False)
         return SplitTensor(share.detach(), layout, ranks)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Context, grad: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
         return None if grad is None else to_share(grad, ctx.layout, ctx.ranks), None, None
 
 
@@ -323,14 +329,14 @@ class _ToShare(torch.autograd.Function):
     """A SplitTensor, or a plain whole tensor -> this rank's share in the given layout, plain."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, layout: Layout, ranks: Ranks) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Context, tensor: Tensor, layout: Layout, ranks: Ranks) -> Tensor:  # type: ignore[override]
         ctx.layout, ctx.ranks = layout, ranks
         ctx.set_materialize_grads(False)
         _refresh((tensor,), None)
         return share_in(tensor, layout, ranks).detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Context, grad: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
         return None if grad is None else _FromShare.apply(grad, ctx.layout, ctx.ranks), None, None
 
 
@@ -363,7 +369,7 @@ def to_share(tensor: Tensor, layout: Layout, ranks: Ranks) -> Tensor:
     return _ToShare.apply(tensor, layout, ranks)  # type: ignore[no-any-return]
 
 
-def enter_leaves(tree: Any, ranks: Ranks) -> Any:
+def enter_leaves(tree: T, ranks: Ranks) -> T:
     """``tree`` with every plain tensor in it that needs a gradient as a SplitTensor, as the whole of it."""
     if not torch.is_grad_enabled() or not _holds_plain(tree):
         return tree
@@ -373,7 +379,7 @@ def enter_leaves(tree: Any, ranks: Ranks) -> Any:
             return tensor
         return enter_ranks(tensor, ranks)
 
-    return tree_map_only(Tensor, enter, tree)
+    return tree_map_only(Tensor, enter, tree)  # type: ignore[no-any-return]
 
 
 def plain_gradient(grad: Tensor) -> Tensor | None:
@@ -392,7 +398,7 @@ def split(tensor: Tensor, dim: int, ranks: Ranks) -> SplitTensor:
     return from_share(to_share(enter_ranks(tensor, ranks), layout, ranks).clone(), layout, ranks)
 
 
-def whole(tree: Any) -> Any:
+def whole(tree: T) -> T:
     """``tree`` with every :class:`SplitTensor` in it as a plain whole tensor. Collective, and differentiable."""
     return map_leaves(lambda leaf: _Leave.apply(leaf) if type(leaf) is SplitTensor else leaf, tree)
 

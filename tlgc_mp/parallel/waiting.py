@@ -13,12 +13,13 @@ import math
 import re
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import torch.distributed as dist
 
 from tlgc_mp.errors import UsageError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 GRACE_SECONDS = 2.0
@@ -34,7 +35,7 @@ class MissingRankError(dist.DistError):
     """Some ranks of a group did not take part in a collective. The message names them."""
 
 
-Call: TypeAlias = tuple[str, Any, int, float]
+Call: TypeAlias = tuple[str, dist.ProcessGroup, int, float]
 """One collective that this rank has begun: its name, its process group, how many the group has begun with it, and when,
 by the monotonic clock. A plain tuple, for one is made in every collective."""
 
@@ -45,7 +46,7 @@ def begin(name: str, group: dist.ProcessGroup) -> Call:
     return name, group, number, time.monotonic()
 
 
-def complete(call: Call, wait: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+def complete(call: Call, wait: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """What ``wait(*args, **kwargs)`` returns, which waits for the other ranks.
 
     Raises:
@@ -60,7 +61,7 @@ def complete(call: Call, wait: Callable[..., T], *args: Any, **kwargs: Any) -> T
         raise MissingRankError(explained) from error
 
 
-def as_timeout(name: str, value: Any) -> datetime.timedelta:
+def as_timeout(name: str, value: object) -> datetime.timedelta:
     """A timeout that a user gave, in seconds or as a ``timedelta``.
 
     Raises:

@@ -14,6 +14,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tlgc_mp.parallel.layout import WHOLE, Ranks, gather_shares, take_share
+from tlgc_mp.parallel.signatures import Args, Kwargs, Operator
 from tlgc_mp.parallel.split_functions import set_data
 from tlgc_mp.parallel.split_tensor import Family, SplitTensor, as_view, made_as_view
 
@@ -21,12 +22,12 @@ from tlgc_mp.parallel.split_tensor import Family, SplitTensor, as_view, made_as_
 class _Facts(NamedTuple):
     """What the schema of an operator says."""
 
-    written: tuple[Any, ...]  # positions and names of arguments that it writes
+    written: tuple[int | str, ...]  # positions and names of arguments that it writes
     is_view: bool
     reshapes: bool  # in place
 
 
-_FACTS: dict[Any, _Facts] = {}
+_FACTS: dict[Operator, _Facts] = {}
 _SILENT_WRITES = {
     "aten::native_batch_norm": (3, 4),
     "aten::cudnn_batch_norm": (3, 4),
@@ -37,10 +38,10 @@ _SILENT_VIEWS = {"aten::_unsafe_view", "aten::unsafe_split", "aten::unsafe_split
 """Operators that return views of which their schema does not say so."""
 
 
-def _facts(func: Any) -> _Facts:
+def _facts(func: Operator) -> _Facts:
     if func not in _FACTS:
         schema = func._schema
-        written: list[Any] = list(_SILENT_WRITES.get(schema.name, ()))
+        written: list[int | str] = list(_SILENT_WRITES.get(schema.name, ()))
         for index, argument in enumerate(schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 written.append(argument.name if argument.kwarg_only else index)
@@ -50,7 +51,7 @@ def _facts(func: Any) -> _Facts:
     return _FACTS[func]
 
 
-def compute_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def compute_whole(func: Operator, args: Args, kwargs: Kwargs) -> object:
     """``func`` on whole tensors, alike on every rank."""
     facts = _facts(func)
     ranks = next(t.ranks for t in tree_leaves((args, kwargs)) if type(t) is SplitTensor)
@@ -82,7 +83,7 @@ def compute_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return linked(None, out)
 
 
-def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call(func: Operator, args: Args, kwargs: Kwargs) -> Any:
     """``func`` of plain tensors, as outside of a tensor subclass: there torch sees conjugates that it has only marked,
     which its own code makes of complex numbers."""
     if not any(isinstance(t, Tensor) and t.is_complex() for t in tree_leaves((args, kwargs))):
@@ -111,7 +112,7 @@ def _whole_split(tensor: Tensor, ranks: Ranks) -> Tensor:
     return SplitTensor(resolved(tensor), WHOLE, ranks) if tensor.layout == torch.strided else tensor
 
 
-def _write_whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], facts: _Facts, ranks: Ranks) -> Any:
+def _write_whole(func: Operator, args: Args, kwargs: Kwargs, facts: _Facts, ranks: Ranks) -> object:
     """An operator that writes some of its arguments: whole copies of these, and the shares written back."""
     copies: dict[int, tuple[SplitTensor, Tensor]] = {}
 
@@ -143,7 +144,7 @@ _VIEW_OVERLOADS = {"transpose": "int"}
 """Views of which the overload has another name than that of the form in place."""
 
 
-def _reshape_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _reshape_in_place(func: Operator, args: Args, kwargs: Kwargs) -> object:
     """``squeeze_`` and the like: the view that the function without ``_`` makes takes the tensor's place."""
     target = args[0]
     if type(target) is not SplitTensor:
@@ -162,7 +163,7 @@ def _reshape_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return target
 
 
-def as_on_one_device(error: Exception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception:
+def as_on_one_device(error: Exception, func: Operator, args: Args, kwargs: Kwargs) -> Exception:
     """The error that ``func`` raises for whole tensors, of the shapes that its caller knows, and what is split."""
     if getattr(error, "_tlgc_mp_told", False):  # of an operator inside of another
         return error

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tlgc_mp.bench.ranks import launch
 from tlgc_mp.bench.scaling.capacity import PROCESS_BYTES, available_bytes
@@ -90,7 +90,7 @@ def measure(link: float, latency: float) -> Device:
     )
 
 
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """Of the fastest of several runs of ``work``: processor time on a CPU, which other work does not lengthen much."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     best = float("inf")
@@ -112,8 +112,8 @@ def _convolution(device: torch.device, dtype: torch.dtype) -> float:
         x, weight = (each.to(memory_format=torch.channels_last).requires_grad_() for each in (x, weight))
         grad = torch.randn_like(x, requires_grad=False)
 
-        def step(x: Any = x, weight: Any = weight, grad: Any = grad, groups: int = groups) -> Any:
-            return torch.autograd.grad(F.conv2d(x, weight, padding=1, groups=groups), (x, weight), grad)
+        def step(x: Tensor = x, weight: Tensor = weight, grad: Tensor = grad, groups: int = groups) -> None:
+            torch.autograd.grad(F.conv2d(x, weight, padding=1, groups=groups), (x, weight), grad)
 
         flops += 3 * 2 * weight.numel() * images * size**2
         seconds += _seconds(step, device)

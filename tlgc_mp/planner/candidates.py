@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
+from tlgc_mp.json_types import JsonObject
 from tlgc_mp.planner.devices import Device, Network
 from tlgc_mp.planner.holdings import Memory, Share
 from tlgc_mp.planner.traffic import Collective
@@ -61,7 +61,7 @@ class Candidate:
         """Of a rank in a step."""
         return sum(each.sent for each in self.collectives)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """As JSON holds it."""
         return {
             "groups": self.groups,
@@ -104,9 +104,9 @@ class Plan:
         """The fastest that fits, if any does."""
         return self.candidates[0] if self.candidates and self.candidates[0].fits else None
 
-    def config(self, candidate: Candidate) -> dict[str, Any]:
+    def config(self, candidate: Candidate) -> JsonObject:
         """The DeepSpeed configuration of a candidate."""
-        found: dict[str, Any] = {
+        found: JsonObject = {
             "train_batch_size": candidate.samples,
             "train_micro_batch_size_per_gpu": candidate.micro_batch,
             "gradient_accumulation_steps": candidate.accumulation,
@@ -118,7 +118,7 @@ class Plan:
             found["bf16"] = {"enabled": True}
         return found
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """As JSON holds it."""
         best = self.best
         return {

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
 from tlgc_mp.errors import UsageError
 from tlgc_mp.models.factory import create_meta_model
-from tlgc_mp.models.names import library_model
+from tlgc_mp.models.names import NamedModel, library_model
 from tlgc_mp.planner.candidates import Candidate, Plan
 from tlgc_mp.planner.devices import LARGEST_RANKS, Network
+from tlgc_mp.planner.holdings import MakeOptimizer
 from tlgc_mp.planner.report import answer, describe, write
 from tlgc_mp.planner.search import Job, Search, Wanted, in_order
 from tlgc_mp.planner.settings import PlanSettings
@@ -43,9 +43,9 @@ def candidates(settings: PlanSettings) -> list[Candidate]:
 
 
 def _job(settings: PlanSettings, groups: int) -> Job:
-    arguments = {key: value for key, value in settings.model.items() if key not in ("name", "groups")}
-    name, size = settings.model["name"], settings.image_size
-    model = create_meta_model(name, groups=groups, **arguments)
+    arguments: NamedModel = {**settings.model, "groups": groups}
+    name, size = arguments["name"], settings.image_size
+    model = create_meta_model(**arguments)
     if library_model(name) is not None:
         from tlgc_mp.models.libraries import check_images
 
@@ -54,19 +54,19 @@ def _job(settings: PlanSettings, groups: int) -> Job:
     return Job(model, (images,), _loss, _optimizer(settings), settings.batch_size, dtype=settings.dtype, groups=groups)
 
 
-def _loss(logits: Any) -> torch.Tensor:
+def _loss(logits: torch.Tensor) -> torch.Tensor:
     labels = torch.empty(logits.shape[0], dtype=torch.long, device=logits.device)
     return nn.functional.cross_entropy(logits, labels)
 
 
 @functools.cache
-def _make(name: str, momentum: float, weight_decay: float) -> Any:
+def _make(name: str, momentum: float, weight_decay: float) -> MakeOptimizer:
     if name == "adamw":
         return functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=weight_decay)
     return functools.partial(torch.optim.SGD, lr=0.1, momentum=momentum, weight_decay=weight_decay)
 
 
-def _optimizer(settings: PlanSettings) -> Any:
+def _optimizer(settings: PlanSettings) -> MakeOptimizer:
     return _make(settings.optimizer, settings.recipe.momentum, settings.recipe.weight_decay)
 
 

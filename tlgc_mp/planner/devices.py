@@ -9,7 +9,6 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 from tlgc_mp.errors import UsageError, is_count, one_of, shown
 
@@ -157,7 +156,7 @@ def _read(path: str) -> Device:
     return device
 
 
-def to_dict(device: Device) -> dict[str, Any]:
+def to_dict(device: Device) -> dict[str, object]:
     """As JSON holds it, and ``--calibrated`` reads it in ``{"device": ...}``."""
     return asdict(device)
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from tlgc_mp.json_types import JsonObject
 from tlgc_mp.planner.trace import Trace, recorded_step
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -49,7 +49,7 @@ class Memory:
     def total(self) -> float:
         return self.parameters + self.gradients + self.optimizer + self.activations + self.copies
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, float]:
         return {**asdict(self), "total": self.total}
 
 
@@ -84,11 +84,11 @@ class Share:
     bucket: int
     offload: bool = False
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JsonObject:
         """The section ``zero_optimization`` of a DeepSpeed configuration."""
         if self.stage == 0:
             return {"stage": 0}
-        found: dict[str, Any] = {
+        found: JsonObject = {
             "stage": self.stage,
             "reduce_bucket_size": self.bucket,
             "allgather_bucket_size": self.bucket,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 from tlgc_mp.bench.ranks.launch import Request
 
@@ -16,14 +16,22 @@ ELEMENTS, REPEATS = 1 << 21, 10
 
 
 @dataclass(frozen=True)
-class LinkRequest(Request):
+class LinkFigures(TypedDict):
+    """What a rank sends in a ring, and how long a message takes."""
+
+    bytes_per_second: float
+    latency_seconds: float
+
+
+@dataclass(frozen=True)
+class LinkRequest(Request[LinkFigures]):
     """What the ranks are asked."""
 
     measured_by: ClassVar[str] = "tlgc_mp.planner.link:measure_link"
 
 
-def measure_link(request: LinkRequest, device: torch.device) -> dict[str, Any]:
-    """``bytes_per_second`` that this rank sends in a ring, and ``latency_seconds`` of a message. Collective."""
+def measure_link(request: LinkRequest, device: torch.device) -> LinkFigures:
+    """Of this rank. Collective."""
     import torch
     import torch.distributed as dist
 

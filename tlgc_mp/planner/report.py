@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from tlgc_mp.errors import UsageError
 from tlgc_mp.figures import rounded
@@ -141,7 +140,7 @@ def write(settings: PlanSettings, plan: Plan, said: str, folder: str) -> None:
     """
     try:
         os.makedirs(folder, exist_ok=True)
-        found: dict[str, Any] = plan.to_dict()
+        found = plan.to_dict()
         replace_file(os.path.join(folder, "plan.json"), json.dumps(found, indent=1) + "\n")
         best = plan.best
         if best is not None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tlgc_mp.engine.config import read_config, tensor_parallel_size, zero_stage
+from tlgc_mp.engine.config import Config, read_config, tensor_parallel_size, zero_stage
+from tlgc_mp.engine.recompute import Blocks
 from tlgc_mp.errors import UsageError, divisors, is_count, one_of
 from tlgc_mp.nn.arguments import check_module
 from tlgc_mp.parallel.joins import fit_joins
@@ -31,12 +32,12 @@ SMALLEST_BUCKET = 5_000_000
 """Elements of the buckets in a plan, where no parameter is larger."""
 
 
-def momentum_sgd(parameters: Any) -> torch.optim.Optimizer:
+def momentum_sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """SGD as the paper's recipes have it."""
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 
-def mean_loss(output: Any) -> Tensor:
+def mean_loss(output: object) -> Tensor:
     """Cross-entropy of logits (B, classes); the sum of all floating-point outputs of a network that gives others."""
     if isinstance(output, Tensor) and output.dim() == 2:
         return F.cross_entropy(output.float(), torch.empty(output.shape[0], dtype=torch.long, device=output.device))
@@ -48,8 +49,8 @@ def mean_loss(output: Any) -> Tensor:
 
 def plan(
     model: nn.Module,
-    sample_input: Any,
-    config: Any,
+    sample_input: object,
+    config: Config,
     *,
     ranks: int = 1,
     device: str | Device = "h200",
@@ -57,7 +58,7 @@ def plan(
     network: Network | None = None,
     optimizer: MakeOptimizer = momentum_sgd,
     loss: Loss = mean_loss,
-    blocks: Any = None,
+    blocks: Blocks | None = None,
     dtype: str = "fp32",
 ) -> Plan:
     """Finds how ``model`` trains on ``ranks`` ranks: what fits, how fast it is, and what of it is fastest.
@@ -123,11 +124,11 @@ class Job:
     """
 
     model: nn.Module
-    inputs: tuple[Any, ...]
+    inputs: tuple[object, ...]
     loss: Loss
     optimizer: MakeOptimizer
     batch: int
-    blocks: Any = None
+    blocks: Blocks | None = None
     dtype: str = "fp32"
     groups: int | None = None
 

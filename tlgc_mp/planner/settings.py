@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import dataclass
-from typing import Any
 
 from tlgc_mp.errors import UsageError, divisors, is_count, one_of
-from tlgc_mp.models.names import check_coarse_level, check_model, check_split, library_model, parse_model
+from tlgc_mp.models.names import NamedModel, check_coarse_level, check_model, check_split, library_model, parse_model
 from tlgc_mp.planner.devices import (
     DTYPES,
     Device,
@@ -41,7 +40,7 @@ class PlanSettings:
         output: the folder of what is written, or ``None``.
     """
 
-    model: dict[str, Any]
+    model: NamedModel
     groups: tuple[int, ...]
     tensor_parallel: int | None
     device: Device

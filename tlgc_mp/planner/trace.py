@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -27,6 +28,7 @@ from tlgc_mp.nn.coarse_level import meta_stands_for
 from tlgc_mp.parallel import collectives
 from tlgc_mp.parallel.meta_pass import copy_on_meta, run_on_meta, without_values
 from tlgc_mp.parallel.plan import Placement, is_recomputed
+from tlgc_mp.parallel.signatures import Args
 from tlgc_mp.parallel.split_tensor import SplitTensor
 
 Loss = Callable[[Any], Tensor]
@@ -123,13 +125,13 @@ class Traces:
 
 def trace(
     model: nn.Module,
-    inputs: tuple[Any, ...],
+    inputs: tuple[object, ...],
     loss: Loss,
     *,
     tensor_parallel: int,
     placements: dict[str, Placement],
     on_accelerator: bool = False,
-    prepare: Callable[[nn.Module], Any] = lambda twin: None,
+    prepare: Callable[[nn.Module], object] = lambda twin: None,
 ) -> Trace:
     """A pass of ``model`` as one of P ranks holds it; it is left as it is.
 
@@ -207,7 +209,7 @@ class _Recorder(TorchDispatchMode):
         self.sent: list[tuple[str, int]] = []
         self.live = 0
         self.arrived = 0
-        self._known: dict[int, Any] = {}  # by the id of a storage: a reference, which keeps the id from being reused
+        self._known: dict[int, object] = {}  # by the id of a storage: a reference, which keeps the id from being reused
         self._held: dict[int, int] = {}
 
     def know(self, tensor: Tensor) -> None:
@@ -251,7 +253,13 @@ class _Recorder(TorchDispatchMode):
         param.grad = None
         self.rows.append((OTHER, 0, 0, self.live, self.arrived))
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: Args = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         if any(issubclass(kind, SplitTensor) for kind in types):
             return NotImplemented  # it computes on shares with operators that come here one by one
         out = func(*args, **(kwargs or {}))
@@ -269,7 +277,9 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
-def _cost(func: Any, args: Any, kwargs: Any, out: Any, results: Sequence[Tensor]) -> tuple[int, float, float]:
+def _cost(
+    func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object], out: object, results: Sequence[Tensor]
+) -> tuple[int, float, float]:
     """(kind, arithmetic, bytes read and written) of an operator."""
     name = func._schema.name
     if name in _MOVE_NOTHING:
@@ -283,7 +293,7 @@ def _cost(func: Any, args: Any, kwargs: Any, out: Any, results: Sequence[Tensor]
     return kind, float(count(*args, **kwargs, out_val=out)), moved
 
 
-def recorded_step(step: Callable[[], Any], known: Iterable[Tensor]) -> tuple[float, float]:
+def recorded_step(step: Callable[[], object], known: Iterable[Tensor]) -> tuple[float, float]:
     """(most bytes of new tensors that lived at once, bytes read and written) of what ``step`` does on the meta device.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from tlgc_mp.planner.devices import Device, Network
 from tlgc_mp.planner.holdings import MASTER, REDUCED_AT_ONCE, Share, partition, sub_groups
@@ -55,7 +54,7 @@ class Collective:
         side_by_side = 1 if self.ranks == TENSOR_PARALLEL else min(tensor_parallel, network.ranks)
         return self.calls * hops * network.latency + self.sent * side_by_side / network.bandwidth
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {**asdict(self), "sent": self.sent}
 
 

@@ -5,7 +5,7 @@ Loads no torch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from tlgc_mp.training.settings import TrainSettings
@@ -37,10 +37,13 @@ _LONGEST_WAIT = 604_800
 """A week, in seconds."""
 
 
+Fits: TypeAlias = Callable[[Any], bool]
+
+
 class _Check(TypedDict):
     """Whether a value can work, and what is said where it cannot."""
 
-    fits: Callable[[Any], bool]
+    fits: Fits
     refusal: str
 
 
@@ -51,7 +54,7 @@ def _option(
     described: bool = False,
     each_start: bool = False,
     bounds: tuple[int, int] | None = None,
-    fits: Callable[[Any], bool] | None = None,
+    fits: Fits | None = None,
     refusal: str = "",
     **argument: object,
 ) -> Any:
@@ -69,7 +72,7 @@ def _option(
     return field(default=default, metadata={**metadata, "refusal": refusal, "argument": {"help": help, **argument}})
 
 
-def _must(need: str, fits: Callable[[Any], bool]) -> _Check:
+def _must(need: str, fits: Fits) -> _Check:
     """A check by ``fits``: ``0 or more; use 5, say``."""
     need, _, use = need.partition("; ")
     return {"fits": fits, "refusal": f"{{flag}} must be {need}, got {{value}}; {use}"}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
 KINDS: dict[str, tuple[str, ...]] = {
@@ -33,7 +33,7 @@ COLLECTIVES = "collectives"
 REST = "waiting and the rest"
 
 
-def profile_step(step: Callable[[], Any]) -> tuple[dict[str, float], float | None]:
+def profile_step(step: Callable[[], object]) -> tuple[dict[str, float], float | None]:
     """Runs ``step``; returns (kind -> seconds, which add up to the step's wall clock; seconds in which the accelerator
     computed, collectives excepted, or ``None`` on the CPU)."""
     from deepspeed.accelerator import get_accelerator
@@ -65,7 +65,7 @@ def profile_step(step: Callable[[], Any]) -> tuple[dict[str, float], float | Non
     return kinds, None if on_cpu else computed
 
 
-def _within(event: Any, name: str) -> bool:
+def _within(event: FunctionEvent | None, name: str) -> bool:
     """Whether ``event``, or one that it is part of, has a name that begins so."""
     while event is not None:
         if event.name.startswith(name):

@@ -18,10 +18,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar, Generic, TypeVar, cast
 
 from tlgc_mp.host import free_port
+from tlgc_mp.json_types import JsonObject
 
+T = TypeVar("T")
+"""What a rank measures, as JSON holds it."""
 POLL_SECONDS = 0.05
 SSH = ("ssh", "-o", "BatchMode=yes")
 FORWARDED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "DS_", "GLOO_", "NCCL_", "TORCH_")
@@ -50,7 +53,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Generic[T]):
     """What ranks are to measure. Fields hold what JSON does.
 
     Attributes:
@@ -69,7 +72,7 @@ def places(hosts: Sequence[str]) -> tuple[Place, ...]:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Generic[T]):
     """What came of a measurement.
 
     Attributes:
@@ -78,18 +81,18 @@ class Outcome:
         out_of_memory: whether that was for want of memory.
     """
 
-    ranks: list[dict[str, Any]] = field(default_factory=list)
+    ranks: list[T] = field(default_factory=list)
     error: str | None = None
     out_of_memory: bool = False
 
 
 def measure(
-    request: Request,
+    request: Request[T],
     ranks: int,
     time_limit: float,
     places: Sequence[Place] = HERE,
     shared_folder: str | None = None,
-) -> Outcome:
+) -> Outcome[T]:
     """Has ``ranks`` new processes measure what ``request`` asks for.
 
     Each has one thread and is pinned to one core, rank r to core r modulo the number of cores.
@@ -133,7 +136,7 @@ def measure(
                             start_new_session=True,  # Ctrl-C is answered here
                         )
                     )
-            return _watch(processes, folder, time_limit)
+            return cast("Outcome[T]", _watch(processes, folder, time_limit))
         finally:
             for process in processes:
                 process.kill()
@@ -149,10 +152,10 @@ def _result(folder: str, rank: int) -> str:
     return os.path.abspath(os.path.join(folder, f"rank-{rank}.json"))
 
 
-def _watch(processes: list[subprocess.Popen[bytes]], folder: str, time_limit: float) -> Outcome:
+def _watch(processes: list[subprocess.Popen[bytes]], folder: str, time_limit: float) -> Outcome[JsonObject]:
     """Waits until every rank has left a result, one has failed, or the time is up."""
     deadline = time.monotonic() + time_limit
-    results: dict[int, dict[str, Any]] = {}
+    results: dict[int, JsonObject] = {}
     while len(results) < len(processes):
         for rank, process in enumerate(processes):
             if rank in results:
@@ -173,7 +176,7 @@ def _watch(processes: list[subprocess.Popen[bytes]], folder: str, time_limit: fl
     return Outcome([results[rank] for rank in range(len(processes))])
 
 
-def _lost(rank: int, status: int, log: str) -> Outcome:
+def _lost(rank: int, status: int, log: str) -> Outcome[JsonObject]:
     """A rank that ended without a result."""
     if status < 0:
         # The kernel kills with SIGKILL what takes too much memory; nobody else here does.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import psutil
 import torch
@@ -15,8 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from tlgc_mp.bench.settings import Calls
 from tlgc_mp.engine.recompute import CheckpointFunction
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _COLLECTIVES = {
     "all_reduce": ("allreduce", "allreduce_coalesced"),
     "all_gather": (
@@ -73,9 +76,9 @@ class CollectiveClock:
 
     def __init__(self) -> None:
         self.traffic: dict[tuple[str, str], Traffic] = {}
-        self._replaced: list[tuple[Any, str, Any]] = []
+        self._replaced: list[tuple[type, str, object]] = []
         # Holds each unfinished collective, so that its id stays its own.
-        self._running: dict[int, tuple[Any, Traffic]] = {}
+        self._running: dict[int, tuple[object, Traffic]] = {}
 
     def __enter__(self) -> CollectiveClock:
         for kind, methods in _COLLECTIVES.items():
@@ -90,13 +93,13 @@ class CollectiveClock:
             setattr(owner, name, original)
         self._running.clear()
 
-    def _replace(self, owner: Any, name: str, replacement: Any) -> None:
+    def _replace(self, owner: type, name: str, replacement: object) -> None:
         # As it lies in the class: what getattr() finds would not bind to its object when it is put back.
         self._replaced.append((owner, name, vars(owner)[name]))
         setattr(owner, name, replacement)
 
-    def _timed(self, original: Callable[..., Any], kind: str) -> Callable[..., Any]:
-        def method(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+    def _timed(self, original: Callable[Concatenate[dist.ProcessGroup, P], T], kind: str) -> Callable[..., T]:
+        def method(group: dist.ProcessGroup, *args: P.args, **kwargs: P.kwargs) -> T:
             traffic = self.traffic.setdefault((kind, group.group_name), Traffic())
             began = time.perf_counter()
             work = original(group, *args, **kwargs)
@@ -109,8 +112,8 @@ class CollectiveClock:
 
         return method
 
-    def _waited(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def wait(work: dist.Work, *args: Any, **kwargs: Any) -> Any:
+    def _waited(self, original: Callable[Concatenate[dist.Work, P], T]) -> Callable[..., T]:
+        def wait(work: dist.Work, *args: P.args, **kwargs: P.kwargs) -> T:
             began = time.perf_counter()
             done = original(work, *args, **kwargs)
             _, traffic = self._running.pop(id(work), (None, None))
@@ -128,9 +131,9 @@ class CollectiveClock:
             if (kinds is None or kind in kinds) and (groups is None or group in groups)
         )
 
-    def by_kind(self) -> dict[str, dict[str, float]]:
-        """Kind -> ``{"calls": ..., "seconds": ..., "bytes": ...}``, over all process groups."""
-        kinds: dict[str, dict[str, float]] = {}
+    def by_kind(self) -> dict[str, Calls]:
+        """Kind -> its calls, over all process groups."""
+        kinds: dict[str, Calls] = {}
         for (kind, _), traffic in self.traffic.items():
             total = kinds.setdefault(kind, {"calls": 0, "seconds": 0.0, "bytes": 0})
             total["calls"] += traffic.calls
@@ -139,7 +142,7 @@ class CollectiveClock:
         return kinds
 
 
-def _tensor_bytes(value: Any) -> int:
+def _tensor_bytes(value: object) -> int:
     """Of a tensor, or of all tensors in a list of them, nested or not."""
     if isinstance(value, Tensor):
         return value.nbytes
@@ -173,13 +176,13 @@ class SavedActivations:
         CheckpointFunction.forward = staticmethod(self._checkpoint)
         self._hooks.__exit__(*error)
 
-    def _counted(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _counted(self, forward: Callable[Concatenate[_Checkpoint, P], T]) -> Callable[..., T]:
         """DeepSpeed's ``forward``, the inputs that it keeps counted for as long as it does."""
 
-        def counted(ctx: Any, *args: Any) -> Any:
-            outputs = forward(ctx, *args)
-            ctx.deepspeed_saved_tensors = _Inputs(ctx.deepspeed_saved_tensors)
-            ctx.deepspeed_saved_tensors.packed = [self._pack(tensor) for tensor in ctx.deepspeed_saved_tensors]
+        def counted(ctx: _Checkpoint, *args: P.args, **kwargs: P.kwargs) -> T:
+            outputs = forward(ctx, *args, **kwargs)
+            inputs = ctx.deepspeed_saved_tensors = _Inputs(ctx.deepspeed_saved_tensors)
+            inputs.packed = [self._pack(tensor) for tensor in inputs]
             return outputs
 
         return counted
@@ -213,10 +216,16 @@ class SavedActivations:
         return saved.tensor if isinstance(saved, _Saved) else saved
 
 
+class _Checkpoint(Protocol):
+    """What DeepSpeed keeps a block's inputs in."""
+
+    deepspeed_saved_tensors: tuple[Tensor, ...]
+
+
 class _Inputs(tuple[Tensor, ...]):
     """The inputs of a block under activation checkpointing, and what counts them."""
 
-    packed: list[Any]
+    packed: list[Tensor | _Saved]
 
 
 class _Saved:
@@ -234,7 +243,7 @@ def before_first_optimizer_step(measure: Callable[[], None]) -> Iterator[None]:
     """Calls ``measure`` once, when all gradients are there: as the first optimizer of a step is about to take it."""
     pending = [measure]
 
-    def hook(*_: Any) -> None:
+    def hook(*_: object) -> None:
         if pending:
             pending.pop()()
 

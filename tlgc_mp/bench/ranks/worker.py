@@ -14,9 +14,10 @@ import signal
 import sys
 import threading
 import traceback
-from typing import Any
+from typing import cast
 
 from tlgc_mp.host import replace_file, use_huge_pages
+from tlgc_mp.json_types import JsonObject
 
 
 def main(arguments: list[str]) -> None:
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> None:
         signal.pause()
 
 
-def measure(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+def measure(kind: str, values: JsonObject) -> JsonObject:
     """What this rank measures for a request of class ``kind``, as module:class, with those ``values``."""
     from tlgc_mp.engine.quiet import quiet_start
     from tlgc_mp.engine.start import start_distributed
@@ -46,8 +47,7 @@ def measure(kind: str, values: dict[str, Any]) -> dict[str, Any]:
 
         measured_by = pkgutil.resolve_name(request.measured_by)
     start_distributed()
-    result: dict[str, Any] = measured_by(request, torch.device(get_accelerator().current_device_name()))
-    return result
+    return cast(JsonObject, measured_by(request, torch.device(get_accelerator().current_device_name())))
 
 
 def _prepare_process() -> None:

@@ -7,12 +7,13 @@ import shutil
 import tempfile
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.distributed as dist
 
-from tlgc_mp.bench.saving.sweep import Saving
+from tlgc_mp.bench.saving.sweep import KINDS, Figures, Kind, Saving, Seconds
 from tlgc_mp.bench.zero.rank import training_engine
 from tlgc_mp.checkpoint import CheckpointSaver
 from tlgc_mp.engine.start import barrier
@@ -21,18 +22,15 @@ _BLOCK = 1 << 24
 _STEPS = 2
 
 
-def measure_saving(request: Saving, device: torch.device) -> dict[str, Any]:
-    """What saving costs this rank, in seconds, and its bytes, for :func:`tlgc_mp.bench.saving.sweep.make_row`.
-
-    Collective: all ranks are up already.
-    """
+def measure_saving(request: Saving, device: torch.device) -> Figures:
+    """What saving costs this rank. Collective: all ranks are up already."""
     engine, step = training_engine(request, {"stage": request.stage}, device)
     step()  # after which there is momentum
     folder = os.path.join(request.folder, "checkpoints")
     savers = {
         background: CheckpointSaver(engine, folder, keep=1, background=background) for background in (True, False)
     }
-    figures: dict[str, Any] = {name: [] for name in ("plain", "blocking", "stall", "background", "step", "step_beside")}
+    figures: dict[Kind, list[float]] = {name: [] for name in KINDS}
     try:
         first = _timed(lambda: savers[True].save("first", {}))
         savers[True].wait()
@@ -55,7 +53,7 @@ def measure_saving(request: Saving, device: torch.device) -> dict[str, Any]:
         barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
-    return {"bytes": size, "first_stall": first, **figures}
+    return {"bytes": size, "first_stall": first, **cast(Seconds, figures)}
 
 
 def _note_end(saver: CheckpointSaver, began: float, seconds: list[float]) -> None:
@@ -64,7 +62,7 @@ def _note_end(saver: CheckpointSaver, began: float, seconds: list[float]) -> Non
     seconds.append(time.perf_counter() - began)
 
 
-def _timed(act: Any) -> float:
+def _timed(act: Callable[[], object]) -> float:
     """Seconds that ``act`` takes on this rank, begun by all ranks together."""
     barrier()
     began = time.perf_counter()

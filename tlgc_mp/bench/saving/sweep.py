@@ -15,7 +15,7 @@ import statistics
 import time
 from argparse import Namespace
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, Literal, TypeAlias, TypedDict, get_args
 
 from tlgc_mp.bench.ranks import launch
 from tlgc_mp.bench.report import describe, table
@@ -25,8 +25,41 @@ from tlgc_mp.errors import UsageError
 from tlgc_mp.host import Provenance, describe_run, replace_file
 from tlgc_mp.models.names import check_model, check_split
 
-Row = dict[str, Any]
 
+class Seconds(TypedDict):
+    """What saving costs a rank, in seconds, a figure a round."""
+
+    plain: list[float]
+    blocking: list[float]
+    stall: list[float]
+    background: list[float]
+    step: list[float]
+    step_beside: list[float]
+
+
+class Figures(Seconds):
+    """And the bytes that it writes, and the seconds of the first save beside training."""
+
+    bytes: int
+    first_stall: float
+
+
+class Row(TypedDict):
+    """The settings, the bytes of the rank that writes most, and seconds by kind: of each the slowest rank's, the median
+    over the rounds and all samples."""
+
+    model: str
+    groups: int
+    tensor_parallel: int
+    batch_size: int
+    zero_stage: int
+    bytes: int
+    median: dict[str, float]
+    samples: dict[str, list[float]]
+
+
+Kind: TypeAlias = Literal["plain", "blocking", "stall", "background", "step", "step_beside"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 _LINES = (
     ("plain", "the same bytes written once to the same disk, and put there for good"),
     ("blocking", "a save that training waits for (`--blocking-save`)"),
@@ -85,7 +118,7 @@ def resolve(options: Namespace) -> SavingSettings:
 
 
 @dataclass(frozen=True)
-class Saving(TrainingEngine):
+class Saving(TrainingEngine[Figures]):
     """What a checkpoint costs at ZeRO ``stage``, in ``rounds``, on the disk of ``folder``."""
 
     measured_by: ClassVar[str] = "tlgc_mp.bench.saving.rank:measure_saving"
@@ -120,13 +153,10 @@ def run(settings: SavingSettings) -> int:
     return 0
 
 
-def make_row(settings: SavingSettings, ranks: list[dict[str, Any]]) -> Row:
-    """The settings, ``bytes`` of the rank that writes most, and seconds: of each kind the median over the rounds of the
-    slowest rank's, under ``median``, and all samples, under ``samples``."""
-    samples = {
-        name: [max(each) for each in zip(*(rank[name] for rank in ranks), strict=True)]
-        for name, _ in _LINES
-        if name != "first_stall"
+def make_row(settings: SavingSettings, ranks: list[Figures]) -> Row:
+    """What came of all ranks."""
+    samples: dict[str, list[float]] = {
+        name: [max(each) for each in zip(*(rank[name] for rank in ranks), strict=True)] for name in KINDS
     }
     samples["first_stall"] = [max(rank["first_stall"] for rank in ranks)]
     return {

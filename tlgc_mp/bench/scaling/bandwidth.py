@@ -19,7 +19,6 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from tlgc_mp.bench.ranks import launch
 from tlgc_mp.bench.ranks.link import UNLIMITED, Cable, bits_per_second, cable
@@ -62,7 +61,7 @@ class BandwidthSettings:
     output: str
     time_limit: float
 
-    def measured(self) -> dict[str, Any]:
+    def measured(self) -> dict[str, object]:
         """What two runs must have in common for one to go on with the other."""
         return {"cases": [dataclasses.asdict(case) for case in self.cases], "rates": self.rates, "steps": self.steps}
 

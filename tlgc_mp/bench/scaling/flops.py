@@ -6,8 +6,6 @@ that somebody adds. BatchNorm, ReLU and the optimizer do not count.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -32,7 +30,7 @@ def layer_flops(name: str, conv: str, groups: int, batch_size: int) -> dict[str,
     stem = next(iter(layers))
     flops: dict[str, int] = {}
 
-    def count(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def count(module: nn.Module, inputs: tuple[object, ...], output: torch.Tensor) -> None:
         if isinstance(module, nn.Linear):
             needed = module.in_features * module.out_features
         else:

@@ -6,14 +6,12 @@ It is drawn where a run measured gc-2l at N = P for at least two N and two w.
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from tlgc_mp.bench.scaling import capacity
+from tlgc_mp.bench.scaling.rows import Row
 from tlgc_mp.bench.settings import IMAGE_SIZE
 from tlgc_mp.figures import COLORS, caption, machine_of, one_or_more, pyplot, save
 from tlgc_mp.host import Machine
-
-Row = dict[str, Any]
 
 _BYTES_A_PARAMETER = 12  # itself, its gradient, its momentum, in float32
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import time
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,7 @@ from tlgc_mp.bench.ranks import meters
 from tlgc_mp.bench.ranks.accounting import profile_step
 from tlgc_mp.bench.scaling import strategies
 from tlgc_mp.bench.scaling.strategies import Workload
-from tlgc_mp.bench.settings import WARM_UP_STEPS, CoreRate, Steps
+from tlgc_mp.bench.settings import WARM_UP_STEPS, CoreFigures, CoreRate, InstrumentedFigures, Memory, StepFigures, Steps
 from tlgc_mp.engine.start import barrier
 from tlgc_mp.host import keep_freed_memory
 
@@ -26,15 +25,8 @@ ACCELERATOR_IMAGES = 32
 """Times as many images on an accelerator, which a batch for a core would leave idle."""
 
 
-def measure_steps(request: Steps, device: torch.device) -> dict[str, Any]:
-    """What a training step costs this rank. Collective: all ranks are up already.
-
-    Returns:
-        ``seconds`` and ``busy_cpu_seconds`` of each timed step, ``network_bytes`` that its host sent in one,
-        ``busy_device_seconds`` of one (null on the CPU), ``flops``, ``accounting`` and ``collectives`` by kind,
-        ``collective_seconds``, ``collective_bytes``, ``coarse_seconds``, ``peak_memory_bytes``, ``parameter_bytes``,
-        ``gradient_bytes``, ``optimizer_bytes`` and ``activation_bytes``.
-    """
+def measure_steps(request: Steps, device: torch.device) -> StepFigures:
+    """What a training step costs this rank. Collective: all ranks are up already."""
     accelerator = get_accelerator()
     if device.type == "cpu" and request.strategy != "zero3":
         keep_freed_memory()
@@ -46,7 +38,7 @@ def measure_steps(request: Steps, device: torch.device) -> dict[str, Any]:
     seconds, busy = [], []
     sent_before = meters.network_bytes()
     for _ in range(request.steps):
-        wall_began, cpu_began = _together(accelerator)
+        wall_began, cpu_began = _together()
         work.step()
         accelerator.synchronize()
         seconds.append(time.perf_counter() - wall_began)
@@ -59,13 +51,12 @@ def measure_steps(request: Steps, device: torch.device) -> dict[str, Any]:
         "network_bytes": sent / request.steps,
         "flops": work.flops,
         "peak_memory_bytes": meters.peak_memory_bytes(device),
-        **_instrumented_step(work, accelerator),
+        **_instrumented_step(work),
     }
 
 
-def measure_core_rate(request: CoreRate, device: torch.device) -> dict[str, Any]:
-    """``best_flops_per_second``, and ``device`` and ``device_memory_bytes``: name and free memory of this rank's
-    accelerator, else null."""
+def measure_core_rate(request: CoreRate, device: torch.device) -> CoreFigures:
+    """How fast this rank's convolutions can be, and on what. Collective."""
     if device.type == "cpu":
         keep_freed_memory()
     return {
@@ -75,24 +66,24 @@ def measure_core_rate(request: CoreRate, device: torch.device) -> dict[str, Any]
     }
 
 
-def _together(accelerator: Any) -> tuple[float, float]:
+def _together() -> tuple[float, float]:
     """(wall clock, CPU seconds of this process) as all ranks are about to go on together."""
-    accelerator.synchronize()
+    get_accelerator().synchronize()
     barrier()
     return time.perf_counter(), time.process_time()
 
 
-def _instrumented_step(work: Workload, accelerator: Any) -> dict[str, Any]:
+def _instrumented_step(work: Workload) -> InstrumentedFigures:
     """Steps with meters that would slow the timed ones."""
-    memory: dict[str, int] = {}
+    held: list[Memory] = []
     saved = meters.SavedActivations(list(work.model.parameters()))
     clock = meters.CollectiveClock()
-    _together(accelerator)
-    with clock, saved, meters.before_first_optimizer_step(lambda: memory.update(work.memory())):
+    _together()
+    with clock, saved, meters.before_first_optimizer_step(lambda: held.append(work.memory())):
         work.step()
-        accelerator.synchronize()
+        get_accelerator().synchronize()
     collectives = clock.by_kind()
-    _together(accelerator)
+    _together()
     accounting, busy_device_seconds = profile_step(work.step)
     return {
         "accounting": accounting,
@@ -102,7 +93,7 @@ def _instrumented_step(work: Workload, accelerator: Any) -> dict[str, Any]:
         "collective_bytes": sum(traffic["bytes"] for traffic in collectives.values()),
         "coarse_seconds": clock.seconds(("all_gather", "reduce_scatter", "send", "receive"), work.coarse_groups),
         "activation_bytes": saved.peak_bytes,
-        **memory,
+        **held[0],
     }
 
 

@@ -51,13 +51,26 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias, TypedDict
 
-from tlgc_mp.bench.settings import Case
+from tlgc_mp.bench.settings import Case, StepFigures
 
 EPOCHS = 200
 IMAGES_AN_EPOCH = 50_000
 MOMENTUM = 0.9
+
+
+class Sample(TypedDict):
+    """Of one timed step: the slowest rank's wall clock, and CPU seconds by rank."""
+
+    round: int
+    step: int
+    seconds: float
+    busy_cpu_seconds: list[float]
+
+
+Row: TypeAlias = dict[str, Any]
+"""This module's docstring says what its keys are; what was not measured is ``None``."""
 
 
 @dataclass
@@ -77,10 +90,10 @@ class Record:
     out_of_memory: bool = False
     micro_batches: int | None = None
     micro_batch_seconds: dict[int, float] = field(default_factory=dict)
-    measurements: list[tuple[int, list[dict[str, Any]]]] = field(default_factory=list)
+    measurements: list[tuple[int, list[StepFigures]]] = field(default_factory=list)
 
 
-def step_samples(round_index: int, ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def step_samples(round_index: int, ranks: list[StepFigures]) -> list[Sample]:
     """One sample a timed step of a measurement."""
     return [
         {
@@ -93,19 +106,19 @@ def step_samples(round_index: int, ranks: list[dict[str, Any]]) -> list[dict[str
     ]
 
 
-def median_seconds(ranks: list[dict[str, Any]]) -> float:
+def median_seconds(ranks: list[StepFigures]) -> float:
     """Of the timed steps of one measurement."""
     return statistics.median(sample["seconds"] for sample in step_samples(0, ranks))
 
 
-def make_row(record: Record, dtype: str, best_flops_per_second: float | None, cores: int) -> dict[str, Any]:
+def make_row(record: Record, dtype: str, best_flops_per_second: float | None, cores: int) -> Row:
     """The row of ``record``; this module's docstring says what its keys are.
 
     Args:
         cores: of the machine, among which the ranks share.
     """
     case = record.case
-    row: dict[str, Any] = {
+    row: Row = {
         "strategy": case.strategy,
         "width": case.width,
         "depth": case.depth,
@@ -138,7 +151,7 @@ def make_row(record: Record, dtype: str, best_flops_per_second: float | None, co
     largest = max((r for _, ranks in record.measurements for r in ranks), key=lambda r: r["peak_memory_bytes"])
     seconds_an_image = median / case.batch_size
 
-    def over_rounds(key: str) -> float:
+    def over_rounds(key: Literal["collective_seconds", "coarse_seconds"]) -> float:
         return statistics.median(ranks[busiest][key] for _, ranks in record.measurements)
 
     return {
@@ -158,12 +171,15 @@ def make_row(record: Record, dtype: str, best_flops_per_second: float | None, co
         "collectives": last[busiest]["collectives"],
         "accounting": last[busiest]["accounting"],
         "coarse_seconds": over_rounds("coarse_seconds"),
-        **{key: largest[key] for key in _MEMORY},
+        "activation_bytes": largest["activation_bytes"],
+        "parameter_bytes": largest["parameter_bytes"],
+        "gradient_bytes": largest["gradient_bytes"],
+        "optimizer_bytes": largest["optimizer_bytes"],
+        "peak_memory_bytes": largest["peak_memory_bytes"],
         "hours_for_200_epochs": EPOCHS * IMAGES_AN_EPOCH * seconds_an_image / 3600,
     }
 
 
-_MEMORY = ("activation_bytes", "parameter_bytes", "gradient_bytes", "optimizer_bytes", "peak_memory_bytes")
 _MEASURED = (
     "median_step_seconds",
     "images_per_second",
@@ -179,6 +195,6 @@ _MEASURED = (
     "collectives",
     "accounting",
     "coarse_seconds",
-    *_MEMORY,
+    *("activation_bytes", "parameter_bytes", "gradient_bytes", "optimizer_bytes", "peak_memory_bytes"),
     "hours_for_200_epochs",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from tlgc_mp.bench.scaling.flops import layer_flops
 from tlgc_mp.bench.scaling.layer_pipeline import LayerPipeline
-from tlgc_mp.bench.settings import IMAGE_SIZE, NUM_CLASSES, STRATEGIES, Steps
+from tlgc_mp.bench.settings import IMAGE_SIZE, NUM_CLASSES, STRATEGIES, Memory, Steps
 from tlgc_mp.engine import checkpoint_activations, initialize
 from tlgc_mp.engine.memory import engine_memory
+from tlgc_mp.json_types import JsonObject
 from tlgc_mp.models import create_model
 from tlgc_mp.models.wide_resnet import WideResNet
 from tlgc_mp.nn import TwoLevelConv2d
 from tlgc_mp.parallel.sharded import ShardedLayer
+
+MakeOptimizer: TypeAlias = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 SEED = 1
 LEARNING_RATE = 1e-3
@@ -49,9 +52,9 @@ class Workload:
         coarse_groups: names of the process groups of the coarse level.
     """
 
-    step: Callable[[], Any]
+    step: Callable[[], object]
     model: nn.Module
-    memory: Callable[[], dict[str, int]]
+    memory: Callable[[], Memory]
     flops: int
     coarse_groups: frozenset[str]
 
@@ -84,7 +87,7 @@ def build(request: Steps, ranks: int, rank: int, device: torch.device) -> Worklo
 
 
 def _pipeline(
-    model: WideResNet, optimizer: Any, images: Tensor, labels: Tensor, request: Steps, flops: dict[str, int]
+    model: WideResNet, optimizer: MakeOptimizer, images: Tensor, labels: Tensor, request: Steps, flops: dict[str, int]
 ) -> Workload:
     pipeline = LayerPipeline(
         model,
@@ -97,7 +100,7 @@ def _pipeline(
         update_in_backward=request.update_in_backward,
     )
 
-    def memory() -> dict[str, int]:
+    def memory() -> Memory:
         parameters = list(pipeline.parameters())
         return {
             "parameter_bytes": _bytes(parameters),
@@ -110,10 +113,10 @@ def _pipeline(
 
 
 def _engine(
-    model: nn.Module, optimizer: Any, images: Tensor, labels: Tensor, request: Steps, ranks: int, flops: int
+    model: nn.Module, optimizer: MakeOptimizer, images: Tensor, labels: Tensor, request: Steps, ranks: int, flops: int
 ) -> Workload:
     zero3 = request.strategy == "zero3"
-    config: dict[str, Any] = {
+    config: JsonObject = {
         "train_batch_size": request.batch_size,
         "zero_optimization": {"stage": 3, **ZERO3_LIMITS} if zero3 else {"stage": 0},
         "zero_allow_untested_optimizer": True,
@@ -136,7 +139,7 @@ def _engine(
         engine.backward(F.cross_entropy(engine(images).float(), labels))
         engine.step()
 
-    def memory() -> dict[str, int]:
+    def memory() -> Memory:
         held = engine_memory(engine)
         return {
             "parameter_bytes": held["parameter_bytes"],

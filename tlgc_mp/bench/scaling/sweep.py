@@ -14,13 +14,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from typing import Any
 
 from tlgc_mp.bench import report
 from tlgc_mp.bench.ranks import launch
 from tlgc_mp.bench.scaling import capacity
-from tlgc_mp.bench.scaling.rows import Record, make_row, median_seconds
-from tlgc_mp.bench.settings import BenchSettings, Case, CoreRate
+from tlgc_mp.bench.scaling.rows import Record, Row, make_row, median_seconds
+from tlgc_mp.bench.settings import BenchSettings, Case, CoreRate, StepFigures
 from tlgc_mp.host import describe_run, replace_file
 
 
@@ -32,7 +31,7 @@ def run(settings: BenchSettings) -> int:
     best: dict[int, float] = {}
     device_memory: int | None = None
     records: list[Record] = []
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for round_index in range(settings.rounds):
         for cores in sorted({min(case.ranks, cores_here) for case in settings.cases}):
             outcome = _on_hosts(CoreRate(settings.dtype), cores, settings)
@@ -59,11 +58,11 @@ def run(settings: BenchSettings) -> int:
     return int(any(record.error is not None and not record.out_of_memory for record in records))
 
 
-def _row(record: Record, settings: BenchSettings, best: dict[int, float], cores: int) -> dict[str, Any]:
+def _row(record: Record, settings: BenchSettings, best: dict[int, float], cores: int) -> Row:
     return make_row(record, settings.dtype, best.get(min(record.case.ranks, cores)), cores)
 
 
-def _on_hosts(request: launch.Request, ranks: int, settings: BenchSettings) -> launch.Outcome:
+def _on_hosts(request: launch.Request[launch.T], ranks: int, settings: BenchSettings) -> launch.Outcome[launch.T]:
     shared_folder = settings.output if settings.hosts else None
     return launch.measure(request, ranks, settings.time_limit, launch.places(settings.hosts), shared_folder)
 
@@ -119,8 +118,8 @@ def _measure(record: Record, round_index: int, settings: BenchSettings, device_m
         record.error = f"does not fit: needs about {needed / 1e9:.0f} GB, and {available / 1e9:.0f} GB are free"
         return
     fastest = math.inf
-    kept: tuple[int, list[dict[str, Any]]] | None = None
-    failed = launch.Outcome()
+    kept: tuple[int, list[StepFigures]] | None = None
+    failed = launch.Outcome[StepFigures]()
     for count in case.micro_batches if record.micro_batches is None else (record.micro_batches,):
         request = case.steps(
             dtype=settings.dtype,
@@ -154,5 +153,5 @@ def _say(record: Record, round_index: int) -> None:
     print(f"round {round_index + 1}  w={case.width}  tp={case.ranks}  {name}  {result}", flush=True)
 
 
-def _write_json(settings: BenchSettings, name: str, value: Any) -> None:
+def _write_json(settings: BenchSettings, name: str, value: object) -> None:
     replace_file(os.path.join(settings.output, name), json.dumps(value, indent=1) + "\n")

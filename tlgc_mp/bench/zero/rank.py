@@ -5,28 +5,40 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from tlgc_mp.bench.ranks.launch import T
 from tlgc_mp.bench.ranks.meters import before_first_optimizer_step
 from tlgc_mp.bench.scaling.strategies import LEARNING_RATE, MOMENTUM, SEED
 from tlgc_mp.bench.settings import IMAGE_SIZE, NUM_CLASSES
-from tlgc_mp.bench.zero.sweep import BOUNDED, OWN, STAGES, TrainingEngine, bounds
+from tlgc_mp.bench.zero.sweep import (
+    BOUNDED,
+    OWN,
+    STAGES,
+    Case,
+    Cases,
+    Moments,
+    Setting,
+    TrainingEngine,
+    ZeroMemory,
+    bounds,
+)
 from tlgc_mp.engine import initialize
 from tlgc_mp.engine.memory import engine_memory, peak_during_backward
 from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.host import keep_freed_memory, return_freed_memory
+from tlgc_mp.json_types import JsonObject
 from tlgc_mp.models import create_model
 from tlgc_mp.parallel.topology import Topology
 
 
-def measure_rank(request: TrainingEngine, device: torch.device) -> dict[str, Any]:
-    """``{"cases": [...]}``, for :func:`tlgc_mp.bench.zero.sweep.make_rows`. Collective: all ranks are up already."""
-    cases: list[dict[str, Any]] = []
+def measure_rank(request: ZeroMemory, device: torch.device) -> Cases:
+    """What this rank holds at each stage. Collective: all ranks are up already."""
+    cases: list[Case] = []
     shares: list[int] = []  # of each parameter, what this rank holds; known from the first engine, without ZeRO
     for stage in STAGES:
         for name in (OWN, BOUNDED) if stage else (OWN,):
@@ -34,7 +46,7 @@ def measure_rank(request: TrainingEngine, device: torch.device) -> dict[str, Any
             engine, step = training_engine(request, {"stage": stage, **zero}, device)
             shares = shares or [parameter.numel() for parameter in engine.module.parameters()]
             step()  # after which there is momentum
-            case = {"stage": stage, "settings": name, "zero_optimization": zero, "parameters": sum(shares)}
+            case: Setting = {"stage": stage, "settings": name, "zero_optimization": zero, "parameters": sum(shares)}
             cases.append({**case, **_moments(engine, step)})
             del engine, step
             gc.collect()
@@ -42,12 +54,12 @@ def measure_rank(request: TrainingEngine, device: torch.device) -> dict[str, Any
 
 
 def training_engine(
-    request: TrainingEngine, zero: dict[str, Any], device: torch.device
-) -> tuple[Any, Callable[..., None]]:
+    request: TrainingEngine[T], zero: dict[str, int], device: torch.device
+) -> tuple[Engine, Callable[..., None]]:
     """An engine, and a training step of it, which calls what it is given between backward and the optimizer."""
     topology = Topology(dist.get_world_size(), dist.get_rank(), request.tensor_parallel)
     model = create_model(request.model, groups=request.groups, num_classes=NUM_CLASSES, device="meta")
-    config: dict[str, Any] = {
+    config: JsonObject = {
         "train_batch_size": request.batch_size,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -74,8 +86,8 @@ def training_engine(
     return engine, step
 
 
-def _moments(engine: Engine, step: Callable[..., None]) -> dict[str, dict[str, int]]:
-    """What the engine holds in a step: ``in_backward``, ``after_backward`` and ``at_step``."""
+def _moments(engine: Engine, step: Callable[..., None]) -> Moments:
+    """What the engine holds in a step."""
     after_backward: dict[str, int] = {}
     at_step: dict[str, int] = {}
     parameters = list(engine.module.parameters())

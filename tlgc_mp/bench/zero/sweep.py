@@ -13,8 +13,9 @@ import json
 import os
 import time
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, TypeAlias, TypedDict
 
 from tlgc_mp.bench.ranks import launch
 from tlgc_mp.bench.report import describe, table
@@ -27,7 +28,41 @@ STAGES = (0, 1, 2, 3)
 OWN, BOUNDED = "DeepSpeed's own", "bounded"
 BYTES = 4  # of a float32
 
-Row = dict[str, Any]
+Held: TypeAlias = dict[str, int]
+"""Bytes by kind, as :func:`tlgc_mp.engine.memory.engine_memory` has them."""
+
+
+class Moments(TypedDict):
+    """What a rank holds: the most as each gradient arrived, after backward, and as the optimizer was about to step."""
+
+    in_backward: Held
+    after_backward: Held
+    at_step: Held
+
+
+class Setting(TypedDict):
+    """A stage, the name of its settings, these, and the parameters of a rank."""
+
+    stage: int
+    settings: str
+    zero_optimization: dict[str, int]
+    parameters: int
+
+
+class Case(Setting, Moments):
+    """What a rank measures of a stage and its settings."""
+
+
+class Cases(TypedDict):
+    """What a rank measures."""
+
+    cases: list[Case]
+
+
+class Row(Setting, Moments):
+    """A stage and its settings: what was promised, and of the rank with the most of each kind, what it held."""
+
+    promised: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -107,7 +142,7 @@ def promise(stage: int, parameters: int, replicas: int) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class TrainingEngine(launch.Request):
+class TrainingEngine(launch.Request[launch.T]):
     """An engine that trains ``model`` over P = ``tensor_parallel`` ranks a replica."""
 
     model: str
@@ -117,7 +152,7 @@ class TrainingEngine(launch.Request):
 
 
 @dataclass(frozen=True)
-class ZeroMemory(TrainingEngine):
+class ZeroMemory(TrainingEngine[Cases]):
     """The memory of each ZeRO stage."""
 
     measured_by: ClassVar[str] = "tlgc_mp.bench.zero.rank:measure_rank"
@@ -143,23 +178,30 @@ def run(settings: ZeroSettings) -> int:
     return 0
 
 
-def make_rows(settings: ZeroSettings, ranks: list[dict[str, Any]]) -> list[Row]:
-    """One row a stage and its settings.
-
-    Each has ``stage``, ``settings`` (their name), ``zero_optimization``, ``parameters`` (of the rank), ``promised``,
-    and bytes by kind, of the rank with the most of that kind: ``in_backward``, the most as each gradient arrived;
-    ``after_backward``; ``at_step``, as the optimizer was about to step. The kinds are those of
-    :func:`tlgc_mp.engine.memory.engine_memory`.
-    """
+def make_rows(settings: ZeroSettings, ranks: list[Cases]) -> list[Row]:
+    """One row a stage and its settings."""
     rows = []
     for index, case in enumerate(ranks[0]["cases"]):
         measured = [rank["cases"][index] for rank in ranks]
-        row = {key: case[key] for key in ("stage", "settings", "zero_optimization", "parameters")}
-        row["promised"] = promise(case["stage"], case["parameters"], settings.replicas)
-        for moment in ("in_backward", "after_backward", "at_step"):
-            row[moment] = {kind: max(rank[moment][kind] for rank in measured) for kind in case[moment]}
-        rows.append(row)
+        rows.append(
+            Row(
+                stage=case["stage"],
+                settings=case["settings"],
+                zero_optimization=case["zero_optimization"],
+                parameters=case["parameters"],
+                promised=promise(case["stage"], case["parameters"], settings.replicas),
+                in_backward=_most(rank["in_backward"] for rank in measured),
+                after_backward=_most(rank["after_backward"] for rank in measured),
+                at_step=_most(rank["at_step"] for rank in measured),
+            )
+        )
     return rows
+
+
+def _most(ranks: Iterable[Held]) -> Held:
+    """Of each kind, of the rank that holds the most of it."""
+    held = list(ranks)
+    return {kind: max(each[kind] for each in held) for kind in held[0]}
 
 
 _HEAD = (
@@ -228,7 +270,7 @@ def markdown(settings: ZeroSettings, rows: list[Row], description: Provenance) -
 
 
 def _line(row: Row) -> list[str]:
-    promised, backward, after, step = (row[key] for key in ("promised", "in_backward", "after_backward", "at_step"))
+    promised, backward, after, step = row["promised"], row["in_backward"], row["after_backward"], row["at_step"]
     figures = (
         promised["parameter_bytes"],
         after["parameter_bytes"],
