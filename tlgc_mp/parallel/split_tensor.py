@@ -17,16 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tlgc_mp.parallel.containers import map_leaves
-from tlgc_mp.parallel.layout import (
-    WHOLE,
-    Layout,
-    Ranks,
-    change_segments,
-    dense_share,
-    gather_shares,
-    take_share,
-    whole_geometry,
-)
+from tlgc_mp.parallel.layout import WHOLE, Layout, Ranks, change_segments, dense_share, gather_shares, whole_geometry
 from tlgc_mp.parallel.signatures import Args, Context, Function, Geometry, Kwargs, Offset, Operator, Rule
 
 T = TypeVar("T")
@@ -97,7 +88,7 @@ class Family:
         else:
             data = gather_shares(base)
             self.viewed(data).copy_(self.share)
-            base.share.copy_(take_share(data, base.cut, base.ranks))
+            base.share.copy_(dense_share(data, base.cut, base.ranks))
         _family(base).written()
         self.seen = _family(base).version
 
