@@ -393,3 +393,26 @@ def transforms_of_torch_func() -> None:
     torch.func.grad(square)(x)
     torch.func.jvp(square, (x,), (x,))
     assert seen == [True, True, True] and not active()
+
+
+@relies_on("torch.autograd.forward_ad._current_level")
+def forward_mode() -> None:
+    """Is negative but within a context in which tensors are dual."""
+    from torch.autograd import forward_ad
+
+    assert forward_ad._current_level < 0
+    with forward_ad.dual_level():
+        assert forward_ad._current_level >= 0
+    assert forward_ad._current_level < 0
+
+
+@relies_on("torch._C._functorch.is_legacy_batchedtensor")
+def batched_gradients() -> None:
+    """Says of a gradient whether it stands for many."""
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda grad: seen.append(torch._C._functorch.is_legacy_batchedtensor(grad)))
+    torch.autograd.grad(y, x, torch.ones(2), retain_graph=True)
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
+    assert seen == [False, True]

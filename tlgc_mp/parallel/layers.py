@@ -26,6 +26,7 @@ from tlgc_mp.parallel.sharded import (
     Reduced,
     Region,
     ShardedLayer,
+    check_not_transformed,
     is_engines,
     keep_gradient_plain,
     reduced,
@@ -246,6 +247,8 @@ class SplitModel:
         region = self.__dict__.get("tlgc_region")  # a part that was sliced off has none
         if region is None or region.ranks.size == 1:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not torch.compiler.is_compiling():
+            check_not_transformed()
         if region.channels_apart and not _is_watched(self):  # type: ignore[arg-type]
             with region.set_plain(True):
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -270,13 +273,21 @@ _HOOKS_OF_ALL_MODULES = (
 
 
 def _is_watched(model: nn.Module) -> bool:
-    """Whether any hook of the user's would see a plain share where one device has the whole tensor."""
+    """Whether any hook of the user's would see a plain share where one device has the whole tensor, or a layer has been
+    given a whole buffer, which it may write to."""
     if any(getattr(nn.modules.module, name) for name in _HOOKS_OF_ALL_MODULES):
         return True
     for module in model.modules():
         if module is model:
             continue
-        if any(not is_engines(hook) for name in HOOKS for hook in vars(module)[name].values()):
+        own = vars(module)
+        if any(not is_engines(hook) for name in HOOKS for hook in own[name].values()):
+            return True
+        shapes = own.get("tlgc_shapes", {})
+        if any(
+            key in shapes and buffer is not None and buffer.shape == shapes[key]
+            for key, buffer in own["_buffers"].items()
+        ):
             return True
     return False
 
@@ -297,6 +308,8 @@ def shard_layer(
     layer.__class__ = split_class(type(layer), LAYERS.get(placement.kind, ShardedLayer))
     own: Any = layer
     own.tlgc_placement, own.tlgc_region = placement, region
+    tensors = {**layer._parameters, **layer._buffers}
+    own.tlgc_shapes = {key: t.shape for key, t in tensors.items() if key in placement.dims and t is not None}
     for key, param in layer._parameters.items():
         if param is None:
             continue

@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.layout import Ranks
 from tlgc_mp.parallel.plan import Placement
-from tlgc_mp.parallel.split_tensor import SplitTensor, from_share, plain_gradient, share_in, whole
+from tlgc_mp.parallel.split_tensor import (
+    SplitTensor,
+    enter_ranks,
+    from_share,
+    plain_gradient,
+    share_in,
+    to_share,
+    whole,
+)
 
 
 class Region:
@@ -73,6 +81,8 @@ class ShardedLayer:
 
     tlgc_region: Region
     tlgc_placement: Placement
+    tlgc_shapes: dict[str, torch.Size]
+    """Of the whole of what is cut."""
 
     if TYPE_CHECKING:
 
@@ -82,10 +92,13 @@ class ShardedLayer:
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)  # type: ignore[misc]
         own = self.__dict__
-        if "tlgc_region" not in own or name not in own["tlgc_placement"].dims:
+        if "tlgc_region" not in own or name not in own["tlgc_placement"].dims or value is None:
             return value
-        if own["tlgc_region"].plain or value is None:
+        if value.shape == own["tlgc_shapes"].get(name) and own["tlgc_region"].ranks.size > 1:
+            return self._tlgc_given_whole(name, value)
+        if own["tlgc_region"].plain:
             return value
+        check_not_transformed()
         layout = own["tlgc_placement"].layout(name)
         ranks = own["tlgc_region"].ranks
         if name not in own["_parameters"]:
@@ -97,6 +110,21 @@ class ShardedLayer:
                 shown = from_share(value, layout, ranks)
         shown.held = value
         return shown
+
+    def _tlgc_given_whole(self, name: str, value: Tensor) -> Tensor:
+        """What code reads of a whole tensor that stands where the share ``name`` was, as in a call of
+        ``torch.func.functional_call`` with the state of one device."""
+        ranks = self.tlgc_region.ranks
+        if type(value) is SplitTensor:
+            return value
+        if not self.tlgc_region.plain:
+            return enter_ranks(value, ranks)
+        if name in self._buffers:  # type: ignore[attr-defined]  # what is written to a share would not reach it
+            raise UsageError(
+                f"{name} of a split {type(self).__name__} must be this rank's share, got a whole tensor of shape "
+                f"{tuple(value.shape)}; leave it out, or give that of the split model's named_buffers()"
+            )
+        return to_share(enter_ranks(value, ranks), self.tlgc_placement.layout(name), ranks).contiguous()
 
     def __setattr__(self, name: str, value: object) -> None:
         own = self.__dict__
@@ -175,6 +203,20 @@ def keep_gradient_plain(param: nn.Parameter, dim: int | None, region: Region) ->
     split one to a parameter that it was given plain. Neither copy nor pickle keeps the hook."""
     if param.requires_grad and dim is None and not region.channels_apart:
         param.register_hook(plain_gradient)
+
+
+def check_not_transformed() -> None:
+    """Refuses what would run a split model on tensors that stand for others.
+
+    Raises:
+        UsageError: within a transform of ``torch.func`` or forward-mode differentiation.
+    """
+    func = torch._C._are_functorch_transforms_active()
+    if func or torch.autograd.forward_ad._current_level >= 0:
+        raise UsageError(
+            "a split model must be called outside of torch.func's transforms and of forward-mode differentiation, got "
+            f"a call in {'a transform' if func else 'a dual level'}; use torch.autograd, or the model of one device"
+        )
 
 
 def split_class(base: type[nn.Module], kind: type) -> type[nn.Module]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
+from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.layout import Layout, Ranks
 from tlgc_mp.parallel.signatures import Args, Function, Kwargs
 from tlgc_mp.parallel.split_tensor import (
@@ -89,7 +90,11 @@ def _grad(
 ) -> object:
     outputs, inputs = _tuple(outputs), _tuple(inputs)
     seeds = _seeds(outputs, grad_outputs)
-    if seeds is None or is_grads_batched or any(isinstance(t, Tensor) and not t.requires_grad for t in inputs):
+    if is_grads_batched:
+        raise UsageError(
+            "is_grads_batched must be False of a split tensor, got True; take one gradient after the other"
+        )
+    if seeds is None or any(isinstance(t, Tensor) and not t.requires_grad for t in inputs):
         return NotImplemented
     found = torch.autograd.grad(
         _edges(outputs),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.containers import map_leaves
 from tlgc_mp.parallel.layout import WHOLE, Layout, Ranks, change_segments, dense_share, gather_shares, whole_geometry
 from tlgc_mp.parallel.signatures import Args, Context, Function, Geometry, Kwargs, Offset, Operator, Rule
@@ -299,6 +300,10 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor | None) -> Tensor | None:  # type: ignore[override]
+        if grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad):
+            raise UsageError(
+                "is_grads_batched and vectorize must be False of a split model, got True; take one row each"
+            )
         return grad if grad is None or type(grad) is SplitTensor else _Enter.apply(grad, ctx.ranks)
 
 
