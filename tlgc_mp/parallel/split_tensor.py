@@ -301,9 +301,7 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor | None) -> Tensor | None:  # type: ignore[override]
         if grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad):
-            raise UsageError(
-                "is_grads_batched and vectorize must be False of a split model, got True; take one row each"
-            )
+            raise UsageError("is_grads_batched and vectorize must be False of a split model, got True; take row by row")
         return grad if grad is None or type(grad) is SplitTensor else _Enter.apply(grad, ctx.ranks)
 
 
