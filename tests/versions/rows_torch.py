@@ -46,6 +46,14 @@ class Wrapper(Tensor):
         return func(*[a.held if isinstance(a, Wrapper) else a for a in args], **(kwargs or {}))
 
 
+@relies_on("torch._ops.OpOverload")
+def operator_overload() -> None:
+    """The class of an operator that a dispatch is given: its name in its namespace, its packet, its tags."""
+    relu = torch.ops.aten.relu.default
+    assert type(relu) is torch._ops.OpOverload and relu.namespace == "aten"
+    assert relu.overloadpacket is torch.ops.aten.relu and torch.Tag.pointwise in relu.tags
+
+
 @relies_on("torch.Tensor._make_wrapper_subclass")
 def wrapper_subclass() -> None:
     """Makes a tensor of a class, with a shape, strides, an offset, a type and a device, and none of the memory."""
