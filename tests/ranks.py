@@ -32,9 +32,15 @@ _context.set_forkserver_preload(
         "deepspeed",
         "deepspeed.runtime.zero.muon.original_muon",  # every ZeRO engine loads it, and with it torch's compiler
         "torch.distributed",
+        "torch.utils.serialization.config",
         "torch.utils.tensorboard",
-        "tlgc_mp.parallel",
-        "tlgc_mp.cli.train",
+        # What an engine or a run loads when it is made, and the modules of tests at their head.
+        *("deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.superoffload.superoffload_stage3"),
+        *("numpy.ctypeslib", "setuptools", "yaml"),
+        *("pytest", "timm"),
+        *(f"tlgc_mp.{room}" for room in ("bench.ranks.launch", "engine", "models", "nn", "parallel", "planner")),
+        *(f"tlgc_mp.{name}" for name in ("engine.initialization", "models.conversion", "nn.from_dense")),
+        *(f"tlgc_mp.cli.{name}" for name in ("main", "bench", "plan", "train")),
         "tests.ranks",
     ]
 )
