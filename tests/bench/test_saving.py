@@ -14,6 +14,7 @@ NAMES = {"plain", "blocking", "first_stall", "stall", "background", "step", "ste
 
 
 @pytest.mark.timeout(200)
+@pytest.mark.usefixtures("forked_ranks")
 def test_quick_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "saving", "--quick", "--output", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "saving.json").read_text())

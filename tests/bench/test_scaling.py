@@ -38,6 +38,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(280)
+@pytest.mark.usefixtures("forked_ranks")
 def test_every_strategy_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--quick", "--widths", "1", "--depth", "10", "--batch-sizes", "4", "--groups", "2", "--micro-batches=2"]
     two_ranks = [name for name in STRATEGIES if name != "gc-2l-dense"]
@@ -84,8 +85,14 @@ def test_every_strategy_is_measured(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.timeout(200)
-def test_activation_checkpointing_keeps_less(tmp_path: Path) -> None:
-    flags = ["--quick", "--widths", "1", "--depth", "22", "--strategies", "gc-2l", "channel-parallel"]
+@pytest.mark.usefixtures("forked_ranks")
+def test_activation_checkpointing_keeps_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, core = launch.measure, Measurements({}, None)
+    monkeypatch.setattr(
+        launch, "measure", lambda request, *rest: (measure if isinstance(request, Steps) else core)(request, *rest)
+    )
+    flags = ["--quick", "--widths", "1", "--depth", "22", "--batch-sizes", "4"]
+    flags += ["--strategies", "gc-2l", "channel-parallel"]
     rows = []
     for folder, more in (("without", []), ("with", ["--activation-checkpointing"])):
         assert main(["bench", "scaling", *flags, *more, "--output", str(tmp_path / folder)]) == 0
