@@ -16,7 +16,7 @@ import pytest
 
 from tests.launch.jobs import BIN, ROOT
 
-BRIDGE = "tlgcbr"
+BRIDGE = f"tlgc{os.getpid()}"  # another run of the tests may have hosts at the same time
 NETWORK = "10.78.0"
 _TOOLS = ("ip", "unshare", "nsenter")
 _SSH_TOOLS = ("ssh", "ssh-keygen", "sshd")
