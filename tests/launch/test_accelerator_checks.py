@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import forked
 from tests.accelerator import checks
 from tests.launch.jobs import ROOT
 
@@ -25,13 +26,16 @@ def _script(*words: str, python: str = sys.executable) -> subprocess.CompletedPr
 
 
 @pytest.mark.timeout(600)
-def test_every_part_in_small(tmp_path: Path) -> None:
-    done = _script("--device", "cpu", "--quick", "--output", str(tmp_path))
+def test_every_part_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the script calls, with processes that are forked."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(checks, "subprocess", forked)
+    status = checks.main(["--device", "cpu", "--quick", "--output", str(tmp_path)])
     written = json.loads((tmp_path / "checks.json").read_text())
     parts = {part["name"]: part for part in written["parts"]}
     assert [part.name for part in checks.PARTS] == list(parts)
     assert {name: part["outcome"] for name, part in parts.items()} == dict.fromkeys(parts, "passed"), written
-    assert done.returncode == 0
+    assert status == 0
     assert parts["tests"]["figures"]["tests"] > 50
     assert parts["parity"]["figures"]["steps"] == parts["resume"]["figures"]["steps"] == 6
     assert parts["parity"]["figures"]["at most off by"] < 1e-5
