@@ -53,8 +53,11 @@ def test_models_for_imagenet(name: str) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["test_resnet", "resnet18", "mobilenet_v3_small"])
+@pytest.mark.parametrize(
+    "name", ["test_resnet", pytest.param("resnet18", marks=pytest.mark.slow), "mobilenet_v3_small"]
+)
 def test_converted_models(name: str) -> None:
+    """In every run ``test_resnet`` stands for residual blocks, ``mobilenet_v3_small`` for depthwise ones."""
     library = timm if name.startswith("test") else torchvision.models
     made = library.create_model(name, num_classes=10) if library is timm else getattr(library, name)(num_classes=10)
     _check(convert(made, groups=4, init="from_dense"), 64)

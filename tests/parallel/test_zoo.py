@@ -14,9 +14,6 @@ from tests.ranks import run_ranks
 
 SMALL = (
     "torchvision/googlenet",
-    "torchvision/mnasnet0_5",
-    "torchvision/mobilenet_v3_small",
-    "torchvision/resnet18",
     "torchvision/shufflenet_v2_x0_5",
     "torchvision/squeezenet1_1",
     "torchvision/lraspp_mobilenet_v3_large",
@@ -35,6 +32,8 @@ SMALL = (
     "timm/test_resnet",
     "timm/test_vit",
 )
+"""What no other of them stands for. The slow tests take all: ``mnasnet``, ``mobilenet_v3_small`` and ``resnet18``
+too, whose blocks are those of ``lraspp`` and ``test_resnet``."""
 NAMES = tuple(name for name, network in zoo().items() if not network.skip)
 BATCH = 8
 
