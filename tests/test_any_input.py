@@ -169,7 +169,7 @@ def test_any_value_in_a_row_of_a_report(data: st.DataObject) -> None:
         status, out, err = run(["report", "rows.jsonl", "--output", "out"])
         assert status in (0, 2)
         if status == 2:
-            assert out == "" and err.startswith("tlgc-mp: error: report: ") and err.count("\n") == 1
+            assert out == "" and err.startswith("tlgc-mp: error: ") and err.count("\n") == 1
             assert sorted(folder.rglob("*")) == before
 
 

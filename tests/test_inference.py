@@ -153,7 +153,7 @@ def test_a_file_says_how_its_images_are_prepared(pictures: Path) -> None:
 def test_a_preparation_that_cannot_be_is_refused(change: dict[str, Any]) -> None:
     entry = Preparation(("a", "b"), 12, 12, (0.5,) * 3, (0.2,) * 3).entry()
     assert Preparation.from_entry(json.loads(json.dumps(entry)), 2).entry() == entry
-    with pytest.raises(UsageError, match="it does not say how its images are to be prepared"):
+    with pytest.raises(UsageError, match="it does not say how images are prepared for it"):
         Preparation.from_entry({**entry, **change}, 2)
 
 
@@ -164,7 +164,7 @@ def test_a_preparation_that_cannot_be_is_refused(change: dict[str, Any]) -> None
         (["evaluate", "FILE"], "--dataset must be given for an exported file, got none; use one of digits, "),
         (["evaluate", "FILE", "--dataset", "digits"], "--dataset must have the 3 classes of the network, got digits"),
         (["evaluate", "nowhere", "--dataset", "digits"], "'nowhere' holds no checkpoint"),
-        (["evaluate", "FILE", "--dataset", "imagefolder"], "--data-dir is missing"),
+        (["evaluate", "FILE", "--dataset", "imagefolder"], "--data-dir must be given with --dataset imagefolder"),
         (["evaluate", "RUN", "--output", "/nowhere/x.json"], "--output must be a file to write, got '/nowhere/x.json'"),
         (["predict", "FILE", "nowhere.png"], "IMAGE must be a file, got 'nowhere.png'"),
         (["predict", "FILE", "FILE"], "cannot read the image "),

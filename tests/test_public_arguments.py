@@ -81,112 +81,154 @@ def permuted(**changes: Any) -> Callable[[], Any]:
 
 
 REFUSED: list[tuple[Callable[[], Any], str]] = [
-    (create(5), "model=5 is unknown"),
-    (create(["wrn-10-1"]), "model=['wrn-10-1'] is unknown"),
-    (create(conv=None), "conv=None is unknown"),
-    (create(groups="4"), "groups='4' does not divide the stem's 16 channels; use one of 1, 2, 4, 8, 16"),
-    (create(groups=4.0), "groups=4.0 does not divide"),
-    (create(groups=True), "groups=True does not divide"),
-    (create(num_classes="ten"), "num_classes='ten' is not a number of classes"),
-    (create(num_classes=10**9), "num_classes=1000000000 is too large; use 1000000 or less"),
-    (create(coarse_kernel_size="3"), "coarse_kernel_size='3' cannot be centred"),
-    (create("mobilenet_v2", coarse_everywhere="yes", groups=2), "coarse_everywhere='yes' is not True or False"),
-    (create(device="gpu"), "device='gpu' is none; use 'cpu', 'cuda' or 'meta', say"),
-    (create(device=[5]), "device=[5] is none"),
-    (convert("network"), "model: a str is none; give a torch.nn.Module"),
-    (convert(conv=[]), "conv=[] is unknown"),
-    (convert(init=[]), "init=[] is unknown"),
-    (convert(where=5), "where=5 is neither a function of (name, layer) nor a pattern"),
-    (convert(where=lambda: True), "cannot be called with (name, layer); give a function of those two"),
-    (convert(where="["), "where='[': none of its 2 convolutions can be replaced"),
+    (create(5), "got 5; use e.g. wrn-28-10"),
+    (create(["wrn-10-1"]), "got ['wrn-10-1']; use e.g. wrn-28-10"),
+    (create(conv=None), "conv must be one of sc, gc, gc-2l, gc-2l-proto, shuffle, flgc, got None"),
+    (create(groups="4"), "groups must be a divisor of the stem's 16 channels, got '4'; use one of 1, 2, 4, 8, 16"),
+    (create(groups=4.0), "got 4.0; use one of"),
+    (create(groups=True), "got True; use one of"),
+    (create(num_classes="ten"), "num_classes must be 1 or more, got 'ten'"),
+    (create(num_classes=10**9), "num_classes must be 1000000 or less, got 1000000000"),
+    (create(coarse_kernel_size="3"), "coarse_kernel_size must be odd, to be centred on kernels of 1 and 3, got '3'"),
+    (create("mobilenet_v2", coarse_everywhere="yes", groups=2), "coarse_everywhere must be True or False, got 'yes'"),
+    (create(device="gpu"), "device must be a device that torch knows, got 'gpu'"),
+    (create(device=[5]), "device must be a device that torch knows, got [5]"),
+    (convert("network"), "model must be a torch.nn.Module, got str"),
+    (convert(conv=[]), "conv must be one of gc, gc-2l, gc-2l-proto, shuffle, flgc, got []"),
+    (convert(init=[]), "init must be one of random, from_dense, got []"),
+    (convert(where=5), "where must be a function of (name, layer), or a pattern, got 5"),
+    (convert(where=lambda: True), "where must be a function of (name, layer), got <function"),
+    (convert(where="["), "where must select layers, got '[': none of its 2 convolutions can be replaced"),
     (convert(where=lambda name, layer: []), "none of its 2 convolutions can be replaced"),
-    (lambda: tlgc_mp.fold("network"), "model: a str is none; give a torch.nn.Module"),  # type: ignore[arg-type]
-    (lambda: tlgc_mp.shard(None), "model: a NoneType is none; give a torch.nn.Module"),  # type: ignore[arg-type]
-    (lambda: tlgc_mp.shard(network()), "shard: torch.distributed is not initialized; call "),
-    (lambda: tlgc_mp.shard(network(), device="gpu"), "device='gpu' is none"),
-    (lambda: tlgc_mp.shard(network(), seed="x"), "seed='x' is no seed; use an int"),  # type: ignore[arg-type]
-    (lambda: tlgc_mp.parallel.gather_state_dict(5), "model: a int is none"),  # type: ignore[arg-type]
-    (lambda: tlgc_mp.checkpoint_activations(network(), 5), "blocks=5 are no classes"),  # type: ignore[arg-type]
-    (lambda: tlgc_mp.checkpoint_activations(network(), ()), "blocks=() are no classes"),
-    (lambda: tlgc_mp.checkpoint_activations(None), "blocks: NoneType does not say"),  # type: ignore[arg-type]
-    (lambda: tlgc_mp.checkpoint_activations(5, nn.ReLU), "model: a int is none"),  # type: ignore[arg-type]
-    (initialize(model="network"), "model: a str is none; give a torch.nn.Module"),
-    (initialize(config=[]), "config=[] is no configuration; give a dict or the path of a JSON file"),
-    (initialize(config=5), "config=5 is no configuration"),
-    (initialize(config=b"{}"), "is no configuration"),
-    (initialize(config=deep(10_000)), "config: it cannot be copied: maximum recursion depth"),
-    (initialize(config={"a": (item for item in ())}), "config: it cannot be copied: cannot pickle 'generator' object"),
-    (lambda: tlgc_mp.load_model("weights.safetensors", device="gpu"), "device='gpu' is none"),
-    (initialize(config={"tensor_parallel": 2}), "tensor_parallel=2 is not an object"),
-    (initialize(config={"zero_optimization": {"stage": {1}}}), 'zero_optimization.stage="{1}" is not a ZeRO stage'),
-    (initialize(config={**CONFIG, "gradient_clipping": "auto"}), 'gradient_clipping="auto" in the DeepSpeed conf'),
+    (lambda: tlgc_mp.fold("network"), "model must be a torch.nn.Module, got str"),  # type: ignore[arg-type]
+    (lambda: tlgc_mp.shard(None), "model must be a torch.nn.Module, got NoneType"),  # type: ignore[arg-type]
+    (lambda: tlgc_mp.shard(network()), "torch.distributed must be initialized; call "),
+    (lambda: tlgc_mp.shard(network(), device="gpu"), "device must be a device that torch knows, got 'gpu'"),
+    (lambda: tlgc_mp.shard(network(), seed="x"), "seed must be an int, got 'x'"),  # type: ignore[arg-type]
+    (lambda: tlgc_mp.parallel.gather_state_dict(5), "model must be a torch.nn.Module, got int"),  # type: ignore[arg-type]
+    (
+        lambda: tlgc_mp.checkpoint_activations(network(), 5),
+        "blocks must be a class of modules, or a tuple of them, got 5",
+    ),  # type: ignore[arg-type]
+    (
+        lambda: tlgc_mp.checkpoint_activations(network(), ()),
+        "blocks must be a class of modules, or a tuple of them, got ()",
+    ),
+    (lambda: tlgc_mp.checkpoint_activations(None), "blocks must be given for a NoneType, got none"),  # type: ignore[arg-type]
+    (lambda: tlgc_mp.checkpoint_activations(5, nn.ReLU), "model must be a torch.nn.Module, got int"),  # type: ignore[arg-type]
+    (initialize(model="network"), "model must be a torch.nn.Module, got str"),
+    (initialize(config=[]), "config must be a dict, or the path of a JSON file, got []"),
+    (initialize(config=5), "config must be a dict, or the path of a JSON file, got 5"),
+    (initialize(config=b"{}"), "config must be a dict, or the path of a JSON file, got b'{}'"),
+    (
+        initialize(config=deep(10_000)),
+        "config must be what a JSON file can hold, got an error in copying it: maximum recursion depth",
+    ),
+    (
+        initialize(config={"a": (item for item in ())}),
+        "config must be what a JSON file can hold, got an error in copying it: cannot pickle 'generator' object",
+    ),
+    (
+        lambda: tlgc_mp.load_model("weights.safetensors", device="gpu"),
+        "device must be a device that torch knows, got 'gpu'",
+    ),
+    (
+        initialize(config={"tensor_parallel": 2}),
+        'tensor_parallel in the DeepSpeed configuration must be {"autotp_size": P}, got 2',
+    ),
+    (
+        initialize(config={"zero_optimization": {"stage": {1}}}),
+        'zero_optimization.stage in the DeepSpeed configuration must be 0, 1, 2 or 3, got "{1}"',
+    ),
+    (
+        initialize(config={**CONFIG, "gradient_clipping": "auto"}),
+        'gradient_clipping in the DeepSpeed configuration must be 0 or more, got "auto"',
+    ),
     (
         initialize(config={**CONFIG, "gradient_clipping": -1}),
-        "gradient_clipping=-1 in the DeepSpeed configuration is not",
+        "gradient_clipping in the DeepSpeed configuration must be 0 or more, got -1",
     ),
     (
         initialize(config={**CONFIG, "gradient_predivide_factor": 0}),
-        "gradient_predivide_factor=0 in the DeepSpeed conf",
+        "gradient_predivide_factor in the DeepSpeed configuration must be a positive number, got 0",
     ),
     (
         initialize(config={**CONFIG, "steps_per_print": 0.5}),
-        "steps_per_print=0.5 in the DeepSpeed configuration is not",
+        "steps_per_print in the DeepSpeed configuration must be 1 or more, got 0.5",
     ),
-    (initialize(optimizer="SGD"), "optimizer='SGD' is none; give a torch optimizer, or a callable that makes one"),
-    (initialize(lr_scheduler="step"), "lr_scheduler='step' is none"),
-    (initialize(model_parameters=5), "model_parameters: give parameters of the model"),
-    (initialize(model_parameters={"params": []}), "model_parameters: give parameters of the model"),
-    (initialize(model_parameters=[5]), "model_parameters: 5 is no parameter"),
-    (initialize(model_parameters=[{"lr": 1.0}]), "model_parameters: {'lr': 1.0} is no parameter, nor a group"),
-    (initialize(distributed_port="x"), "distributed_port='x' is no port; use 1 to 65535"),
-    (initialize(distributed_port=70000), "distributed_port=70000 is no port"),
-    (initialize(seed=1.5), "seed=1.5 is no seed; use an int"),
-    *((call, "in_channels=8 is not a number of channels") for call in layers(in_channels="8")),
-    *((call, "in_channels=4294967296 is too large") for call in layers(in_channels=2**32)),
-    *((call, "groups=True does not divide") for call in layers(groups=True)),
-    *((call, "groups=[2] does not divide") for call in layers(groups=[2])),
-    *((call, "kernel_size='3' is not a positive int or a pair of them") for call in layers(kernel_size="3")),
-    *((call, "kernel_size=0 is not a positive int") for call in layers(kernel_size=0)),
-    *((call, "stride=0 is not a positive int") for call in layers(stride=0)),
-    *((call, "stride=(1, 1, 1) is not a positive int") for call in layers(stride=(1, 1, 1))),
-    *((call, "dilation=-1 is not a positive int") for call in layers(dilation=-1)),
-    *((call, "padding='full' is not a non-negative int") for call in layers(padding="full")),
-    *((call, "padding=True is not a non-negative int") for call in layers(padding=True)),
-    *((call, "padding='same' needs stride 1") for call in layers(padding="same", stride=2)),
-    *((call, "dtype='float' is none for weights") for call in layers(dtype="float")),
-    *((call, "dtype=torch.int64 is none for weights") for call in layers(dtype=torch.int64)),
-    *((call, "device='gpu' is none") for call in layers(device="gpu")),
-    *((call, "in_channels, out_channels and kernel_size ask for 8 x 4 x ") for call in layers(kernel_size=2**30)),
-    (permuted(weight="x"), "weight: it is no tensor of filters"),
-    (permuted(weight=torch.zeros(4, 2)), "weight: it is no tensor of filters"),
-    (permuted(input_order=[0, 1]), "input_order: it is no list of channels"),
-    (permuted(output_order=torch.zeros(4)), "output_order: it is no list of channels"),
-    (permuted(groups=3), "groups=3 does not divide out_channels=4"),
-    (permuted(input_order=torch.arange(6)), "input_order: 6 channels; 2 groups read 4"),
-    (permuted(bias=torch.zeros(5)), "bias: it is not one number for each of 4 output channels"),
-    (lambda: tlgc_mp.nn.init_parameters(None, 0), "model: a NoneType is none"),  # type: ignore[arg-type]
-    (lambda: tlgc_mp.nn.init_parameters(network(), "x"), "seed='x' is no seed"),  # type: ignore[arg-type]
-    (lambda: tlgc_mp.data.check_dataset([], None), "--dataset [] is unknown"),  # type: ignore[arg-type]
-    (lambda: tlgc_mp.data.check_dataset("cifar10", 5), "--data-dir 5 is no path"),  # type: ignore[arg-type]
+    (initialize(optimizer="SGD"), "optimizer must be a torch optimizer, or a callable that makes one, got 'SGD'"),
+    (initialize(lr_scheduler="step"), "lr_scheduler must be a scheduler, or a callable that makes one, got 'step'"),
+    (initialize(model_parameters=5), "model_parameters must be a list of the model's parameters, or of groups, got "),
+    (
+        initialize(model_parameters={"params": []}),
+        "model_parameters must be a list of the model's parameters, or of groups, got ",
+    ),
+    (initialize(model_parameters=[5]), "model_parameters must be parameters, or groups of them with 'params', got 5"),
+    (
+        initialize(model_parameters=[{"lr": 1.0}]),
+        "model_parameters must be parameters, or groups of them with 'params', got {'lr': 1.0}",
+    ),
+    (initialize(distributed_port="x"), "distributed_port must be 1 to 65535, got 'x'"),
+    (initialize(distributed_port=70000), "distributed_port must be 1 to 65535, got 70000"),
+    (initialize(seed=1.5), "seed must be an int, got 1.5"),
+    *((call, "in_channels must be 1 or more, got '8'") for call in layers(in_channels="8")),
+    *((call, "in_channels must be 2147483647 or less, got 4294967296") for call in layers(in_channels=2**32)),
+    *((call, "got True; use one of") for call in layers(groups=True)),
+    *((call, "got [2]; use one of") for call in layers(groups=[2])),
+    *((call, "kernel_size must be a positive int or a pair of them, got '3'") for call in layers(kernel_size="3")),
+    *((call, "kernel_size must be a positive int or a pair of them, got 0") for call in layers(kernel_size=0)),
+    *((call, "stride must be a positive int or a pair of them, got 0") for call in layers(stride=0)),
+    *((call, "stride must be a positive int or a pair of them, got (1, 1, 1)") for call in layers(stride=(1, 1, 1))),
+    *((call, "dilation must be a positive int or a pair of them, got -1") for call in layers(dilation=-1)),
+    *(
+        (call, "padding must be a non-negative int, a pair of them, 'same' or 'valid', got 'full'")
+        for call in layers(padding="full")
+    ),
+    *(
+        (call, "padding must be a non-negative int, a pair of them, 'same' or 'valid', got True")
+        for call in layers(padding=True)
+    ),
+    *((call, "padding must be given in numbers unless stride is 1") for call in layers(padding="same", stride=2)),
+    *((call, "dtype must be a floating-point type, got 'float'") for call in layers(dtype="float")),
+    *((call, "dtype must be a floating-point type, got torch.int64") for call in layers(dtype=torch.int64)),
+    *((call, "device must be a device that torch knows, got 'gpu'") for call in layers(device="gpu")),
+    *(
+        (call, "in_channels x out_channels x kernel_size must be 576460752303423488 weights or fewer, got 8 x 4 x ")
+        for call in layers(kernel_size=2**30)
+    ),
+    (permuted(weight="x"), "weight must be a tensor of filters (m', n'/N, d, d)"),
+    (permuted(weight=torch.zeros(4, 2)), "weight must be a tensor of filters (m', n'/N, d, d)"),
+    (permuted(input_order=[0, 1]), "input_order must be a list of channels"),
+    (permuted(output_order=torch.zeros(4)), "output_order must be a list of channels"),
+    (permuted(groups=3), "groups must be a divisor of out_channels=4, got 3"),
+    (permuted(input_order=torch.arange(6)), "input_order must name the 4 channels that 2 groups read, got 6"),
+    (permuted(bias=torch.zeros(5)), "bias must be one number for each of 4 output channels"),
+    (lambda: tlgc_mp.nn.init_parameters(None, 0), "model must be a torch.nn.Module, got NoneType"),  # type: ignore[arg-type]
+    (lambda: tlgc_mp.nn.init_parameters(network(), "x"), "seed must be an int, got 'x'"),  # type: ignore[arg-type]
+    (
+        lambda: tlgc_mp.data.check_dataset([], None),
+        "--dataset must be one of digits, cifar10, cifar100, imagenet, imagefolder, synthetic, got []",
+    ),  # type: ignore[arg-type]
+    (lambda: tlgc_mp.data.check_dataset("cifar10", 5), "--data-dir must be a path, got 5"),  # type: ignore[arg-type]
     (lambda: tlgc_mp.data.check_dataset("imagefolder", "a" * 5000), "cannot be read: File name too long"),
     (lambda: tlgc_mp.data.check_dataset("cifar10", "a" * 5000), "cannot be read: File name too long"),
-    (datasets(seed="x"), "seed='x' is no seed; use an int"),
-    (datasets(image_size="x"), "image_size='x' is not positive; use 1 or more"),
-    (datasets(num_classes=True), "num_classes=True is not positive"),
-    (datasets(synthetic_length=1.5), "synthetic_length=1.5 is not positive"),
-    (lambda: batches(dataset=None), "dataset: a NoneType has no length or no items"),
-    (lambda: batches(dataset=iter([1])), "dataset: a list_iterator has no length or no items"),
-    (lambda: batches(batch_size="1"), "batch_size='1' is not positive; use 1 or more"),
-    (lambda: batches(batch_size=1.5), "batch_size=1.5 is not positive"),
-    (lambda: batches(rank="0"), "rank='0' is not one of 1 replicas; use 0..0"),
-    (lambda: batches(replicas=0), "replicas=0 is not positive; use 1 or more"),
-    (lambda: batches(num_workers=None), "num_workers=None is negative; use 0 or more"),
-    (lambda: batches(seed=None), "seed=None is no seed"),
-    (lambda: batches().epoch("x"), "epoch='x' is no epoch; use 0 or more"),  # type: ignore[arg-type]
-    (lambda: batches().epoch(0, 1.5), "start=1.5 is not a batch of the epoch; use 0..8"),  # type: ignore[arg-type]
+    (datasets(seed="x"), "seed must be an int, got 'x'"),
+    (datasets(image_size="x"), "image_size must be 1 or more, got 'x'"),
+    (datasets(num_classes=True), "num_classes must be 1 or more, got True"),
+    (datasets(synthetic_length=1.5), "synthetic_length must be 1 or more, got 1.5"),
+    (lambda: batches(dataset=None), "dataset must be a Dataset with a length and items, got NoneType"),
+    (lambda: batches(dataset=iter([1])), "dataset must be a Dataset with a length and items, got list_iterator"),
+    (lambda: batches(batch_size="1"), "batch_size must be 1 or more, got '1'"),
+    (lambda: batches(batch_size=1.5), "batch_size must be 1 or more, got 1.5"),
+    (lambda: batches(rank="0"), "rank must be 0 to 0, one of 1 replicas, got '0'"),
+    (lambda: batches(replicas=0), "replicas must be 1 or more, got 0"),
+    (lambda: batches(num_workers=None), "num_workers must be 0 or more, got None"),
+    (lambda: batches(seed=None), "seed must be an int, got None"),
+    (lambda: batches().epoch("x"), "epoch must be 0 or more, got 'x'"),  # type: ignore[arg-type]
+    (lambda: batches().epoch(0, 1.5), "start must be 0 to 8, a batch of the epoch, got 1.5"),  # type: ignore[arg-type]
     (
         lambda: tlgc_mp.data.EvaluationBatches(None, batch_size=1, rank=0, replicas=1),  # type: ignore[arg-type]
-        "dataset: a NoneType has no length or no items",
+        "dataset must be a Dataset with a length and items, got NoneType",
     ),
 ]
 
@@ -238,7 +280,11 @@ def refusals() -> dict[str, str]:
 @pytest.mark.timeout(180)
 def test_configurations_that_deepspeed_refuses() -> None:
     (said,) = run_ranks(1, refusals)
-    assert {name: text for name, text in said.items() if not text.startswith("deepspeed_config is refused by ")} == {}
+    assert {
+        name: text
+        for name, text in said.items()
+        if not text.startswith("deepspeed_config must be one that DeepSpeed accepts, got an error: ")
+    } == {}
 
 
 # A rank that is not in the group.
@@ -258,4 +304,4 @@ def outside() -> str:
 @pytest.mark.timeout(120)
 def test_a_rank_outside_the_group_is_told() -> None:
     first, second = run_ranks(2, outside)
-    assert first == "taken" and "is none that this rank is in" in second
+    assert first == "taken" and "process_group must be a group that this rank is in, got " in second

@@ -20,11 +20,18 @@ class UsageError(ValueError):
     """An argument, a file or a configuration that cannot work.
 
     The message is one line: it names the argument, its value, and what would work instead. What does not print in a
-    value, a line's end say, is escaped.
+    value, such as the end of a line, is escaped.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+
+
+def must_be(argument: str, need: str, got: object, hint: str = "") -> UsageError:
+    """The error of an argument that cannot work: ``X must be Y, got Z; HINT``. A class stands for a value of it."""
+    value = got.__name__ if isinstance(got, type) else repr(got)
+    value = value if len(value) <= _LARGEST_SHOWN else f"{value[:_LARGEST_SHOWN]}..."
+    return UsageError(f"{argument} must be {need}, got {value}" + (f"; {hint}" if hint else ""))
 
 
 def divisors(number: int) -> list[int]:

@@ -23,7 +23,7 @@ import sys
 import time
 
 from tlgc_mp import __version__
-from tlgc_mp.errors import UsageError, shown
+from tlgc_mp.errors import must_be
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 """Parameters of glibc's ``mallopt``."""
@@ -60,7 +60,7 @@ def as_path(argument: str, value: object) -> str:
     """
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text:
-        raise UsageError(f"{argument}={shown(value)} is no path; give one as text")
+        raise must_be(argument, "a path", value)
     return text
 
 

@@ -40,7 +40,9 @@ def test_a_step_takes_as_long_as_its_bytes(tmp_path: Path, capfd: pytest.Capture
     assert main(["bench", "bandwidth", *flags]) == 0
     assert "s a step" not in capfd.readouterr().out  # all of it is measured
     assert main(["bench", "bandwidth", *flags, "--width", "2"]) == 2
-    assert "holds a run of other settings" in capfd.readouterr().err
+    assert (
+        "--output must be a new folder, or one that holds a run with the same settings, got" in capfd.readouterr().err
+    )
 
 
 @needs_hosts
@@ -116,15 +118,30 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--rates", "fast"], "--rates='fast' is no bandwidth; use unlimited, 1gbit"),
-        (["--rates", "0mbit"], "--rates='0mbit' is no bandwidth"),
-        (["--strategies", "gc@3"], "3 ranks do not share two hosts evenly; use gc@2"),
-        (["--strategies", "gc@0"], "--strategies='gc@0'"),
-        (["--strategies", "faster"], "--strategies='faster' is unknown"),
-        (["--rounds", "0"], "--rounds=0"),
-        (["--depth", "11"], "depth 11"),
-        (["--batch-size", "0"], "--batch-size=0"),
-        (["--time-limit", "nan"], "--time-limit=nan"),
+        (
+            ["--rates", "fast"],
+            "--rates must be unlimited or a bandwidth, got 'fast'; use e.g. 1gbit, 100mbit or 500kbit",
+        ),
+        (
+            ["--rates", "0mbit"],
+            "--rates must be unlimited or a bandwidth, got '0mbit'; use e.g. 1gbit, 100mbit or 500kbit",
+        ),
+        (
+            ["--strategies", "gc@3"],
+            "--strategies must be at an even number of ranks, for two hosts, got 'gc@3'; use e.g. gc@2",
+        ),
+        (
+            ["--strategies", "gc@0"],
+            "--strategies must be NAME or NAME@P, with P a number of ranks, got 'gc@0'; use e.g. gc@2",
+        ),
+        (
+            ["--strategies", "faster"],
+            "--strategies must be one of gc-2l, gc, shuffle, naive-mp, pipeline, channel-parallel, zero3",
+        ),
+        (["--rounds", "0"], "--rounds must be 1 or more, got 0"),
+        (["--depth", "11"], "model must be of a depth 6 u + 4, got 'wrn-11-4'; use one of 10, 16, 22, 28, 34, 40"),
+        (["--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
+        (["--time-limit", "nan"], "--time-limit must be a positive number of seconds, got nan; use e.g. 1800"),
     ],
 )
 def test_mistakes(options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

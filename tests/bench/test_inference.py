@@ -61,10 +61,10 @@ def test_errors_of_the_paper() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--groups", "0"], "--groups=0 is too small"),
-        (["--groups", "3"], "groups=3 does not divide"),
-        (["--rounds", "0"], "--rounds=0"),
-        (["--batch-size", "0"], "--batch-size=0"),
+        (["--groups", "0"], "--groups must be 1 or more, got 0"),
+        (["--groups", "3"], "groups must be a divisor of the stem's 32 channels, got 3; use one of 1, 2, 4, 8"),
+        (["--rounds", "0"], "--rounds must be 1 or more, got 0"),
+        (["--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
         (["--models", "wrn-11-2"], "wrn-11-2"),
     ],
 )

@@ -240,22 +240,24 @@ def _refusals(cases: tuple[dict[str, Any], ...]) -> list[str]:
 
 def test_refusals() -> None:
     cases = {
-        'model: holds values already; build it with create_model(..., device="meta")': {"model_device": "cpu"},
-        "batch_size=0 is not a number of images; use 1 or more": {"batch_size": 0},
-        "micro_batches=3 does not divide batch_size=8; use one of 1, 2, 4, 8": {"micro_batches": 3},
-        "micro_batches=0 does not divide batch_size=8; use one of 1, 2, 4, 8": {"micro_batches": 0},
-        "update_in_backward: micro_batches=2 share a gradient; use micro_batches=1": {
+        'model must be on the meta device, got one with values; use create_model(..., device="meta")': {
+            "model_device": "cpu"
+        },
+        "batch_size must be 1 or more, got 0": {"batch_size": 0},
+        "micro_batches must be a divisor of batch_size=8, got 3; use one of 1, 2, 4, 8": {"micro_batches": 3},
+        "micro_batches must be a divisor of batch_size=8, got 0; use one of 1, 2, 4, 8": {"micro_batches": 0},
+        "micro_batches must be 1 with update_in_backward, as micro-batches share a gradient, got 2": {
             "micro_batches": 2,
             "update_in_backward": True,
         },
-        "image_shape=(1, 8, 8) is not that of an image; use (3, height, width)": {"image_shape": (1, 8, 8)},
-        "image_shape=(3, 8, 0) is not that of an image; use (3, height, width)": {"image_shape": (3, 8, 0)},
+        "image_shape must be (3, height, width), got (1, 8, 8)": {"image_shape": (1, 8, 8)},
+        "image_shape must be (3, height, width), got (3, 8, 0)": {"image_shape": (3, 8, 0)},
     }
     assert run_ranks(1, _refusals, tuple(cases.values()))[0] == [
         *cases,
-        "images: shape (4, 3, 8, 8); use (8, 3, 8, 8)",
-        "images: shape (8, 3, 4, 8); use (8, 3, 8, 8)",
-        "labels: shape (4,); use (8,)",
+        "images must be of shape (8, 3, 8, 8), got (4, 3, 8, 8)",
+        "images must be of shape (8, 3, 8, 8), got (8, 3, 4, 8)",
+        "labels must be of shape (8,), got (4,)",
     ]
 
 
@@ -263,7 +265,7 @@ def test_refusals() -> None:
 def test_refuses_more_parts_than_units(parts: int) -> None:
     with pytest.raises(UsageError) as refused:
         split_by_work(_model("wrn-10-1", "sc", 1, "meta"), parts, (3, 8, 8))
-    assert str(refused.value) == f"parts={parts} (one a rank): the model has 3 residual units; use 1 to 3"
+    assert str(refused.value) == f"parts must be 1 to 3, the number of residual units, got {parts}"
 
 
 def _wait_for_a_rank_that_stays_away() -> tuple[float, str]:

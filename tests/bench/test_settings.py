@@ -15,50 +15,99 @@ from tlgc_mp.models import create_model
 
 # name: (flags, what the line holds). In flags, {tmp} is the test's folder.
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
-    "strategy": (["--strategies", "gc2l"], ["--strategies='gc2l'", "gc-2l, gc, shuffle, naive-mp", "@P"]),
-    "strategy at no number": (["--strategies", "gc-2l@two"], ["--strategies='gc-2l@two'", "'two'", "gc-2l@2"]),
-    "strategy at zero": (["--strategies", "gc-2l@0"], ["--strategies='gc-2l@0'", "number of ranks"]),
-    "no ranks": (["--tp", "0"], ["--tp=0", "1 or more"]),
-    "one rank of pipeline": (["--tp", "1", "--strategies", "pipeline"], ["--tp=1", "pipeline", "2 ranks or more"]),
-    "two ranks, all groups on one": (["--strategies", "gc-2l-dense"], ["--tp=2", "gc-2l-dense", "gc-2l-dense@1"]),
-    "ranks do not divide the stem": (["--tp", "3", "--strategies", "gc-2l"], ["=3", "16 channels", "1, 2, 4, 8, 16"]),
+    "strategy": (
+        ["--strategies", "gc2l"],
+        [
+            "--strategies must be one of gc-2l, gc, shuffle, naive-mp, pipeline, channel-parallel, zero3",
+            "@P, got 'gc2l'",
+        ],
+    ),
+    "strategy at no number": (
+        ["--strategies", "gc-2l@two"],
+        [
+            "--strategies must be NAME or NAME@P, with P a number of ranks, got 'gc-2l@two'; use e.g. gc-2l@2",
+        ],
+    ),
+    "strategy at zero": (
+        ["--strategies", "gc-2l@0"],
+        [
+            "--strategies must be NAME or NAME@P, with P a number of ranks, got 'gc-2l@0'; use e.g. gc-2l@2",
+        ],
+    ),
+    "no ranks": (["--tp", "0"], ["--tp must be 1 to 256 ranks, got 0"]),
+    "one rank of pipeline": (
+        ["--tp", "1", "--strategies", "pipeline"],
+        ["--tp must be 2 or more for pipeline, got 1; use pipeline@2, or leave it out"],
+    ),
+    "two ranks, all groups on one": (
+        ["--strategies", "gc-2l-dense"],
+        ["--tp must be 1 for gc-2l-dense, which holds all groups on one rank, got 2; use gc-2l-dense@1"],
+    ),
+    "ranks do not divide the stem": (
+        ["--tp", "3", "--strategies", "gc-2l"],
+        [
+            "groups must be a divisor of the stem's 16 channels, got 3; use one of 1, 2, 4, 8, 16",
+        ],
+    ),
     "ranks do not divide the groups": (
         ["--tp", "4", "--groups", "2", "--strategies", "gc-2l"],
-        ["=4", "groups=2", "1, 2"],
+        ["tensor_parallel must be a divisor of groups=2, got 4; use one of 1, 2"],
     ),
-    "groups zero": (["--groups", "0", "--strategies", "gc-2l"], ["groups=0", "1, 2, 4, 8, 16"]),
+    "groups zero": (
+        ["--groups", "0", "--strategies", "gc-2l"],
+        ["groups must be a divisor of the stem's 16 channels, got 0; use one of 1, 2, 4, 8, 16", "1, 2, 4, 8, 16"],
+    ),
     "more ranks than units": (
         ["--depth", "10", "--tp", "4", "--strategies", "naive-mp"],
-        ["--tp=4", "3 residual units", "1 to 3"],
+        ["--tp must be 1 to 3 for naive-mp, the number of residual units of wrn-10-40, got 4"],
     ),
     "more ranks of a pipeline than units": (
         ["--depth", "10", "--tp", "4", "--strategies", "pipeline"],
-        ["--tp=4", "3 residual units", "2 to 3"],
+        ["--tp must be 2 to 3 for pipeline, the number of residual units of wrn-10-40, got 4"],
     ),
-    "width": (["--widths", "0"], ["width 0", "1 or more"]),
+    "width": (["--widths", "0"], ["model must be of a widening factor of 1 or more, got 'wrn-28-0'", "1 or more"]),
     "width no number": (["--widths", "forty"], ["--widths", "'forty'"]),
-    "depth": (["--depth", "11"], ["depth 11", "10, 16, 22"]),
-    "depth zero": (["--depth", "0"], ["depth 0", "10, 16, 22"]),
-    "batch sizes": (["--widths", "10", "20", "40", "--batch-sizes", "8", "4"], ["--batch-sizes", "2", "3 widths"]),
-    "batch size": (["--batch-sizes", "0"], ["--batch-sizes=0", "1 or more"]),
+    "depth": (
+        ["--depth", "11"],
+        ["model must be of a depth 6 u + 4, got 'wrn-11-40'; use one of 10, 16, 22, 28, 34, 40", "10, 16, 22"],
+    ),
+    "depth zero": (
+        ["--depth", "0"],
+        ["model must be of a depth 6 u + 4, got 'wrn-0-40'; use one of 10, 16, 22, 28, 34, 40", "10, 16, 22"],
+    ),
+    "batch sizes": (
+        ["--widths", "10", "20", "40", "--batch-sizes", "8", "4"],
+        ["--batch-sizes", "all 3 widths, or one for each, got 2"],
+    ),
+    "batch size": (["--batch-sizes", "0"], ["--batch-sizes must be 1 or more, got 0", "1 or more"]),
     "batch of zero3": (
         ["--widths", "10", "--batch-sizes", "3", "--strategies", "zero3"],
-        ["--batch-sizes=3", "2 replicas of zero3", "multiple of 2"],
+        [
+            "--batch-sizes must be a multiple of 2, the replicas of zero3, at width 10, got 3",
+            "multiple of 2",
+        ],
     ),
     "micro-batches": (
         ["--widths", "10", "--batch-sizes", "6", "--micro-batches", "4", "5", "--strategies", "pipeline"],
-        ["--micro-batches=4 5", "batch of 6", "1, 2, 3, 6"],
+        [
+            "--micro-batches must hold a divisor of the batch of 6 at width 10, got 4 5; use one of 1, 2, 3, 6",
+            "batch of 6",
+            "1, 2, 3, 6",
+        ],
     ),
-    "micro-batches zero": (["--micro-batches", "0"], ["--micro-batches=0", "1 or more"]),
-    "rounds": (["--rounds", "0"], ["--rounds=0", "1 or more"]),
-    "steps": (["--steps", "-1"], ["--steps=-1", "1 or more"]),
+    "micro-batches zero": (["--micro-batches", "0"], ["--micro-batches must be 1 or more, got 0", "1 or more"]),
+    "rounds": (["--rounds", "0"], ["--rounds must be 1 or more, got 0", "1 or more"]),
+    "steps": (["--steps", "-1"], ["--steps must be 1 or more, got -1", "1 or more"]),
     "hosts": (["--hosts", "a", "b", "--strategies", "naive-mp@3"], ["--hosts", "2 hosts", "3 ranks", "1, 3"]),
-    "dtype": (["--dtype", "fp16"], ["--dtype='fp16'", "fp32, bf16"]),
-    "ranks beyond a machine": (["--strategies", "zero3@257"], ["--tp=257", "256 or less"]),
+    "dtype": (["--dtype", "fp16"], ["--dtype must be one of fp32, bf16, got 'fp16'", "fp32, bf16"]),
+    "ranks beyond a machine": (["--strategies", "zero3@257"], ["--tp must be 1 to 256 ranks, got 257"]),
     "ranks that are no number": (["--strategies", "gc@" + "9" * 5000], ["number of ranks", "gc@2"]),
-    "batch beyond reason": (["--batch-sizes", "9" * 400], ["--batch-sizes=999", "or less"]),
-    "rounds beyond reason": (["--rounds", "9" * 400], ["--rounds=999", "or less"]),
-    "time limit": (["--time-limit", "nan"], ["--time-limit=nan", "seconds"]),
+    "batch beyond reason": (["--batch-sizes", "9" * 400], ["--batch-sizes must be 1000000 or less, got"]),
+    "rounds beyond reason": (["--rounds", "9" * 400], ["--rounds must be 1000000 or less, got"]),
+    "time limit": (
+        ["--time-limit", "nan"],
+        ["--time-limit must be a positive number of seconds, got nan; use e.g. 1800"],
+    ),
     "flag": (["--width", "10"], ["--width", "--help"]),
     "output is a file": (["--output", "{tmp}/file"], ["--output", "{tmp}/file", "folder"]),
     "output in a file": (["--output", "{tmp}/file/run"], ["--output", "{tmp}/file/run", "folder"]),
@@ -84,7 +133,7 @@ def test_a_rank_of_a_launch_is_told_to_start_plainly(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert main(["bench", "scaling", "--output", str(tmp_path / "run")]) == 2
-    assert "starts its own ranks" in capsys.readouterr().err
+    assert "bench scaling must be started once, without a launcher, got 2 ranks" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

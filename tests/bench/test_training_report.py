@@ -148,24 +148,36 @@ def _without(key: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "does not exist; give folders of runs, or files of rows"),
-        ("{", "cannot be read as rows of runs"),
-        ("[1]\n", "cannot be read as rows of runs: [1] is no JSON object"),
-        ("7\n", "cannot be read as rows of runs"),
-        ("[" * 100_000, "cannot be read as rows of runs"),
-        (json.dumps({**ROWS[0], "groups": "1"}), 'has groups="1", which is not a count'),
-        (json.dumps({**ROWS[0], "model": "../wrn"}), "is of no model: model='../wrn' is unknown"),
-        (json.dumps({**ROWS[0], "epoch_lines": []}), "has epoch_lines=[], which is not a list of epochs"),
-        (json.dumps({**ROWS[0], "epoch_lines": [{"epoch": 1}]}), "which is not a list of epochs"),
+        (None, "which does not exist"),
+        ("{", "cannot be read as rows of runs: Expecting property name"),
+        ("[1]\n", "must hold a JSON object on each line, got [1]"),
+        ("7\n", "must hold a JSON object on each line, got 7"),
+        ("[" * 100_000, "cannot be read as rows of runs: maximum recursion"),
+        (json.dumps({**ROWS[0], "groups": "1"}), 'must be a count, got "1"; give rows that tlgc-mp train wrote'),
+        (
+            json.dumps({**ROWS[0], "model": "../wrn"}),
+            "is not of a known model: model must be wrn-<depth>-<width>, imagenet-wrn-34-2, mobilenet_v2",
+        ),
+        (
+            json.dumps({**ROWS[0], "epoch_lines": []}),
+            "must be a list of epochs, each with its number and train_loss, got []; give rows that tlgc-mp train wrote",
+        ),
+        (
+            json.dumps({**ROWS[0], "epoch_lines": [{"epoch": 1}]}),
+            'must be a list of epochs, each with its number and train_loss, got [{"epoch": 1}]',
+        ),
         (
             json.dumps({**ROWS[0], "test_error_percent": float("nan")}),
-            "has test_error_percent=NaN, which is not a n",
+            "must be a number, got NaN; give rows that tlgc-mp train wrote",
         ),
-        (json.dumps({**ROWS[0], "train_seconds": 0}), "has train_seconds=0, which is not a time"),
-        (json.dumps({**ROWS[0], "machine": {}}), "has machine={}, which is not a machine"),
-        (json.dumps({**ROWS[0], "effective_parameters": "few"}), 'has effective_parameters="few"'),
-        ("", "no finished run (a result.json) is in"),
-        (json.dumps(_without("seed")), "has no 'seed'; give rows that tlgc-mp train has written"),
+        (json.dumps({**ROWS[0], "train_seconds": 0}), "must be a time, got 0; give rows that tlgc-mp train wrote"),
+        (json.dumps({**ROWS[0], "machine": {}}), "must be a machine, got {}; give rows that tlgc-mp train wrote"),
+        (
+            json.dumps({**ROWS[0], "effective_parameters": "few"}),
+            'must be a count or null, got "few"; give rows that tlgc-mp train wrote',
+        ),
+        ("", "SOURCE must hold a finished run (a result.json), got none in"),
+        (json.dumps(_without("seed")), "must have seed, got none; give rows that tlgc-mp train wrote"),
     ],
 )
 def test_what_cannot_be_read_is_refused(
@@ -185,7 +197,10 @@ def test_a_file_that_cannot_be_replaced_is_named(tmp_path: Path, capsys: pytest.
     (folder / "rows.jsonl").mkdir(parents=True)
     assert main(["report", source, "--output", str(folder)]) == 2
     said = capsys.readouterr().err
-    assert f"--output='{folder}' cannot be written: '{folder}/rows.jsonl': " in said and said.count("\n") == 1
+    assert (
+        f"--output must be a folder to write to, got '{folder}': '{folder}/rows.jsonl': " in said
+        and said.count("\n") == 1
+    )
     assert [path.name for path in folder.iterdir()] == ["rows.jsonl"]
 
 

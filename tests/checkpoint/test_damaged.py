@@ -120,9 +120,7 @@ def test_a_description_that_reads_well_and_is_not_as_written(key: str) -> None:
         changes = {"saved": 1.0, "engine": {**content["engine"], "global_steps": 9}, "sha256": "0" * 64}
         assert content[key] != changes[key]
         path.write_text(json.dumps({**content, key: changes[key]}))
-        with pytest.raises(
-            UsageError, match=r"checkpoint\.json' is damaged: its checksum is not the one it was written"
-        ):
+        with pytest.raises(UsageError, match=r"checkpoint\.json' is damaged: its checksum does not match"):
             export_checkpoint(str(run), str(run.parent / "out"))
         assert list(run.parent.iterdir()) == [run]
 
@@ -180,27 +178,30 @@ def _put(*path: Any) -> Callable[[Any], None]:
 
 DESCRIPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a list": (lambda _: [], "does not describe a checkpoint"),
-    "null": (lambda _: {"format": None}, "is of format None, and this version reads format 1"),
-    "no format": (_drop("format"), "is of format None"),
-    "format true": (_put("format", True), "is of format True"),
+    "null": (lambda _: {"format": None}, "must be of format 1, got None"),
+    "no format": (_drop("format"), "must be of format 1, got None"),
+    "format true": (_put("format", True), "must be of format 1, got True"),
     "files a list": (_put("files", []), "names no files"),
-    "no files": (_put("files", {}), "names no files of weights"),
-    "a file without an entry": (_put("files", "scheduler.pt", None), "'scheduler.pt' it tells no size and sum"),
-    "a file without its size": (_put("files", "scheduler.pt", {"sha256": ""}), "it tells no size and sum"),
-    "a size as text": (_put("files", "scheduler.pt", {"bytes": "1", "sha256": ""}), "it tells no size and sum"),
-    "a file elsewhere": (_put("files", "../../x", {"bytes": 1, "sha256": ""}), "it tells no size and sum"),
+    "no files": (_put("files", {}), "has no files of weights"),
+    "a file without an entry": (
+        _put("files", "scheduler.pt", None),
+        "it gives no size and checksum for 'scheduler.pt'",
+    ),
+    "a file without its size": (_put("files", "scheduler.pt", {"sha256": ""}), "it gives no size and checksum"),
+    "a size as text": (_put("files", "scheduler.pt", {"bytes": "1", "sha256": ""}), "it gives no size and checksum"),
+    "a file elsewhere": (_put("files", "../../x", {"bytes": 1, "sha256": ""}), "it gives no size and checksum"),
     "client state null": (_put("client_state", None), "it has no client_state"),
     "no run": (_put("client_state", "run", None), "is not a checkpoint of tlgc-mp train"),
-    "a run without a model": (_drop("client_state", "run", "model"), "its model is not told"),
-    "no batch": (_put("client_state", "run", "batch_size", 0), "its batch_size is not told"),
-    "a batch that does not divide": (_put("client_state", "run", "accumulation", 3), "its batch_size is not told"),
+    "a run without a model": (_drop("client_state", "run", "model"), "it has no model"),
+    "no batch": (_put("client_state", "run", "batch_size", 0), "it has no batch_size"),
+    "a batch that does not divide": (_put("client_state", "run", "accumulation", 3), "its batch_size is not valid"),
     "coarse everywhere as text": (
         _put("client_state", "run", "coarse_everywhere", "yes"),
-        "coarse_everywhere is not told",
+        "it has no coarse_everywhere",
     ),
-    "no progress": (_put("client_state", "progress", None), "its progress is not told"),
-    "a step before the first": (_put("client_state", "progress", "step", -1), "its progress is not told"),
-    "a model that is none": (_put("client_state", "run", "model", "resnet50"), "model='resnet50' is unknown"),
+    "no progress": (_put("client_state", "progress", None), "it has no progress"),
+    "a step before the first": (_put("client_state", "progress", "step", -1), "it has no progress"),
+    "a model that is none": (_put("client_state", "run", "model", "resnet50"), "got 'resnet50'; use e.g. wrn-28-10"),
     "another model": (_put("client_state", "run", "model", "wrn-16-1"), "is not of its model wrn-16-1: "),
     "other groups": (_put("client_state", "run", "groups", 2), "is not of its model wrn-10-1: "),
     "other classes": (_put("client_state", "num_classes", 11), "head.weight is (10, 64), not (11, 64)"),
@@ -241,16 +242,19 @@ INDICES: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "a dimension too many": (_entry(STEM, dim=4), UNSAID),
     "a start before the first": (_entry(STEM, start=-1), UNSAID),
     "a start in numbers with a point": (_entry(STEM, start=0.0), UNSAID),
-    "a gap": (_entry(STEM, start=8), f"holds {STEM} in part only"),
-    "a shape too large": (_entry(BIAS, shape=[11]), f"holds {BIAS} in part only"),
-    "a shape too small": (_entry(BIAS, shape=[9]), f"holds {BIAS} in part only"),
-    "half of it": (lambda tensors, index: split(tensors, index, BIAS), f"holds {BIAS} in part only"),
-    "a part twice": (_entry(STEM, part=1), f"holds {STEM} in part only"),
+    "a gap": (_entry(STEM, start=8), f"holds only a part of {STEM}"),
+    "a shape too large": (_entry(BIAS, shape=[11]), f"holds only a part of {BIAS}"),
+    "a shape too small": (_entry(BIAS, shape=[9]), f"holds only a part of {BIAS}"),
+    "half of it": (lambda tensors, index: split(tensors, index, BIAS), f"holds only a part of {BIAS}"),
+    "a part twice": (_entry(STEM, part=1), f"holds only a part of {STEM}"),
     "parts of another size": (_entry(STEM, shape=[4, 3, 3, 3]), f"holds {STEM} in parts that do not fit together"),
-    "a replica too many": (_entry("buffers/bn.running_mean", replica=1), "holds buffers/bn.running_mean in part only"),
+    "a replica too many": (
+        _entry("buffers/bn.running_mean", replica=1),
+        "holds only a part of buffers/bn.running_mean",
+    ),
     "a tensor too few": (
         lambda tensors, index: [tensors.pop(BIAS), index.pop(BIAS)],
-        "is not of its model wrn-10-1: head.bias is in one of them only",
+        "is not of its model wrn-10-1: only one of the two has head.bias",
     ),
 }  # fmt: skip
 
@@ -276,7 +280,7 @@ def test_pieces_that_overlap_are_told() -> None:
 
     with a_copy() as run:
         reindex(run / "checkpoints" / TAG, whole, rank=1)
-        with pytest.raises(UsageError, match=f"holds some of {BIAS} twice"):
+        with pytest.raises(UsageError, match=f"holds a part of {BIAS} twice"):
             export_checkpoint(str(run), str(run.parent / "out"))
 
 
@@ -298,13 +302,13 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "arguments missing": (lambda path: save_file({}, path, {"tlgc_mp": '{"name": "wrn-10-1"}'}), "does not say which"),
     "no such model": (
         lambda path: save_file({}, path, {"tlgc_mp": json.dumps({**MODEL, "name": "x"})}),
-        "is of no model that there is: model='x' is unknown",
+        "is not of a known model: model must be wrn-",
     ),
     "a model of another kind": (
         lambda path: save_file({}, path, {"tlgc_mp": json.dumps({**MODEL, "groups": [4]})}),
-        "groups=[4] does not divide",
+        "got [4]; use one of",
     ),
-    "no weights": (lambda path: save_file({}, path, WRITTEN), "bn.bias is in one of them only; export it again"),
+    "no weights": (lambda path: save_file({}, path, WRITTEN), "only one of the two has bn.bias; export it again"),
     "other shapes": (
         lambda path: save_file({**_contiguous(), "head.bias": torch.zeros(9)}, path, WRITTEN),
         "head.bias is (9,), not (10,); export it again",
@@ -332,7 +336,7 @@ def test_what_is_no_path_is_refused(path: Any, tmp_path: Path) -> None:
         with pytest.raises(UsageError):
             call()
     if not isinstance(path, os.PathLike):
-        with pytest.raises(UsageError, match="output="):
+        with pytest.raises(UsageError, match="output must be a path, got "):
             export_checkpoint(str(original()[0]), path)
     assert not list(tmp_path.iterdir())
 

@@ -54,20 +54,20 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "one bit of one shard": (_flip, "shard-01-00.safetensors' is damaged: its checksum"),
     "no shard": (lambda path: (path / "shard-01-00.safetensors").unlink(), "shard-01-00.safetensors' is missing"),
     "no description": (lambda path: (path / "checkpoint.json").unlink(), "holds no checkpoint"),
-    "a description of nothing": (lambda path: (path / "checkpoint.json").write_text("{}"), "is of format None"),
+    "a description of nothing": (lambda path: (path / "checkpoint.json").write_text("{}"), "of format 1, got None"),
     "files a list": (_put("files", []), "names no files"),
-    "no files": (_put("files", {}), "names no files of weights"),
+    "no files": (_put("files", {}), "has no files of weights"),
     "client state null": (_put("client_state", None), "has no client_state"),
     "no optimizer": (_put("optimizer", None), "does not describe an optimizer"),
     "an optimizer without its groups": (_put("optimizer", "groups", 7), "does not describe the optimizer's groups"),
-    "an optimizer of two groups": (_put("optimizer", "groups", [{}, {}]), "has 2 parameter groups, not 1"),
-    "scalars of no kind": (_put("optimizer", "scalars", [{"step": 1}]), "does not tell the optimizer's step"),
-    "another optimizer": (_put("optimizer", "type", "Adam"), "was saved with the optimizer Adam, not SGD"),
+    "an optimizer of two groups": (_put("optimizer", "groups", [{}, {}]), "must have 1 parameter groups, got 2"),
+    "scalars of no kind": (_put("optimizer", "scalars", [{"step": 1}]), "does not give the optimizer's step"),
+    "another optimizer": (_put("optimizer", "type", "Adam"), "its optimizer must be SGD, got Adam"),
     "no steps": (_put("engine", {}), "does not count the engine's steps"),
     "steps before the first": (_put("engine", "global_steps", -1), "does not count the engine's steps"),
     "no index": (_reindexed(lambda tensors, index: {}), "does not say where its tensors belong"),
     "a part beyond the last": (_reindexed(lambda _, index: index[STEM].update(part=7)), "does not say where"),
-    "a gap": (_reindexed(lambda _, index: index[STEM].update(start=3)), f"holds {STEM} in part only"),
+    "a gap": (_reindexed(lambda _, index: index[STEM].update(start=3)), f"holds only a part of {STEM}"),
     "a tensor too many": (
         _reindexed(
             lambda tensors, index: [
@@ -75,7 +75,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
                 index.update({"weights/9.scale": {**index["weights/9.bias"], "shape": [1]}}),
             ]
         ),
-        "it is of another model: 9.scale is in one of them only",
+        "it is of another model: only one of the two has 9.scale",
     ),
     "a schedule that is none": (_no_schedule, "checkpoint"),
 }  # fmt: skip
@@ -127,17 +127,17 @@ def refusals(folder: str) -> tuple[dict[str, str], bool]:
 
 ARGUMENTS = {
     "a path that one rank does not see": "'nowhere' holds no checkpoint",
-    "path": "checkpoint=5 is no path",
-    "engine": "engine: a Linear is none; give the one that tlgc_mp.initialize returns",
-    "engine saved": "engine: a NoneType is none",
-    "folder": "folder=null is no path",
-    "tag": 'tag="../x" is no name of a folder',
-    "tag empty": 'tag="" is no name of a folder',
-    "tag partial": "tag='x.partial' is a name that the folder of checkpoints needs itself",
-    "tag latest": "tag='latest' is a name that",
-    "keep": "keep=0 is no number of checkpoints; use 1 or more",
-    "state": "client_state: a list is none",
-    "state of tensors": "client_state: JSON cannot hold it: Object of type Tensor",
+    "path": "checkpoint must be a path, got 5",
+    "engine": "engine must be the one that tlgc_mp.initialize returns, got Linear",
+    "engine saved": "engine must be the one that tlgc_mp.initialize returns, got NoneType",
+    "folder": "folder must be a path, got None",
+    "tag": "tag must be the name of a folder, got '../x'",
+    "tag empty": "tag must be the name of a folder, got ''",
+    "tag partial": "use itself, got 'x.partial'",
+    "tag latest": "use itself, got 'latest'",
+    "keep": "keep must be 1 or more, got 0",
+    "state": "client_state must be a dict that JSON can hold, got list",
+    "state of tensors": "client_state must be what JSON can hold, got an error: Object of type Tensor",
 }
 
 

@@ -23,7 +23,7 @@ def refusal(name: str, data_dir: Path | None) -> str:
 
 def test_unknown_name_lists_the_names() -> None:
     message = refusal("mnist", None)
-    assert message.startswith("--dataset mnist")
+    assert message.startswith("--dataset must be one of")
     assert all(name in message for name in DATASETS)
 
 
@@ -34,7 +34,7 @@ def test_sets_without_files_need_no_folder(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "imagenet", "imagefolder"])
 def test_missing_folder_argument(name: str) -> None:
-    assert re.match(rf"--data-dir is missing; --dataset {name} needs ", refusal(name, None))
+    assert re.match(rf"--data-dir must be given with --dataset {name}, got none; use ", refusal(name, None))
 
 
 @pytest.mark.parametrize("name", ["imagenet", "imagefolder"])
@@ -53,8 +53,8 @@ def test_cifar_folder_may_still_have_to_be_made(name: str, tmp_path: Path) -> No
 
 def test_cifar_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    assert f"{tmp_path / 'file'} is not a folder" in refusal("cifar10", tmp_path / "file")
-    assert f"{tmp_path / 'file'} is not a folder" in refusal("cifar10", tmp_path / "file" / "below")
+    assert f"where {tmp_path / 'file'} is a file" in refusal("cifar10", tmp_path / "file")
+    assert f"where {tmp_path / 'file'} is a file" in refusal("cifar10", tmp_path / "file" / "below")
 
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert f"{tmp_path} cannot be written to" in refusal("cifar10", tmp_path / "absent")

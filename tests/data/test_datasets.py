@@ -250,11 +250,11 @@ def test_synthetic_classes_can_be_learned_from_one_split_for_the_other() -> None
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("image_size", 16, "image_size=16 does not fit --dataset digits; use 8"),
-        ("num_classes", 100, "num_classes=100 does not fit --dataset digits; use 10"),
-        ("image_size", 0, "image_size=0 is not positive"),
-        ("num_classes", -1, "num_classes=-1 is not positive"),
-        ("synthetic_length", 0, "synthetic_length=0 is not positive"),
+        ("image_size", 16, "image_size must be 8 with --dataset digits, or left out, got 16"),
+        ("num_classes", 100, "num_classes must be 10 with --dataset digits, or left out, got 100"),
+        ("image_size", 0, "image_size must be 1 or more, got 0"),
+        ("num_classes", -1, "num_classes must be 1 or more, got -1"),
+        ("synthetic_length", 0, "synthetic_length must be 1 or more, got 0"),
     ],
 )
 def test_argument_that_does_not_fit(argument: str, value: int, message: str) -> None:
@@ -263,5 +263,8 @@ def test_argument_that_does_not_fit(argument: str, value: int, message: str) -> 
 
 
 def test_loading_checks_the_data_set_first() -> None:
-    with pytest.raises(UsageError, match="--dataset mnist is unknown"):
+    with pytest.raises(
+        UsageError,
+        match="--dataset must be one of digits, cifar10, cifar100, imagenet, imagefolder, synthetic, got 'mnist'",
+    ):
         load_datasets("mnist", None, seed=0)

@@ -180,4 +180,4 @@ def test_through_the_command_line(make_folders: MakeFolders) -> None:
     errors = metrics(root / "run")[-1]["test_error_percent"]
     assert 3 * errors / 100 == pytest.approx(round(3 * errors / 100), abs=1e-6)  # three images in valid/
     resumed = run_ranks(1, train, run, *flags, "--val-split", "train", "--resume")[0]
-    assert resumed.status == 2 and "val_split='valid', not 'train'" in resumed.stderr
+    assert resumed.status == 2 and "--resume must be of a run with val_split='train', got 'valid' in" in resumed.stderr

@@ -20,7 +20,7 @@ OPTIONS = [
     *("--model", "wrn-10-1", "--dataset", "synthetic", "--image-size", "8", "--batch-size", "32"),
     *("--epochs", "500"),
 ]
-MISTAKE = "tlgc-mp: error: groups=3 does not divide the stem's 16 channels; use one of 1, 2, 4, 8, 16"
+MISTAKE = "tlgc-mp: error: groups must be a divisor of the stem's 16 channels, got 3; use one of 1, 2, 4, 8, 16"
 SECONDS = 30.0
 """The longest that a job may take to end."""
 

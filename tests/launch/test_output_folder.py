@@ -62,7 +62,8 @@ def test_ranks_that_mean_different_checkpoints_are_refused(tmp_path: Path) -> No
     """As where a folder that is not shared holds a checkpoint on one host only."""
     assert run_ranks(2, _claim, str(tmp_path), [None, ("run", "epoch-1")]) == [
         None,
-        "--resume means 'epoch-1' on rank 1, and None on rank 0; name the checkpoint, and give all ranks one folder",
+        "--resume must mean the same checkpoint on every rank, got 'epoch-1' on rank 1 and None on rank 0; name the "
+        "checkpoint, and give all ranks one folder",
     ]
 
 

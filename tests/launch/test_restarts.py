@@ -172,11 +172,17 @@ def test_signal_is_passed_on_and_ends_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--", "deepspeed", "train.py"], "deepspeed train.py starts no training"),
-        ([], "an empty command starts no training"),
-        (["--", "no-such-launcher", "tlgc_mp", "train"], "'no-such-launcher' cannot be started: No such file"),
+        (["--", "deepspeed", "train.py"], "got deepspeed train.py; give it after --"),
+        ([], "got nothing; give it after --"),
+        (
+            ["--", "no-such-launcher", "tlgc_mp", "train"],
+            "COMMAND must be one that can be started, got 'no-such-launcher': No such file",
+        ),
         (["--", "torchrun", "-m", "tlgc_mp", "train", "--epocs", "3"], "--epocs"),
-        (["--max-restarts", "-1", "--", "torchrun", "-m", "tlgc_mp", "train"], "--max-restarts=-1"),
+        (
+            ["--max-restarts", "-1", "--", "torchrun", "-m", "tlgc_mp", "train"],
+            "--max-restarts must be 0 or more, got -1",
+        ),
     ],
 )
 def test_mistakes(arguments: list[str], part: str) -> None:

@@ -193,8 +193,8 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "cannot be centred": (
         lambda: nn.Conv2d(8, 8, 2, padding="same"),
-        "no such gc-2l layer: padding='same' needs stride 1 and an even dilation * (kernel_size - 1), got "
-        "stride=(1, 1), kernel_size=(2, 2), dilation=(1, 1)",
+        "no such gc-2l layer: padding must be given in numbers unless stride is 1 and dilation * (kernel_size - 1) is "
+        "even, got 'same' with stride=(1, 1), kernel_size=(2, 2), dilation=(1, 1)",
     ),
 }
 

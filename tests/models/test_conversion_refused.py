@@ -15,26 +15,26 @@ from tlgc_mp import UsageError, convert
 from tlgc_mp.models import create_model
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"conv": "dense"}, "conv='dense' is unknown; use one of gc, gc-2l, gc-2l-proto, shuffle, flgc"),
-    ({"conv": "sc"}, "conv='sc' is unknown; use one of gc, gc-2l, gc-2l-proto, shuffle, flgc"),
-    ({"groups": 0}, "groups=0 is not a number of groups; use 1 or more"),
-    ({"groups": 2.0}, "groups=2.0 is not a number of groups; use 1 or more"),
-    ({"groups": True}, "groups=True is not a number of groups; use 1 or more"),
-    ({"init": "dense"}, "init='dense' is unknown; use one of random, from_dense"),
+    ({"conv": "dense"}, "conv must be one of gc, gc-2l, gc-2l-proto, shuffle, flgc, got 'dense'"),
+    ({"conv": "sc"}, "conv must be one of gc, gc-2l, gc-2l-proto, shuffle, flgc, got 'sc'"),
+    ({"groups": 0}, "groups must be 1 or more, got 0"),
+    ({"groups": 2.0}, "groups must be 1 or more, got 2.0"),
+    ({"groups": True}, "groups must be 1 or more, got True"),
+    ({"init": "dense"}, "init must be one of random, from_dense, got 'dense'"),
     (
         {"init": "from_dense", "conv": "shuffle"},
-        "init='from_dense' does not know how to fit conv='shuffle'; use 'random', or one of gc, gc-2l",
+        "conv must be one of gc, gc-2l with init='from_dense', got 'shuffle'; use init='random'",
     ),
-    ({"where": 3}, "where=3 is neither a function of (name, layer) nor a pattern; use e.g. 'layer4.*'"),
+    ({"where": 3}, "where must be a function of (name, layer), or a pattern, got 3; use e.g. 'layer4.*'"),
     (
         {"groups": 3},
-        "groups=3: none of its 20 convolutions can be replaced: groups=3 does not divide its channels (19 of them); "
-        "use one of 1, 2, 4, 8, 16, 32, 64",
+        "groups must be one of 1, 2, 4, 8, 16, 32, 64, got 3: none of its 20 convolutions can be replaced: groups=3 "
+        "does not divide its channels (19 of them)",
     ),
     (
         {"where": "layer5.*"},
-        "where='layer5.*': none of its 20 convolutions can be replaced: not selected by where (19 of them); "
-        "use one that selects names such as 'layer1.0.conv1'",
+        "where must select layers, got 'layer5.*': none of its 20 convolutions can be replaced: not selected by where "
+        "(19 of them); select names such as 'layer1.0.conv1'",
     ),
 ]
 
@@ -70,17 +70,17 @@ def test_weights_that_cannot_be_fitted_leave_the_model_as_it_is() -> None:
 NOTHING: dict[str, tuple[nn.Module, str]] = {
     "no convolution": (
         nn.Linear(3, 3),
-        "model: it has no convolution to replace; give one with torch.nn.Conv2d layers",
+        "model must have convolutions to replace, got none; give one with torch.nn.Conv2d layers",
     ),
     "only a stem": (
         network(),
-        "model: none of its 1 convolutions can be replaced: the stem (1 of them); use one with dense torch.nn.Conv2d "
-        "layers after the first",
+        "model must have dense torch.nn.Conv2d layers after the first, got others: none of its 1 convolutions can be "
+        "replaced: the stem (1 of them)",
     ),
     "grouped": (
         network(nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 3, groups=8), Subclass(8, 8, 3)),
-        "model: none of its 4 convolutions can be replaced: grouped already (2 of them); use one with dense "
-        "torch.nn.Conv2d layers after the first",
+        "model must have dense torch.nn.Conv2d layers after the first, got others: none of its 4 convolutions can be "
+        "replaced: grouped already (2 of them)",
     ),
 }
 
@@ -94,14 +94,20 @@ def test_nothing_to_replace(model: nn.Module, message: str) -> None:
 
 def test_the_meta_device_has_no_weights_to_fit() -> None:
     model = create_model("wrn-10-1", conv="sc", device="meta")
-    with pytest.raises(UsageError, match=r"^init='from_dense': the model is on the meta device and holds no weights; "):
+    with pytest.raises(
+        UsageError,
+        match="init must be 'random' for a model on the meta device, which holds no weights, got 'from_dense'",
+    ):
         convert(model, groups=2, init="from_dense")
 
 
 @pytest.mark.parametrize("arguments", [{"coarse_kernel_size": 1}, {"coarse_init": "he"}])
 def test_a_fitted_coarse_level_is_not_asked_for_otherwise(arguments: dict[str, Any]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
-    with pytest.raises(UsageError, match="init='from_dense' must set the coarse level by itself"):
+    with pytest.raises(
+        UsageError,
+        match="coarse_kernel_size and coarse_init must be left out with init='from_dense', which sets the coarse level",
+    ):
         convert(model, groups=2, init="from_dense", **arguments)
-    with pytest.raises(UsageError, match="conv='gc' has no coarse level"):
+    with pytest.raises(UsageError, match="got 'gc', which has no coarse level"):
         convert(model, groups=2, conv="gc", **arguments)

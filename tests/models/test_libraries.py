@@ -120,7 +120,7 @@ def test_every_rank_holds_about_a_share(name: str, capsys: pytest.CaptureFixture
         ("timm:resnet50.a1_in1k", r"got 'timm:resnet50.a1_in1k'; use timm:resnet50, without trained weights"),
         ("timm:hf-hub:timm/resnet50", r"got 'timm:hf-hub:timm/resnet50'; use timm:<name>"),
         ("torchvision:", r"got 'torchvision:'; use torchvision:<name>"),
-        ("keras:resnet50", r"model='keras:resnet50' is unknown; use .*torchvision:<name>"),
+        ("keras:resnet50", r"model must be .*torchvision:<name> or timm:<name>, got 'keras:resnet50'"),
         ("torchvision:fasterrcnn_resnet50_fpn", r"logits .* a detector.*losses of boxes; train it with tlgc_mp.init"),
         ("torchvision:deeplabv3_resnet50", r"logits .* segmentation"),
         ("torchvision:raft_small", r"logits .* optical flow"),
@@ -153,13 +153,16 @@ def test_what_does(name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"conv": "sc", "groups": 2}, "groups=2: conv='sc'"),
+        ({"conv": "sc", "groups": 2}, "groups must be 1 with conv='sc', the dense convolution, got 2"),
         ({"conv": "gc", "groups": 0}, "groups must be a number of groups, got 0"),
-        ({"conv": "gc", "groups": 7}, "cannot be converted: groups=7: .*use one of 1, 2, 4, 8.*conv='sc'"),
-        ({"conv": "sc", "num_classes": 0}, "num_classes=0"),
-        ({"conv": "gc-2l", "coarse_everywhere": True}, "coarse_everywhere=True changes nothing"),
-        ({"conv": "gc", "coarse_init": "he"}, "coarse_init='he'"),
-        ({"conv": "sc", "device": "abacus"}, "device='abacus'"),
+        (
+            {"conv": "gc", "groups": 7},
+            "model must be one that can be converted, .*: groups must be one of 1, 2, 4, 8.*, got 7: .*conv='sc'",
+        ),
+        ({"conv": "sc", "num_classes": 0}, "num_classes must be 1 or more, got 0"),
+        ({"conv": "gc-2l", "coarse_everywhere": True}, "coarse_everywhere must be False but for mobilenet_v2"),
+        ({"conv": "gc", "coarse_init": "he"}, "conv must be .* with coarse_init='he'"),
+        ({"conv": "sc", "device": "abacus"}, "device must be a device that torch knows, got 'abacus'"),
     ],
 )
 def test_arguments_that_cannot_work(arguments: dict[str, Any], said: str) -> None:
@@ -168,7 +171,7 @@ def test_arguments_that_cannot_work(arguments: dict[str, Any], said: str) -> Non
 
 
 def test_a_network_without_a_convolution_to_replace() -> None:
-    with pytest.raises(UsageError, match=r"'torchvision:vit_b_32' cannot be converted: .*the stem.*with conv='sc'"):
+    with pytest.raises(UsageError, match=r"got 'torchvision:vit_b_32': .*the stem.*with conv='sc'"):
         create_model("torchvision:vit_b_32", groups=4)
 
 

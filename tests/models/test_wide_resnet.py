@@ -173,33 +173,38 @@ def test_the_seed_makes_the_model() -> None:
         assert not torch.equal(first[key], other[key]), key
 
 
-KNOWN = "wrn-<depth>-<width>, for example wrn-28-10, or one of imagenet-wrn-34-2, mobilenet_v2, "
-KNOWN += "torchvision:<name>, timm:<name>"
+KNOWN = "model must be wrn-<depth>-<width>, imagenet-wrn-34-2, mobilenet_v2, torchvision:<name> or timm:<name>, got "
 MOBILENET = {"name": "mobilenet_v2"}
-NO_CHANGE = "coarse_everywhere=True changes nothing with model={!r} and conv={!r}; use it with mobilenet_v2 and one of "
-NO_CHANGE += ", ".join(TWO_LEVEL)
+NO_CHANGE = f"coarse_everywhere must be False but for mobilenet_v2 with one of {', '.join(TWO_LEVEL)}, got True with "
+NO_CHANGE += "model={!r} and conv={!r}"
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"name": "resnet-18"}, f"model='resnet-18' is unknown; use {KNOWN}"),
-    ({"name": "wrn-28-10x"}, f"model='wrn-28-10x' is unknown; use {KNOWN}"),
-    ({"name": "imagenet-wrn-50-2"}, f"model='imagenet-wrn-50-2' is unknown; use {KNOWN}"),
-    ({"name": "wrn-27-10"}, "model='wrn-27-10': depth 27 is not 6 u + 4; use one of 10, 16, 22, 28, 34, 40"),
-    ({"name": "wrn-4-10"}, "model='wrn-4-10': depth 4 is not 6 u + 4; use one of 10, 16, 22, 28, 34, 40"),
-    ({"name": "wrn-10-0"}, "model='wrn-10-0': width 0 is not a widening factor; use 1 or more"),
-    ({"conv": "dense"}, "conv='dense' is unknown; use one of sc, gc, gc-2l, gc-2l-proto, shuffle, flgc"),
-    ({"conv": "sc", "groups": 2}, "groups=2: conv='sc' is the dense convolution and has no groups; use 1"),
-    ({"groups": 3}, "groups=3 does not divide the stem's 16 channels; use one of 1, 2, 4, 8, 16"),
-    ({"groups": 32}, "groups=32 does not divide the stem's 16 channels; use one of 1, 2, 4, 8, 16"),
-    ({"groups": 0}, "groups=0 does not divide the stem's 16 channels; use one of 1, 2, 4, 8, 16"),
+    ({"name": "resnet-18"}, f"{KNOWN}'resnet-18'; use e.g. wrn-28-10"),
+    ({"name": "wrn-28-10x"}, f"{KNOWN}'wrn-28-10x'; use e.g. wrn-28-10"),
+    ({"name": "imagenet-wrn-50-2"}, f"{KNOWN}'imagenet-wrn-50-2'; use e.g. wrn-28-10"),
+    ({"name": "wrn-27-10"}, "model must be of a depth 6 u + 4, got 'wrn-27-10'; use one of 10, 16, 22, 28, 34, 40"),
+    ({"name": "wrn-4-10"}, "model must be of a depth 6 u + 4, got 'wrn-4-10'; use one of 10, 16, 22, 28, 34, 40"),
+    ({"name": "wrn-10-0"}, "model must be of a widening factor of 1 or more, got 'wrn-10-0'"),
+    ({"conv": "dense"}, "conv must be one of sc, gc, gc-2l, gc-2l-proto, shuffle, flgc, got 'dense'"),
+    ({"conv": "sc", "groups": 2}, "groups must be 1 with conv='sc', the dense convolution, got 2"),
+    ({"groups": 3}, "groups must be a divisor of the stem's 16 channels, got 3; use one of 1, 2, 4, 8, 16"),
+    ({"groups": 32}, "groups must be a divisor of the stem's 16 channels, got 32; use one of 1, 2, 4, 8, 16"),
+    ({"groups": 0}, "groups must be a divisor of the stem's 16 channels, got 0; use one of 1, 2, 4, 8, 16"),
     (
         {"name": "imagenet-wrn-34-2", "groups": 128},
-        "groups=128 does not divide the stem's 64 channels; use one of 1, 2, 4, 8, 16, 32, 64",
+        "groups must be a divisor of the stem's 64 channels, got 128; use one of 1, 2, 4, 8, 16, 32, 64",
     ),
-    ({**MOBILENET, "groups": 3}, "groups=3 does not divide the stem's 32 channels; use one of 1, 2, 4, 8"),
-    ({**MOBILENET, "groups": 32}, "groups=32 does not divide features.1's 16 channels; use one of 1, 2, 4, 8"),
-    ({**MOBILENET, "groups": 16}, "groups=16 does not divide features.2's 24 channels; use one of 1, 2, 4, 8"),
-    ({**MOBILENET, "groups": 0}, "groups=0 does not divide the stem's 32 channels; use one of 1, 2, 4, 8"),
-    ({"num_classes": 0}, "num_classes=0 is not a number of classes; use 1 or more"),
+    ({**MOBILENET, "groups": 3}, "groups must be a divisor of the stem's 32 channels, got 3; use one of 1, 2, 4, 8"),
+    (
+        {**MOBILENET, "groups": 32},
+        "groups must be a divisor of features.1's 16 channels, got 32; use one of 1, 2, 4, 8",
+    ),
+    (
+        {**MOBILENET, "groups": 16},
+        "groups must be a divisor of features.2's 24 channels, got 16; use one of 1, 2, 4, 8",
+    ),
+    ({**MOBILENET, "groups": 0}, "groups must be a divisor of the stem's 32 channels, got 0; use one of 1, 2, 4, 8"),
+    ({"num_classes": 0}, "num_classes must be 1 or more, got 0"),
     ({"coarse_everywhere": True}, NO_CHANGE.format("wrn-10-1", "gc-2l")),
     ({**MOBILENET, "conv": "gc", "coarse_everywhere": True}, NO_CHANGE.format("mobilenet_v2", "gc")),
 ]
@@ -216,18 +221,26 @@ def test_refused_model(check: Callable[..., Any], wrong: dict[str, Any], message
 def test_name_parts() -> None:
     assert parse_model("wrn-28-10") == (28, 10)
     assert parse_model("wrn-10-1") == (10, 1)
-    with pytest.raises(UsageError, match="unknown"):
+    with pytest.raises(
+        UsageError,
+        match="model must be wrn-<depth>-<width>, imagenet-wrn-34-2, mobilenet_v2, torchvision:<name> or timm:<name>",
+    ):
         parse_model("wrn-28")
 
 
 @pytest.mark.parametrize(
     ("conv", "groups", "ranks", "message"),
     [
-        ("gc-2l", 4, 0, "tensor_parallel=0 is not a number of ranks; use 1 or more"),
-        ("gc-2l", 4, 3, "tensor_parallel=3 does not divide the stem's 16 channels; use one of 1, 2, 4, 8, 16"),
-        ("sc", 1, 32, "tensor_parallel=32 does not divide the stem's 16 channels; use one of 1, 2, 4, 8, 16"),
-        ("gc-2l", 4, 8, "tensor_parallel=8 does not divide groups=4; use one of 1, 2, 4"),
-        ("gc", 2, 4, "tensor_parallel=4 does not divide groups=2; use one of 1, 2"),
+        ("gc-2l", 4, 0, "tensor_parallel must be 1 or more, got 0"),
+        (
+            "gc-2l",
+            4,
+            3,
+            "tensor_parallel must be a divisor of the stem's 16 channels, got 3; use one of 1, 2, 4, 8, 16",
+        ),
+        ("sc", 1, 32, "tensor_parallel must be a divisor of the stem's 16 channels, got 32; use one of 1, 2, 4, 8, 16"),
+        ("gc-2l", 4, 8, "tensor_parallel must be a divisor of groups=4, got 8; use one of 1, 2, 4"),
+        ("gc", 2, 4, "tensor_parallel must be a divisor of groups=2, got 4; use one of 1, 2"),
     ],
 )
 def test_refused_split(conv: str, groups: int, ranks: int, message: str) -> None:
@@ -239,15 +252,15 @@ def test_refused_split(conv: str, groups: int, ranks: int, message: str) -> None
 @pytest.mark.parametrize(
     ("name", "ranks", "message"),
     [
-        ("imagenet-wrn-34-2", 3, "the stem's 64 channels; use one of 1, 2, 4, 8, 16, 32, 64"),
-        ("mobilenet_v2", 3, "the stem's 32 channels; use one of 1, 2, 4, 8"),
-        ("mobilenet_v2", 16, "features.2's 24 channels; use one of 1, 2, 4, 8"),
+        ("imagenet-wrn-34-2", 3, "the stem's 64 channels, got 3; use one of 1, 2, 4, 8, 16, 32, 64"),
+        ("mobilenet_v2", 3, "the stem's 32 channels, got 3; use one of 1, 2, 4, 8"),
+        ("mobilenet_v2", 16, "features.2's 24 channels, got 16; use one of 1, 2, 4, 8"),
     ],
 )
 def test_refused_split_of_the_models_for_imagenet(name: str, ranks: int, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         check_split(name, "sc", 1, ranks)
-    assert str(caught.value) == f"tensor_parallel={ranks} does not divide {message}"
+    assert str(caught.value) == f"tensor_parallel must be a divisor of {message}"
 
 
 @pytest.mark.parametrize(

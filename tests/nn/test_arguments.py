@@ -15,34 +15,37 @@ from tlgc_mp.nn.two_level import COARSE_MODES, WIDE_GROUP, WIDE_SHARE
 SEED = 7
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"in_channels": 0}, "in_channels=0 is not a number of channels; use 1 or more"),
-    ({"out_channels": -8}, "out_channels=-8 is not a number of channels; use 1 or more"),
-    ({"groups": 3}, "groups=3 does not divide in_channels=8; use one of 1, 2, 4"),
-    ({"in_channels": 6, "out_channels": 16, "groups": 3}, "groups=3 does not divide out_channels=16; use one of 1, 2"),
-    ({"groups": 8}, "groups=8 does not divide out_channels=12; use one of 1, 2, 4"),
-    ({"groups": 0}, "groups=0 does not divide in_channels=8; use one of 1, 2, 4"),
-    ({"groups": -2}, "groups=-2 does not divide in_channels=8; use one of 1, 2, 4"),
-    ({"kernel_size": 0}, "kernel_size=0 is not a positive int or a pair of them"),
-    ({"kernel_size": (3, 3, 3)}, "kernel_size=(3, 3, 3) is not a positive int or a pair of them"),
-    ({"kernel_size": 3.0}, "kernel_size=3.0 is not a positive int or a pair of them"),
-    ({"stride": (1, 0)}, "stride=(1, 0) is not a positive int or a pair of them"),
-    ({"dilation": 0}, "dilation=0 is not a positive int or a pair of them"),
-    ({"coarse_kernel_size": 0}, "coarse_kernel_size=0 is not a positive int or a pair of them"),
-    ({"padding": -1}, "padding=-1 is not a non-negative int, a pair of them, 'same' or 'valid'"),
-    ({"padding": "full"}, "padding='full' is not a non-negative int, a pair of them, 'same' or 'valid'"),
+    ({"in_channels": 0}, "in_channels must be 1 or more, got 0"),
+    ({"out_channels": -8}, "out_channels must be 1 or more, got -8"),
+    ({"groups": 3}, "groups must be a divisor of in_channels=8, got 3; use one of 1, 2, 4"),
+    (
+        {"in_channels": 6, "out_channels": 16, "groups": 3},
+        "groups must be a divisor of out_channels=16, got 3; use one of 1, 2",
+    ),
+    ({"groups": 8}, "groups must be a divisor of out_channels=12, got 8; use one of 1, 2, 4"),
+    ({"groups": 0}, "groups must be a divisor of in_channels=8, got 0; use one of 1, 2, 4"),
+    ({"groups": -2}, "groups must be a divisor of in_channels=8, got -2; use one of 1, 2, 4"),
+    ({"kernel_size": 0}, "kernel_size must be a positive int or a pair of them, got 0"),
+    ({"kernel_size": (3, 3, 3)}, "kernel_size must be a positive int or a pair of them, got (3, 3, 3)"),
+    ({"kernel_size": 3.0}, "kernel_size must be a positive int or a pair of them, got 3.0"),
+    ({"stride": (1, 0)}, "stride must be a positive int or a pair of them, got (1, 0)"),
+    ({"dilation": 0}, "dilation must be a positive int or a pair of them, got 0"),
+    ({"coarse_kernel_size": 0}, "coarse_kernel_size must be a positive int or a pair of them, got 0"),
+    ({"padding": -1}, "padding must be a non-negative int, a pair of them, 'same' or 'valid', got -1"),
+    ({"padding": "full"}, "padding must be a non-negative int, a pair of them, 'same' or 'valid', got 'full'"),
     (
         {"padding": "same", "stride": 2},
-        "padding='same' needs stride 1 and an even dilation * (kernel_size - 1), got stride=(2, 2), "
-        "kernel_size=(3, 3), dilation=(1, 1); give the padding in numbers",
+        "padding must be given in numbers unless stride is 1 and dilation * (kernel_size - 1) is even, got "
+        "'same' with stride=(2, 2), kernel_size=(3, 3), dilation=(1, 1)",
     ),
     (
         {"padding": "same", "kernel_size": (3, 2)},
-        "padding='same' needs stride 1 and an even dilation * (kernel_size - 1), got stride=(1, 1), "
-        "kernel_size=(3, 2), dilation=(1, 1); give the padding in numbers",
+        "padding must be given in numbers unless stride is 1 and dilation * (kernel_size - 1) is even, got "
+        "'same' with stride=(1, 1), kernel_size=(3, 2), dilation=(1, 1)",
     ),
     (
         {"coarse_kernel_size": (3, 2), "dilation": 1},
-        "coarse_kernel_size=2 cannot be centred on kernel_size=3 with dilation=1; use one of the same parity as 3",
+        "coarse_kernel_size must have the parity of kernel_size=3 to be centred on it with dilation=1, got 2",
     ),
 ]
 
@@ -100,7 +103,10 @@ def test_which_mode_is_chosen(
 
 def test_a_coarse_mode_that_is_none_is_refused() -> None:
     layer = TwoLevelConv2d(8, 12, 3, groups=4, coarse_kernel_size=1)
-    with pytest.raises(UsageError, match=r"^coarse_mode='fused' is none of this layer's.*; use one of overlapped$"):
+    with pytest.raises(
+        UsageError,
+        match=r"coarse_mode must be one of overlapped for a layer of coarse_kernel_size=\(1, 1\)",
+    ):
         layer.coarse_mode = "fused"
     assert layer.coarse_mode == "overlapped"
 
@@ -110,7 +116,10 @@ def test_the_dense_mode_is_of_layers_that_hold_all_groups() -> None:
     layer.coarse_mode = "dense"
     layer.local_groups = 2
     assert layer.coarse_mode == "fused"
-    with pytest.raises(UsageError, match=r"^coarse_mode='dense' is none.* 2 of 4 groups here; use one of overlapped, "):
+    with pytest.raises(
+        UsageError,
+        match=r"coarse_mode must be one of overlapped, fused for a layer of .* 2 of 4 groups here",
+    ):
         layer.coarse_mode = "dense"
 
 

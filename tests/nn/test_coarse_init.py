@@ -53,5 +53,5 @@ def test_variances_of_the_terms(kind: Any, coarse_init: str, kernel_size: int, c
 
 
 def test_an_unknown_one_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"^coarse_init='small' is unknown; use one of zero, scaled, he$"):
+    with pytest.raises(UsageError, match=r"^coarse_init must be one of zero, scaled, he, got 'small'$"):
         TwoLevelConv2d(8, 8, 3, groups=2, coarse_init="small")

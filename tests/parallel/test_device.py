@@ -39,7 +39,9 @@ def test_takes_that_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_rank_too_many_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerators = _found(monkeypatch, "cuda")
-    with pytest.raises(UsageError, match=r"^local rank 2 has no accelerator: this node has 2 of kind cuda; start 2 "):
+    with pytest.raises(
+        UsageError, match=r"^local rank must be less than 2, the number of cuda devices of this node, got 2; start 2 "
+    ):
         start._take_device(2)
     assert accelerators.taken == []
 

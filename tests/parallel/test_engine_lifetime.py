@@ -226,7 +226,7 @@ def test_errors_of_the_users_code_come_through_unchanged() -> None:
     assert errors["own"] == (_Own, "mine")
     assert errors["a class"][0] is type(None)
     assert errors["configuration"][0] is UsageError
-    assert "deepspeed_config is refused" in errors["configuration"][1]
+    assert "deepspeed_config must be one that DeepSpeed accepts" in errors["configuration"][1]
 
 
 def test_what_the_users_code_prints_and_logs_shows() -> None:

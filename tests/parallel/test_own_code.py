@@ -101,7 +101,10 @@ def _refusals() -> list[str]:
 
 def test_state_of_the_whole_is_refused_with_its_reason() -> None:
     stepped, buffers = run_ranks(1, _refusals)[0]
-    assert stepped == "optimizer: it has stepped on the whole model already; give a new one, or a callable"
+    assert (
+        stepped == "optimizer must be one that has not stepped, got one that has, on the whole model; give a "
+        "new one, or a callable"
+    )
     assert "must hold no state of the whole parameters, got a _BuffersFromTheStart that does" in buffers
 
 
@@ -167,7 +170,9 @@ def test_errors_and_lines_are_told_from_those_of_deepspeed() -> None:
     assert optimizer[:2] == ("ValueError", "of the optimizer's own")
     assert optimizer[2] == "of the optimizer\na warning of the optimizer'sa line of the optimizer's log\n"
     assert partial[0] == "TypeError" and "unexpected keyword argument 'lrr'" in partial[1] and partial[2] == ""
-    assert config[0] == "UsageError" and config[1].startswith("deepspeed_config is refused by DeepSpeed: ")
+    assert config[0] == "UsageError" and config[1].startswith(
+        "deepspeed_config must be one that DeepSpeed accepts, got an error: "
+    )
     assert config[2] == ""
 
 

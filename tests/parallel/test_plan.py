@@ -140,9 +140,11 @@ def test_ranks_that_are_no_count_are_refused(ranks: Any) -> None:
 
 
 def test_lazy_layers_are_refused_by_name() -> None:
-    with pytest.raises(UsageError, match=r"^1\.weight has no shape yet; run one batch through the model first$"):
+    with pytest.raises(
+        UsageError, match=r"^1\.weight must have a shape, got none yet; run one batch through the model first$"
+    ):
         plan(_network(nn.LazyConv2d(8, 3)), 2)
-    with pytest.raises(UsageError, match=r"^1\.weight has no shape yet"):
+    with pytest.raises(UsageError, match=r"^1\.weight must have a shape, got none yet"):
         plan(_network(nn.LazyBatchNorm2d()), 2)
 
 

@@ -214,8 +214,8 @@ def test_names_stay_and_twice_is_once() -> None:
 @pytest.mark.parametrize(
     ("blocks", "parts"),
     [
-        (Unit, ("blocks=Unit", "none")),
-        ((Unit, TwoLevelConv2d), ("blocks=Unit, TwoLevelConv2d", "holds no layers")),
+        (Unit, ("blocks must be", "got Unit", "none")),
+        ((Unit, TwoLevelConv2d), ("blocks must be", "that hold layers", "got TwoLevelConv2d")),
     ],
 )
 def test_blocks_that_cannot_be(blocks: Any, parts: tuple[str, ...]) -> None:
@@ -225,7 +225,9 @@ def test_blocks_that_cannot_be(blocks: Any, parts: tuple[str, ...]) -> None:
 
 
 def test_a_model_that_does_not_say_which_its_blocks_are() -> None:
-    with pytest.raises(UsageError, match=r"^blocks: Sequential does not say which its blocks are; give their classes$"):
+    with pytest.raises(
+        UsageError, match=r"^blocks must be given for a Sequential, got none; give the classes of its blocks$"
+    ):
         checkpoint_activations(_own_model())
 
 

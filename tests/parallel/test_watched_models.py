@@ -133,8 +133,7 @@ def test_a_layer_shows_the_whole_and_stores_its_share() -> None:
             "named": [(10, 64)],
             "unit": (2, 16, 8, 8),
             "misfits": [
-                f"input of shape {shape} does not fit; give (B, 16, H, W)"
-                for shape in ((2, 8, 8, 8), (2, 17, 8, 8), (8, 8))
+                f"input must be of shape (B, 16, H, W), got {shape}" for shape in ((2, 8, 8, 8), (2, 17, 8, 8), (8, 8))
             ],
             "unbatched": True,
             "class": "Conv2d",

@@ -12,19 +12,31 @@ import pytest
 from tests.training.test_bad_input import SYNTHETIC, assert_one_line
 
 LAUNCHERS: dict[str, tuple[dict[str, str], str]] = {
-    "world as text": ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE='two'"),
+    "world as text": (
+        {"WORLD_SIZE": "two", "RANK": "0"},
+        "WORLD_SIZE, which the launcher sets, must be 1 to 1000000, got 'two'",
+    ),
     "world of none": (
         {"WORLD_SIZE": "0", "RANK": "0"},
-        "WORLD_SIZE='0', which the launcher sets, is not",
+        "WORLD_SIZE, which the launcher sets, must be 1 to 1000000, got '0'",
     ),
     "rank beyond the world": (
         {"WORLD_SIZE": "2", "RANK": "2"},
-        "RANK='2', which the launcher sets, is not a number in 0..1",
+        "RANK, which the launcher sets, must be 0 to 1, got '2'",
     ),
-    "rank negative": ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK='-1'"),
-    "local rank empty": ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": ""}, "LOCAL_RANK=''"),
-    "local world": ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE='0'"),
-    "of Open MPI": ({"OMPI_COMM_WORLD_SIZE": "1e3", "OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE='1e3'"),
+    "rank negative": ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK, which the launcher sets, must be 0 to 1, got '-1'"),
+    "local rank empty": (
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": ""},
+        "LOCAL_RANK, which the launcher sets, must be 0 to 1, got ''",
+    ),
+    "local world": (
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "0"},
+        "LOCAL_WORLD_SIZE, which the launcher sets, must be 1 to 2, got '0'",
+    ),
+    "of Open MPI": (
+        {"OMPI_COMM_WORLD_SIZE": "1e3", "OMPI_COMM_WORLD_RANK": "0"},
+        "OMPI_COMM_WORLD_SIZE, which the launcher sets, must be 1 to 1000000, got '1e3'",
+    ),
 }
 
 

@@ -218,10 +218,10 @@ def test_flags_may_change_where_they_are_named(tmp_path: Path) -> None:
     [
         (("--optimizer", "adam"), "--optimizer must be one of sgd, adamw, got 'adam'"),
         (("--schedule", "poly"), "--schedule must be one of step, cosine, onecycle, got 'poly'"),
-        (("--momentum", "1"), "--momentum must be 0 or more and less than 1, got 1.0; use 0.9, say"),
-        (("--weight-decay", "nan"), "--weight-decay must be 0 or more, got nan; use 5e-4, say"),
+        (("--momentum", "1"), "--momentum must be 0 or more and less than 1, got 1.0; use e.g. 0.9"),
+        (("--weight-decay", "nan"), "--weight-decay must be 0 or more, got nan; use e.g. 5e-4"),
         (("--label-smoothing", "1"), "--label-smoothing must be 0 or more and less than 1, got 1.0"),
-        (("--mixup", "0"), "--mixup must be a positive number, got 0.0; use 0.2, say"),
+        (("--mixup", "0"), "--mixup must be a positive number, got 0.0; use e.g. 0.2"),
         (("--ema", "1"), "--ema must be more than 0 and less than 1, got 1.0"),
         (("--warmup-epochs", "4"), "--warmup-epochs must be less than the 4 epochs, got 4"),
         (("--warmup-epochs", "1", "--schedule", "onecycle"), "--warmup-epochs must be left out with --schedule"),

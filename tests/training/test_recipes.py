@@ -45,5 +45,5 @@ def test_recipe_follows_from_the_data_set(dataset: str, recipe: str) -> None:
 
 
 def test_unknown_recipe_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="'mnist' is unknown; use one of cifar, imagenet, digits"):
+    with pytest.raises(UsageError, match="--recipe must be one of cifar, imagenet, digits, got 'mnist'"):
         find_recipe("mnist")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, TypedDict
 
 from tlgc_mp.bench.ranks.launch import Request
-from tlgc_mp.errors import UsageError, divisors, one_of
+from tlgc_mp.errors import UsageError, divisors, must_be, one_of
 from tlgc_mp.models.names import check_model, check_split
 
 STRATEGIES: dict[str, str] = {
@@ -211,12 +211,10 @@ def resolve(options: Namespace) -> BenchSettings:
     quick = options.quick
     check_counts({"--rounds": options.rounds, "--steps": options.steps})
     for count in options.micro_batches or ():
-        if count < 1:
-            raise UsageError(f"--micro-batches={count} is no number of micro-batches; use 1 or more")
-    if not 0 < options.time_limit < float("inf"):
-        raise UsageError(f"--time-limit={options.time_limit} is not a number of seconds; use one, 1800 say")
+        check_counts({"--micro-batches": count})
+    check_time_limit(options.time_limit)
     if options.dtype not in DTYPES:
-        raise UsageError(f"--dtype={options.dtype!r} is unknown; use {one_of(DTYPES)}")
+        raise must_be("--dtype", one_of(DTYPES), options.dtype)
     widths = options.widths or ([10] if quick else [40, 60, 80])
     batch_sizes = _batch_sizes(options.batch_sizes, widths)
     names = options.strategies or (list(QUICK_STRATEGIES) if quick else ["gc-2l", "naive-mp"])
@@ -232,8 +230,8 @@ def resolve(options: Namespace) -> BenchSettings:
     for case in cases:
         if hosts and case.ranks % len(hosts):
             raise UsageError(
-                f"--hosts: {len(hosts)} hosts do not share the {case.ranks} ranks of {case.strategy} evenly; "
-                f"use {one_of(divisors(case.ranks))} of them, or other --tp"
+                f"--hosts must share the {case.ranks} ranks of {case.strategy} evenly, got {len(hosts)} hosts; "
+                f"use {one_of(divisors(case.ranks))} of them, or another --tp"
             )
     return BenchSettings(
         cases=tuple(cases),
@@ -253,9 +251,7 @@ def _batch_sizes(given: list[int] | None, widths: list[int]) -> list[int]:
     for batch_size in given:
         check_counts({"--batch-sizes": batch_size})
     if len(given) not in (1, len(widths)):
-        raise UsageError(
-            f"--batch-sizes: {len(given)} are given for {len(widths)} widths; give one for all, or one for each"
-        )
+        raise UsageError(f"--batch-sizes must be one for all {len(widths)} widths, or one for each, got {len(given)}")
     return given * len(widths) if len(given) == 1 else given
 
 
@@ -263,11 +259,11 @@ def parse_strategy(name: str, ranks: list[int]) -> tuple[str, list[int]]:
     """``"gc-2l@4"`` -> its name and the numbers of ranks at which it runs: 4, or ``ranks`` where it names none."""
     strategy, at, count = name.partition("@")
     if strategy not in STRATEGIES:
-        raise UsageError(f"--strategies={name!r} is unknown; use {one_of(STRATEGIES)}, each with @P or without")
+        raise must_be("--strategies", f"{one_of(STRATEGIES)}, each with or without @P", name)
     if not at:
         return strategy, ranks
     if not count.isdecimal() or len(count) > 9 or int(count) < 1:
-        raise UsageError(f"--strategies={name!r}: {count!r} is not a number of ranks; use {strategy}@2, say")
+        raise must_be("--strategies", "NAME or NAME@P, with P a number of ranks", name, f"use e.g. {strategy}@2")
     return strategy, [int(count)]
 
 
@@ -280,9 +276,14 @@ def make_case(strategy: str, depth: int, width: int, ranks: int, batch_size: int
     conv = STRATEGIES[strategy]
     check_ranks("--tp", ranks)
     if conv == "sc" and ranks == 1 and strategy != "naive-mp":
-        raise UsageError(f"--tp=1: {strategy} needs 2 ranks or more; use {strategy}@2, or leave it out")
+        raise must_be("--tp", f"2 or more for {strategy}", ranks, f"use {strategy}@2, or leave it out")
     if strategy == "gc-2l-dense" and ranks > 1:
-        raise UsageError(f"--tp={ranks}: {strategy} holds all groups on one rank; use {strategy}@1, or leave it out")
+        raise must_be(
+            "--tp",
+            f"1 for {strategy}, which holds all groups on one rank",
+            ranks,
+            f"use {strategy}@1, or leave it out",
+        )
     groups = 1 if conv == "sc" else ranks if options.groups is None else options.groups
     model = f"wrn-{depth}-{width}"
     check_model(model, conv, groups)
@@ -291,22 +292,17 @@ def make_case(strategy: str, depth: int, width: int, ranks: int, batch_size: int
     units = (depth - 4) // 2
     if strategy in ("naive-mp", "pipeline") and ranks > units:
         least = 1 if strategy == "naive-mp" else 2
-        raise UsageError(
-            f"--tp={ranks}: {strategy} splits the {units} residual units of {model}; use {least} to {units}"
-        )
+        raise must_be("--tp", f"{least} to {units} for {strategy}, the number of residual units of {model}", ranks)
     if strategy == "zero3" and batch_size % ranks:
-        raise UsageError(
-            f"--batch-sizes={batch_size} does not divide among the {ranks} replicas of zero3 at width {width}; "
-            f"use a multiple of {ranks}"
-        )
+        raise must_be("--batch-sizes", f"a multiple of {ranks}, the replicas of zero3, at width {width}", batch_size)
     micro_batches: tuple[int, ...] = (1,)
     if strategy == "pipeline":
         micro_batches = tuple(m for m in options.micro_batches or MICRO_BATCHES if batch_size % m == 0)
         if not micro_batches:
             tried = " ".join(str(m) for m in options.micro_batches or MICRO_BATCHES)
             raise UsageError(
-                f"--micro-batches={tried}: none divides the batch of {batch_size} at width {width}; "
-                f"use some of {', '.join(str(d) for d in divisors(batch_size))}"
+                f"--micro-batches must hold a divisor of the batch of {batch_size} at width {width}, got {tried}; "
+                f"use {one_of(divisors(batch_size))}"
             )
     checkpointed = options.activation_checkpointing and strategy in CHECKPOINTED
     return Case(strategy, depth, width, groups, ranks, batch_size, micro_batches, checkpointed)
@@ -316,17 +312,21 @@ def check_counts(flags: dict[str, int | None]) -> None:
     """Raises :class:`UsageError` for a flag whose value is below 1, or beyond what anyone measures."""
     for flag, value in flags.items():
         if value is not None and value < 1:
-            raise UsageError(f"{flag}={value} is too small; use 1 or more")
+            raise must_be(flag, "1 or more", value)
         if value is not None and value > LARGEST_COUNT:
-            raise UsageError(f"{flag}={value} is too large; use {LARGEST_COUNT} or less")
+            raise must_be(flag, f"{LARGEST_COUNT} or less", value)
 
 
 def check_ranks(flag: str, ranks: int) -> None:
     """Raises :class:`UsageError` unless this machine can be asked to start so many processes."""
-    if ranks < 1:
-        raise UsageError(f"{flag}={ranks} is not a number of ranks; use 1 or more")
-    if ranks > LARGEST_RANKS:
-        raise UsageError(f"{flag}={ranks} is too many ranks to start on one machine; use {LARGEST_RANKS} or less")
+    if not 1 <= ranks <= LARGEST_RANKS:
+        raise must_be(flag, f"1 to {LARGEST_RANKS} ranks", ranks)
+
+
+def check_time_limit(seconds: float) -> None:
+    """Raises :class:`UsageError` unless ``seconds`` is a time to wait."""
+    if not 0 < seconds < float("inf"):
+        raise must_be("--time-limit", "a positive number of seconds", seconds, "use e.g. 1800")
 
 
 def output_folder(given: str | None, default: str) -> str:
@@ -340,7 +340,7 @@ def output_folder(given: str | None, default: str) -> str:
         os.makedirs(path, exist_ok=True)
     except (OSError, ValueError) as error:  # a ValueError is no path at all
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"--output={path!r} cannot be made: {reason}; give a folder") from None
+        raise UsageError(f"--output must be a folder that can be made, got {path!r}: {reason}") from None
     if not os.access(path, os.W_OK | os.X_OK):
-        raise UsageError(f"--output={path!r} cannot be written; give a folder in which you may write")
+        raise must_be("--output", "a folder in which you may write", path)
     return path

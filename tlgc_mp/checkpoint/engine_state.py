@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tlgc_mp.checkpoint.folder import Scalar
 from tlgc_mp.checkpoint.reader import Part
 from tlgc_mp.engine.protocols import Engine
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import UsageError, must_be
 from tlgc_mp.parallel.layout import WHOLE
 from tlgc_mp.parallel.sharded import ShardedLayer, extra_state
 
@@ -64,7 +64,7 @@ class EngineState:
 
     def __init__(self, engine: Engine) -> None:
         if not isinstance(getattr(engine, "module", None), nn.Module) or not hasattr(engine, "zero_optimization_stage"):
-            raise UsageError(f"engine: a {type(engine).__name__} is none; give the one that tlgc_mp.initialize returns")
+            raise must_be("engine", "the one that tlgc_mp.initialize returns", type(engine))
         self.engine = engine
         self.module: nn.Module = engine.module
         self.stage = int(engine.zero_optimization_stage())
@@ -72,8 +72,8 @@ class EngineState:
         inner = optimizer if self.stage == 0 else getattr(optimizer, "optimizer", None)
         if not isinstance(inner, torch.optim.Optimizer):
             raise UsageError(
-                f"checkpoint: the engine's optimizer is a {type(optimizer).__name__} at ZeRO {self.stage}, whose state "
-                "is not known; use a torch or DeepSpeed optimizer in fp32 or under torch_autocast"
+                f"the engine's optimizer must be a torch or DeepSpeed optimizer in fp32 or under torch_autocast, got "
+                f"{type(optimizer).__name__} at ZeRO {self.stage}, whose state cannot be saved"
             )
         self.optimizer = inner
         self.replicas = int(engine.dp_world_size)
@@ -236,6 +236,9 @@ class EngineState:
         if optimizer.fp16_partitioned_groups_flat[subgroup] is None or optimizer._swappable_optimizer_subgroup(
             subgroup
         ):
-            raise UsageError("checkpoint: state that ZeRO 3 has offloaded to NVMe is not read; offload it to the CPU")
+            raise UsageError(
+                "the optimizer's state must be in memory to be saved, got one that ZeRO 3 offloads to NVMe; offload "
+                "it to the CPU"
+            )
         values = holder.data.narrow(0, offset, numel)
         yield Slot(name, part, start, numel, holder, values, offset, optimizer.sub_group_to_group_id[subgroup])

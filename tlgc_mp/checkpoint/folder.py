@@ -184,15 +184,17 @@ def read_description(folder: str, tag: str) -> Description:
     if not isinstance(description, dict):
         raise UsageError(f"{path!r} does not describe a checkpoint")
     if description.get("format") != FORMAT or isinstance(description["format"], bool):
-        raise UsageError(f"{path!r} is of format {description.get('format')!r}, and this version reads format {FORMAT}")
+        raise UsageError(
+            f"{path!r} must be of format {FORMAT}, got {description.get('format')!r}; use the version that wrote it"
+        )
     if changed:
-        raise UsageError(f"{path!r} is damaged: its checksum is not the one it was written with")
+        raise UsageError(f"{path!r} is damaged: its checksum does not match")
     files = description.get("files")
     if not isinstance(files, dict):
         raise UsageError(f"{path!r} does not describe a checkpoint: it names no files")
     for name, entry in files.items():
         if os.path.basename(name) != name or not isinstance(entry, dict) or not _is_sealed(entry):
-            raise UsageError(f"{path!r} does not describe a checkpoint: of its file {name!r} it tells no size and sum")
+            raise UsageError(f"{path!r} does not describe a checkpoint: it gives no size and checksum for {name!r}")
     return cast(Description, description)
 
 
@@ -233,15 +235,15 @@ def saved_run(folder: str, tag: str) -> Run:
     if not isinstance(progress, dict) or not all(_fits(progress.get(name), kind) for name, kind in _PROGRESS.items()):
         odd.append("progress")
     if odd:
-        raise UsageError(f"{where!r} is not a checkpoint of tlgc-mp train: its {odd[0]} is not told")
+        raise UsageError(f"{where!r} is not a checkpoint of tlgc-mp train: it has no {odd[0]}")
     if run["batch_size"] % (run["accumulation"] * run["data_parallel"]):
-        raise UsageError(f"{where!r} is not a checkpoint of tlgc-mp train: its batch_size is not told")
+        raise UsageError(f"{where!r} is not a checkpoint of tlgc-mp train: its batch_size is not valid")
     try:
         classes = cast(int, state.get("num_classes"))
         check_model(run["model"], run["conv"], run["groups"], classes, run["coarse_everywhere"])
         check_coarse_level(run["conv"], run["coarse_kernel_size"], run["coarse_init"])
     except UsageError as error:
-        raise UsageError(f"{where!r} is of no model that there is: {error}") from None
+        raise UsageError(f"{where!r} is not of a known model: {error}") from None
     return cast(Run, run)
 
 
@@ -291,7 +293,7 @@ def damage(folder: str, tag: str, names: list[str] | None = None) -> str | None:
         except OSError as error:
             return f"{path!r} cannot be read: {error.strerror}"
         if found != files[name]["sha256"]:
-            return f"{path!r} is damaged: its checksum is not the one it was written with"
+            return f"{path!r} is damaged: its checksum does not match"
     return None
 
 

@@ -74,12 +74,12 @@ def _found(path: str) -> tuple[str, str, list[str]]:
 def _fill(state: EngineState, reader: CheckpointReader, replica_state: dict[str, Tensor]) -> None:
     saved = _described(reader.description, len(state.groups))
     if _family(saved["type"]) != _family(type(state.optimizer).__name__):
-        raise UsageError(f"it was saved with the optimizer {saved['type']}, not {type(state.optimizer).__name__}")
+        raise UsageError(f"its optimizer must be {type(state.optimizer).__name__}, got {saved['type']}")
     parts = state.parts()
     buffers = state.buffers()
     for kind, wanted in (("weights", parts.keys() - buffers.keys()), ("buffers", buffers.keys())):
         if odd := sorted(wanted ^ set(reader.names(kind))):
-            raise UsageError(f"it is of another model: {odd[0]} is in one of them only")
+            raise UsageError(f"it is of another model: only one of the two has {odd[0]}")
     keys: dict[str, list[str]] = {}
     for key, _, name in (entry.partition("/") for entry in reader.names("optimizer")):
         keys.setdefault(name, []).append(key)
@@ -123,14 +123,14 @@ def _described(description: folders.Description, groups: int) -> folders.Optimiz
         if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
             raise UsageError(f"its {folders.DESCRIPTION} does not describe the optimizer's {key}")
         if len(found) != groups:
-            raise UsageError(f"its optimizer has {len(found)} parameter groups, not {groups}")
+            raise UsageError(f"its optimizer must have {groups} parameter groups, got {len(found)}")
     apart = optimizer.setdefault("apart", {})
     if not isinstance(apart, dict) or not all(isinstance(each, dict) for each in apart.values()):
         raise UsageError(f"its {folders.DESCRIPTION} does not describe the optimizer's scalars")
     for scalars in (*optimizer["scalars"], *apart.values()):
         for key, scalar in scalars.items():
             if not isinstance(scalar, dict) or not isinstance(scalar.get("value"), bool | int | float):
-                raise UsageError(f"its {folders.DESCRIPTION} does not tell the optimizer's {key}")
+                raise UsageError(f"its {folders.DESCRIPTION} does not give the optimizer's {key}")
     return optimizer
 
 

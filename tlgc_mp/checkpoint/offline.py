@@ -112,7 +112,7 @@ def load_exported(path: str, device: torch.device | str) -> tuple[nn.Module, Jso
         model = create_meta_model(**arguments)
         model = fold(model) if folded else model
     except UsageError as error:
-        raise UsageError(f"{path!r} is of no model that there is: {error}") from None
+        raise UsageError(f"{path!r} is not of a known model: {error}") from None
     if odd := _difference(model, {name: tuple(value.shape) for name, value in state.items()}):
         raise UsageError(f"{path!r} does not hold the weights of its model: {odd}; export it again")
     return _filled(arguments, state, device, folded=folded).eval(), images
@@ -246,7 +246,7 @@ def _difference(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str:
     """How ``shapes`` of tensors differ from the model's, in a few words; nothing where they do not."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if alone := sorted(expected.keys() ^ shapes.keys()):
-        return f"{alone[0]} is in one of them only"
+        return f"only one of the two has {alone[0]}"
     unlike = next((name for name in expected if expected[name] != shapes[name]), None)
     return "" if unlike is None else f"{unlike} is {shapes[unlike]}, not {expected[unlike]}"
 

@@ -158,9 +158,11 @@ class CheckpointReader:
             except (OSError, SafetensorError) as error:
                 raise UsageError(f"{path!r} cannot be read: {error}") from None
             except (KeyError, ValueError, TypeError, RecursionError):
-                raise UsageError(f"{path!r} does not say where its tensors belong; give one that was saved") from None
+                raise UsageError(
+                    f"{path!r} does not say where its tensors belong; give a file of a saved checkpoint"
+                ) from None
         if not self._files:
-            raise UsageError(f"the checkpoint {self.where!r} names no files of weights")
+            raise UsageError(f"the checkpoint {self.where!r} has no files of weights")
         for tensor, pieces in self._pieces.items():
             self._check(tensor, [(piece, elements) for _, piece, elements in pieces])
 
@@ -178,17 +180,17 @@ class CheckpointReader:
             keeper = piece.replica if tensor.startswith(_OWN) else 0
             ranges.setdefault((part.index, keeper), []).append((piece.start, piece.start + elements))
         if len(ranges) != first.count * len({replica for _, replica in ranges}):
-            raise UsageError(f"the checkpoint {self.where!r} holds {tensor} in part only")
+            raise UsageError(f"the checkpoint {self.where!r} holds only a part of {tensor}")
         for found in ranges.values():
             at = 0
             for start, end in sorted(found):
                 if start < at:
-                    raise UsageError(f"the checkpoint {self.where!r} holds some of {tensor} twice")
+                    raise UsageError(f"the checkpoint {self.where!r} holds a part of {tensor} twice")
                 if start > at:
                     break
                 at = end
             if at != math.prod(first.shape):
-                raise UsageError(f"the checkpoint {self.where!r} holds {tensor} in part only")
+                raise UsageError(f"the checkpoint {self.where!r} holds only a part of {tensor}")
 
     def tensors(self) -> list[str]:
         """The full names of all tensors."""
@@ -217,7 +219,9 @@ class CheckpointReader:
         written = pieces[0][1].part
         whole = part.whole_shape
         if whole != written.whole_shape:
-            raise UsageError(f"{tensor} is {written.whole_shape} in the checkpoint {self.where!r}, not {whole}")
+            raise UsageError(
+                f"{tensor} must be of shape {whole}, got {written.whole_shape} in the checkpoint {self.where!r}"
+            )
         length = math.prod(part.shape) - start if numel is None else numel
         rows = Layout(0, None)
         if written.count == part.count and (written.count == 1 or written.layout == part.layout):
@@ -285,5 +289,5 @@ class CheckpointReader:
                 ranges.append(self._files[name].get_tensor(tensor).flatten()[at - piece.start : until - piece.start])
             at = until
         if at != start + numel:
-            raise UsageError(f"the checkpoint {self.where!r} holds {tensor} in part only")
+            raise UsageError(f"the checkpoint {self.where!r} holds only a part of {tensor}")
         return ranges[0] if len(ranges) == 1 else torch.cat(ranges)

@@ -30,7 +30,7 @@ from tlgc_mp.checkpoint import folder as folders
 from tlgc_mp.checkpoint.engine_state import COUNTERS, EngineState
 from tlgc_mp.checkpoint.reader import INDEX, Index, Part, Piece
 from tlgc_mp.engine.protocols import Engine
-from tlgc_mp.errors import UsageError, is_count, shown, told
+from tlgc_mp.errors import UsageError, is_count, must_be, told
 from tlgc_mp.host import as_path, describe_run
 from tlgc_mp.json_types import Json, JsonObject
 
@@ -73,7 +73,7 @@ class CheckpointSaver:
 
     def __init__(self, engine: Engine, folder: str, *, keep: int = 3, background: bool = True) -> None:
         if not is_count(keep):
-            raise UsageError(f"keep={shown(keep)} is no number of checkpoints; use 1 or more")
+            raise must_be("keep", "1 or more", keep)
         self.folder, self.keep, self.background = as_path("folder", folder), keep, background
         self._state = EngineState(engine)
         self._store = _store_to_wait_on()
@@ -279,7 +279,7 @@ class CheckpointSaver:
         outcome = json.loads(self._store.get(key))
         if "error" in outcome:
             raise SaveError(outcome["error"])
-        return outcome["result"]
+        return cast(Json, outcome["result"])
 
     def _tidy(self, save: _Save) -> None:
         """Removes the save's keys once no rank waits for one of them: the last rank to come here does."""
@@ -335,15 +335,17 @@ def save_checkpoint(
 def _check_saved(tag: str, client_state: JsonObject) -> None:
     """Raises :class:`UsageError` for what cannot be saved."""
     if not isinstance(tag, str) or os.path.basename(tag) != tag or tag in ("", ".", "..") or "\0" in tag:
-        raise UsageError(f"tag={shown(tag)} is no name of a folder; use 'step-100', say")
+        raise must_be("tag", "the name of a folder", tag, "use e.g. 'step-100'")
     if tag.endswith(folders.PARTIAL) or tag in (folders.LATEST, folders.BEST):
-        raise UsageError(f"tag={tag!r} is a name that the folder of checkpoints needs itself; use another")
+        raise must_be("tag", "a name that the folder of checkpoints does not use itself", tag)
     if not isinstance(client_state, dict):
-        raise UsageError(f"client_state: a {type(client_state).__name__} is none; give a dict that JSON can hold")
+        raise must_be("client_state", "a dict that JSON can hold", type(client_state))
     try:
         json.dumps(client_state)
     except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"client_state: JSON cannot hold it: {error}; give numbers, text and lists") from None
+        raise UsageError(
+            f"client_state must be what JSON can hold, got an error: {error}; give numbers, text and lists"
+        ) from None
 
 
 def _saved_safely(owner: str, state: object) -> bytes:
@@ -354,8 +356,8 @@ def _saved_safely(owner: str, state: object) -> bytes:
         torch.load(io.BytesIO(content.getvalue()), weights_only=True)
     except pickle.UnpicklingError:
         raise UsageError(
-            f"checkpoint: the state of {owner} holds Python objects, which would run code when they are loaded; give "
-            "it a state of numbers, tensors and containers"
+            f"the state of {owner} must be numbers, tensors and containers, got Python objects, which would run code "
+            "when they are loaded"
         ) from None
     return content.getvalue()
 

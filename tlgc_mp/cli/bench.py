@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 
 from tlgc_mp.bench.settings import CHECKPOINTED, DTYPES, STRATEGIES, resolve
-from tlgc_mp.cli.options import Commands
-from tlgc_mp.errors import UsageError, check_installed
+from tlgc_mp.cli.options import Commands, check_alone
+from tlgc_mp.errors import check_installed
 from tlgc_mp.parallel.topology import Launch
 
 
@@ -150,8 +150,7 @@ def add_bench_parser(commands: Commands) -> None:
 
 
 def _scaling(options: Namespace, launch: Launch) -> int:
-    if launch.world > 1:
-        raise UsageError(f"bench scaling starts its own ranks, and this is one of {launch.world}; start it plainly")
+    check_alone("bench scaling", launch)
     check_installed("matplotlib", "bench", "bench scaling")
     settings = resolve(options)
     from tlgc_mp.bench.scaling import sweep as scaling
@@ -160,8 +159,7 @@ def _scaling(options: Namespace, launch: Launch) -> int:
 
 
 def _bandwidth(options: Namespace, launch: Launch) -> int:
-    if launch.world > 1:
-        raise UsageError(f"bench bandwidth starts its own ranks, and this is one of {launch.world}; start it plainly")
+    check_alone("bench bandwidth", launch)
     check_installed("matplotlib", "bench", "bench bandwidth")
     from tlgc_mp.bench.scaling import bandwidth
 
@@ -169,24 +167,21 @@ def _bandwidth(options: Namespace, launch: Launch) -> int:
 
 
 def _saving(options: Namespace, launch: Launch) -> int:
-    if launch.world > 1:
-        raise UsageError(f"bench saving starts its own ranks, and this is one of {launch.world}; start it plainly")
+    check_alone("bench saving", launch)
     from tlgc_mp.bench.saving import sweep as saving
 
     return saving.run(saving.resolve(options))
 
 
 def _inference(options: Namespace, launch: Launch) -> int:
-    if launch.world > 1:
-        raise UsageError(f"bench inference runs in one process, and this is one of {launch.world}; start it plainly")
+    check_alone("bench inference", launch)
     from tlgc_mp.bench import inference
 
     return inference.run(inference.resolve(options))
 
 
 def _zero(options: Namespace, launch: Launch) -> int:
-    if launch.world > 1:
-        raise UsageError(f"bench zero starts its own ranks, and this is one of {launch.world}; start it plainly")
+    check_alone("bench zero", launch)
     from tlgc_mp.bench.zero import sweep as zero
 
     return zero.run(zero.resolve(options))

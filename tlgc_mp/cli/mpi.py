@@ -61,5 +61,5 @@ def _is_open_mpi(mpirun: str) -> bool:
             [mpirun, "--version"], capture_output=True, text=True, errors="replace", timeout=_VERSION_SECONDS
         ).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UsageError(f"--mpi needs a mpirun that works, got {mpirun!r}: {error}") from None
+        raise UsageError(f"--mpi needs an mpirun that works, got {mpirun!r}: {error}") from None
     return "Open MPI" in said

@@ -20,6 +20,7 @@ from tlgc_mp.engine.config import read_config
 from tlgc_mp.errors import UsageError, shown
 from tlgc_mp.host import replace_file
 from tlgc_mp.json_types import JsonObject
+from tlgc_mp.parallel.topology import Launch
 from tlgc_mp.training.changes import RESUME_AUTO
 from tlgc_mp.training.options import EACH_START, KEPT, ModelOptions, TrainOptions, flags_of
 from tlgc_mp.training.runs import OPTIONS
@@ -79,6 +80,13 @@ def add_train_parser(commands: Commands, run: Callable[..., int]) -> None:
     )
     add_options(train, TrainOptions)
     train.set_defaults(run=run)
+
+
+def check_alone(command: str, launch: Launch) -> None:
+    """Raises :class:`UsageError` where a launcher has started several ranks of a command that starts its own, or needs
+    none."""
+    if launch.world > 1:
+        raise UsageError(f"{command} must be started once, without a launcher, got {launch.world} ranks")
 
 
 _NUMBERS = {"int": int, "float": float}
@@ -198,7 +206,7 @@ def _as_words(parser: Parser, entries: JsonObject, path: str) -> list[str]:
         if isinstance(value, dict | list):
             raise UsageError(f"{path!r}: {key} must be a number, text, true or false, got {shown(value)}")
         if key in EACH_START and key != "output_dir":
-            raise UsageError(f"{path!r}: {key} must be left out: give it as a flag")
+            raise UsageError(f"{path!r}: {key} must be left out; give it as a flag")
         word = f"--no-{flag[2:]}" if value is False else flag if value is True else f"{flag}={value}"
         try:
             parser.parse_args(["train", word])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from tlgc_mp.cli.options import Commands, add_options
-from tlgc_mp.errors import UsageError
+from tlgc_mp.cli.options import Commands, add_options, check_alone
 from tlgc_mp.parallel.topology import Launch
 from tlgc_mp.planner.devices import DEVICES, DTYPES
 from tlgc_mp.planner.settings import resolve
@@ -43,8 +42,7 @@ def add_plan_parser(commands: Commands) -> None:
 
 
 def _plan(options: Namespace, launch: Launch) -> int:
-    if launch.world > 1:
-        raise UsageError(f"plan runs in one process, and this is one of {launch.world}; start it plainly")
+    check_alone("plan", launch)
     if options.calibrate is not None:
         from tlgc_mp.planner.calibrate import calibrate
 

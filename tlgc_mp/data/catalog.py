@@ -37,7 +37,7 @@ def check_dataset(name: str, data_dir: str | None, val_split: str | None = None)
     if name == "digits":
         check_installed("sklearn", "train", "--dataset digits")
     if name not in DATASETS:
-        raise UsageError(f"--dataset {name} is unknown; use {one_of(DATASETS)}")
+        raise UsageError(f"--dataset must be {one_of(DATASETS)}, got {name!r}")
     if val_split is not None and name not in ("imagenet", "imagefolder"):
         raise UsageError(
             f"--val-split must be left out with --dataset {name}, which has one test set, got {val_split!r}"
@@ -47,9 +47,9 @@ def check_dataset(name: str, data_dir: str | None, val_split: str | None = None)
     if name not in _NEEDED_FOLDER:
         return
     if data_dir is None:
-        raise UsageError(f"--data-dir is missing; --dataset {name} needs {_NEEDED_FOLDER[name]}")
+        raise UsageError(f"--data-dir must be given with --dataset {name}, got none; use {_NEEDED_FOLDER[name]}")
     if not isinstance(data_dir, str | os.PathLike):
-        raise UsageError(f"--data-dir {shown(data_dir)} is no path; use {_NEEDED_FOLDER[name]}")
+        raise UsageError(f"--data-dir must be a path, got {shown(data_dir)}; use {_NEEDED_FOLDER[name]}")
     with refusing_unreadable(name, data_dir):
         if name in _CIFAR_FOLDERS:
             _check_download_folder(name, Path(data_dir))
@@ -108,7 +108,9 @@ def _check_download_folder(name: str, data_dir: Path) -> None:
     # The first of the folder and its parents that exists is where new files or folders would be made.
     existing = next(path for path in (data_dir.absolute(), *data_dir.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise UsageError(f"--data-dir {data_dir}: {existing} is not a folder; use {_NEEDED_FOLDER[name]}")
+        raise UsageError(
+            f"--data-dir must be a folder, got {data_dir}, where {existing} is a file; use {_NEEDED_FOLDER[name]}"
+        )
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(
             f"--data-dir {data_dir} holds no {_CIFAR_FOLDERS[name]}/ and {existing} cannot be written to; "

@@ -27,7 +27,7 @@ from tlgc_mp.data.folders import Images, class_folders, find_images
 from tlgc_mp.data.pictures import read_image
 from tlgc_mp.data.preparation import Preparation
 from tlgc_mp.data.streams import stream
-from tlgc_mp.errors import UsageError, is_count
+from tlgc_mp.errors import UsageError, is_count, must_be
 
 Sample: TypeAlias = tuple[Tensor, int]
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
@@ -115,9 +115,9 @@ def load_datasets(
         ("synthetic_length", synthetic_length),
     ):
         if value is not None and not is_count(value):
-            raise UsageError(f"{argument}={value!r} is not positive; use 1 or more")
+            raise must_be(argument, "1 or more", value)
     if not isinstance(seed, int):
-        raise UsageError(f"seed={seed!r} is no seed; use an int")
+        raise must_be("seed", "an int", seed)
 
     if name == "digits":
         datasets = _digits()
@@ -137,7 +137,7 @@ def load_datasets(
         ("num_classes", num_classes, datasets.num_classes),
     ):
         if asked not in (None, actual):
-            raise UsageError(f"{argument}={asked} does not fit --dataset {name}; use {actual} or leave it out")
+            raise must_be(argument, f"{actual} with --dataset {name}, or left out", asked)
     return datasets
 
 
@@ -311,7 +311,8 @@ def _small_image_augmentation(preparation: Preparation) -> Transform:
         transforms.RandomCrop(size, padding=size // 8),  # the paper's 4 pixels at size 32
         transforms.RandomHorizontalFlip(),
     ]
-    return transforms.Compose([*steps, *preparation.to_tensor()])
+    made: Transform = transforms.Compose([*steps, *preparation.to_tensor()])
+    return made
 
 
 def _large_images(classes: Sequence[str], size: int, statistics: Statistics) -> Preparation:
@@ -322,4 +323,5 @@ def _large_images(classes: Sequence[str], size: int, statistics: Statistics) -> 
 def _large_image_augmentation(preparation: Preparation) -> Transform:
     """The paper's for ImageNet."""
     steps = [transforms.RandomResizedCrop(preparation.image_size), transforms.RandomHorizontalFlip()]
-    return transforms.Compose([*steps, *preparation.to_tensor()])
+    made: Transform = transforms.Compose([*steps, *preparation.to_tensor()])
+    return made

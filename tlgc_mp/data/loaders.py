@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tlgc_mp.data.datasets import ImageDataset
 from tlgc_mp.data.streams import global_stream, stream
-from tlgc_mp.errors import UsageError, is_count
+from tlgc_mp.errors import UsageError, is_count, must_be
 
 Request: TypeAlias = tuple[int, list[int]]  # the epoch, and the indices of the samples of one batch
 
@@ -63,11 +63,11 @@ class TrainingBatches:
     ) -> None:
         samples = _check(dataset, batch_size, rank, replicas, num_workers)
         if not isinstance(seed, int):
-            raise UsageError(f"seed={seed!r} is no seed; use an int")
+            raise must_be("seed", "an int", seed)
         if samples < batch_size * replicas:
             raise UsageError(
-                f"batch_size={batch_size} on {replicas} replicas needs {batch_size * replicas} samples, "
-                f"the training set has {samples}; lower batch_size x replicas to at most {samples}"
+                f"batch_size x replicas must be {samples} or less, the samples of the training set, got "
+                f"{batch_size} x {replicas}"
             )
         self._sampler = _EpochSampler(samples, batch_size=batch_size, seed=seed, rank=rank, replicas=replicas)
         self._loader = _loader(_Reader(dataset, seed), self._sampler, num_workers)
@@ -82,9 +82,9 @@ class TrainingBatches:
         The same sequence each time it is asked for. One at a time: do not read on in an epoch once another is begun.
         """
         if not is_count(epoch, 0):
-            raise UsageError(f"epoch={epoch!r} is no epoch; use 0 or more")
+            raise must_be("epoch", "0 or more", epoch)
         if not is_count(start, 0) or start > len(self):
-            raise UsageError(f"start={start!r} is not a batch of the epoch; use 0..{len(self)}")
+            raise must_be("start", f"0 to {len(self)}, a batch of the epoch", start)
         self._sampler.epoch, self._sampler.start = epoch, start
         return _batches(iter(self._loader))
 
@@ -172,7 +172,9 @@ class _Reader(Dataset[tuple[Tensor, Tensor] | UsageError]):
         return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.tensor(labels)
 
 
-def _loader(reader: _Reader, requests: Sampler[Request] | list[Request], num_workers: int) -> DataLoader:
+def _loader(
+    reader: _Reader, requests: Sampler[Request] | list[Request], num_workers: int
+) -> DataLoader[tuple[Tensor, Tensor] | UsageError]:
     # A generator of the loader's own: it draws a seed for its workers, by default from the global state.
     own = torch.Generator()
     if num_workers == 0:
@@ -261,13 +263,13 @@ def _batches(items: Iterator[tuple[Tensor, Tensor] | UsageError]) -> Iterator[tu
 def _check(dataset: ImageDataset, batch_size: int, rank: int, replicas: int, num_workers: int) -> int:
     """The length of ``dataset``, where the arguments can work."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise UsageError(f"dataset: a {type(dataset).__name__} has no length or no items; give a Dataset with both")
+        raise must_be("dataset", "a Dataset with a length and items", type(dataset))
     if not is_count(batch_size):
-        raise UsageError(f"batch_size={batch_size!r} is not positive; use 1 or more")
+        raise must_be("batch_size", "1 or more", batch_size)
     if not is_count(num_workers, 0):
-        raise UsageError(f"num_workers={num_workers!r} is negative; use 0 or more")
+        raise must_be("num_workers", "0 or more", num_workers)
     if not is_count(replicas):
-        raise UsageError(f"replicas={replicas!r} is not positive; use 1 or more")
+        raise must_be("replicas", "1 or more", replicas)
     if not is_count(rank, 0) or rank >= replicas:
-        raise UsageError(f"rank={rank!r} is not one of {replicas} replicas; use 0..{replicas - 1}")
+        raise must_be("rank", f"0 to {replicas - 1}, one of {replicas} replicas", rank)
     return len(dataset)

@@ -74,5 +74,5 @@ class Preparation:
             or not len(made.mean) == len(made.std) == 3
             or not all(made.std)
         ):
-            raise UsageError("it does not say how its images are to be prepared; export it again from its run")
+            raise UsageError("it does not say how images are prepared for it; export it again from its run")
         return made

@@ -13,7 +13,7 @@ from torch import nn
 from tlgc_mp.engine.elementwise import Group
 from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.engine.schedules import check_steps_alone
-from tlgc_mp.errors import UsageError, is_count
+from tlgc_mp.errors import UsageError, is_count, must_be
 
 Parameters: TypeAlias = Iterable[torch.Tensor] | Iterable[Group]
 """Of an optimizer: parameters, or groups of them."""
@@ -42,7 +42,10 @@ def retarget_optimizer(optimizer: T, replaced: dict[int, nn.Parameter]) -> T:
     if not isinstance(optimizer, torch.optim.Optimizer):
         return optimizer
     if any("step" in state and not _is_zero(state["step"]) for state in optimizer.state.values()):
-        raise UsageError("optimizer: it has stepped on the whole model already; give a new one, or a callable")
+        raise UsageError(
+            "optimizer must be one that has not stepped, got one that has, on the whole model; give a new one, or a "
+            "callable"
+        )
     for group in optimizer.param_groups:
         group["params"] = retarget(group["params"], replaced)
     if optimizer.state:  # Adagrad makes its own when it is made
@@ -79,23 +82,23 @@ def keep_optimizer(engine: Engine) -> None:
 def check_kinds(optimizer: object, model_parameters: object, lr_scheduler: object, port: object, seed: object) -> None:
     """Refuses arguments of which DeepSpeed would make something else, or an error of its own."""
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer) and not callable(optimizer):
-        raise UsageError(f"optimizer={optimizer!r} is none; give a torch optimizer, or a callable that makes one")
+        raise must_be("optimizer", "a torch optimizer, or a callable that makes one", optimizer)
     if lr_scheduler is not None and not hasattr(lr_scheduler, "step") and not callable(lr_scheduler):
-        raise UsageError(f"lr_scheduler={lr_scheduler!r} is none; give a scheduler, or a callable that makes one")
+        raise must_be("lr_scheduler", "a scheduler, or a callable that makes one", lr_scheduler)
     for name, given in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
         if hasattr(given, "step") and not isinstance(given, type):
             check_steps_alone(name, given)
     if model_parameters is not None:
         if isinstance(model_parameters, str | dict | torch.Tensor) or not isinstance(model_parameters, Iterable):
-            raise UsageError("model_parameters: give parameters of the model, or groups of them, in a list")
+            raise must_be("model_parameters", "a list of the model's parameters, or of groups", type(model_parameters))
         if isinstance(model_parameters, Sequence):
             for item in model_parameters:
                 if not isinstance(item, torch.Tensor) and not (isinstance(item, dict) and "params" in item):
-                    raise UsageError(f"model_parameters: {item!r} is no parameter, nor a group of them with 'params'")
+                    raise must_be("model_parameters", "parameters, or groups of them with 'params'", item)
     if not is_count(port) or port > 65535:
-        raise UsageError(f"distributed_port={port!r} is no port; use 1 to 65535")
+        raise must_be("distributed_port", "1 to 65535", port)
     if seed is not None and not isinstance(seed, int):
-        raise UsageError(f"seed={seed!r} is no seed; use an int")
+        raise must_be("seed", "an int", seed)
 
 
 def match_statistics(model: torch.nn.Module) -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import TypeAlias, cast
 
-from tlgc_mp.errors import UsageError, is_count, is_number, shown
+from tlgc_mp.errors import UsageError, is_count, is_number, must_be, shown
 from tlgc_mp.json_types import Json, JsonObject
 
 Config: TypeAlias = "str | os.PathLike[str] | Mapping[str, object]"
@@ -25,30 +25,30 @@ def read_config(config: Config) -> JsonObject:
         try:
             return cast(JsonObject, copy.deepcopy(dict(config)))
         except Exception as error:  # too deep, or an object in it that is not to be copied
-            raise UsageError(f"config: it cannot be copied: {error}; give what a JSON file could hold") from None
+            raise UsageError(f"config must be what a JSON file can hold, got an error in copying it: {error}") from None
     if not isinstance(config, str | os.PathLike):
-        raise UsageError(f"config={shown(config)} is no configuration; give a dict or the path of a JSON file")
+        raise must_be("config", "a dict, or the path of a JSON file", config)
     import hjson
 
     path = os.fspath(config)
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited on
-        raise UsageError(f"deepspeed_config={path!r} cannot be read: it is no plain file; give a JSON file")
+        raise UsageError(f"deepspeed_config must be a JSON file, got {path!r}, which is not a plain file")
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
     except OSError as error:
-        raise UsageError(f"deepspeed_config={path!r} cannot be read: {error.strerror}; give a JSON file") from None
+        raise UsageError(f"deepspeed_config must be a JSON file, got {path!r}: {error.strerror}") from None
     except ValueError as error:  # no UTF-8, or no path
-        raise UsageError(f"deepspeed_config={path!r} is not JSON: {error}") from None
+        raise UsageError(f"deepspeed_config must be a JSON file, got {path!r}: {error}") from None
     try:
         settings = hjson.loads(text, object_pairs_hook=_unique)
     except UsageError:
         raise
     except Exception as error:  # of a number too large, too long or too deep it makes errors of all kinds
         reason = (str(error).splitlines() or ["it cannot be parsed"])[0]
-        raise UsageError(f"deepspeed_config={path!r} is not JSON: {reason}") from None
+        raise UsageError(f"deepspeed_config must be a JSON file, got {path!r}: {reason}") from None
     if not isinstance(settings, dict) or (not settings and "{" not in text):  # HJSON takes an empty file for {}
-        raise UsageError(f"deepspeed_config={path!r} holds no JSON object; give {{...}}")
+        raise UsageError(f"deepspeed_config must hold a JSON object, got none in {path!r}; write {{...}}")
     return settings
 
 
@@ -56,7 +56,7 @@ def _unique(pairs: list[tuple[str, Json]]) -> JsonObject:
     found: JsonObject = {}
     for key, value in pairs:
         if key in found:
-            raise UsageError(f"deepspeed_config: the key {key!r} stands twice; keep one")
+            raise UsageError(f"deepspeed_config must have each key once, got {key!r} twice; keep one")
         found[key] = value
     return found
 
@@ -86,15 +86,15 @@ def check_values(settings: Mapping[str, object]) -> None:
         value = settings.get(key)
         whole = key == "steps_per_print"
         if value is not None and not (is_number(value, whole) and least <= value < float("inf")):
-            raise UsageError(f"{key}={shown(value)} in the DeepSpeed configuration is not {what}; leave it out")
+            raise UsageError(f"{key} in the DeepSpeed configuration must be {what}, got {shown(value)}; leave it out")
 
 
 _OF_WHOLE_PARAMETERS = ("lamb", "onebitlamb", "muon", "adafactor")
 
 _NUMBERS = (
-    ("gradient_clipping", 0.0, "a number of 0 or more"),
-    ("gradient_predivide_factor", 1e-30, "a number above 0"),
-    ("steps_per_print", 1, "a count of steps"),
+    ("gradient_clipping", 0.0, "0 or more"),
+    ("gradient_predivide_factor", 1e-30, "a positive number"),
+    ("steps_per_print", 1, "1 or more"),
 )
 
 
@@ -108,10 +108,14 @@ def tensor_parallel_size(settings: Mapping[str, object]) -> int | None:
     if section is None:
         return None
     if not isinstance(section, Mapping):
-        raise UsageError(f'tensor_parallel={shown(section)} is not an object; use {{"autotp_size": P}}')
+        raise UsageError(
+            f'tensor_parallel in the DeepSpeed configuration must be {{"autotp_size": P}}, got {shown(section)}'
+        )
     size = section.get("autotp_size", 0)
     if not is_count(size, 0):
-        raise UsageError(f"tensor_parallel.autotp_size={shown(size)} is not a number of ranks; use 1 or more")
+        raise UsageError(
+            f"tensor_parallel.autotp_size in the DeepSpeed configuration must be 1 or more, got {shown(size)}"
+        )
     return size or None
 
 
@@ -130,7 +134,9 @@ def zero_stage(settings: Mapping[str, object]) -> int:
     section = settings.get("zero_optimization", {})
     stage = section.get("stage", 0) if isinstance(section, Mapping) else section
     if not is_count(stage, 0) or stage > 3:
-        raise UsageError(f"zero_optimization.stage={shown(stage)} is not a ZeRO stage; use one of 0, 1, 2, 3")
+        raise UsageError(
+            f"zero_optimization.stage in the DeepSpeed configuration must be 0, 1, 2 or 3, got {shown(stage)}"
+        )
     return int(stage)
 
 

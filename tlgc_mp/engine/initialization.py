@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 from tlgc_mp.engine.config import Config, check_values, read_config, tensor_parallel_size, zero_stage
 from tlgc_mp.engine.quiet import quiet_start
 from tlgc_mp.engine.start import barrier, start_distributed
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import UsageError, must_be
 from tlgc_mp.json_types import JsonObject
 from tlgc_mp.parallel.topology import Topology
 
@@ -110,10 +110,9 @@ def initialize(
     if given is None:
         given = getattr(args, "deepspeed_config", None)
     if given is None:
-        raise UsageError("config: no DeepSpeed configuration is given; give a dict or the path of a JSON file")
-    if model is None:
-        raise UsageError("model: none is given; give a torch.nn.Module")
+        raise must_be("config", "a dict, or the path of a JSON file", None)
     check_module("model", model)
+    assert model is not None
     check_kinds(optimizer, model_parameters, lr_scheduler, distributed_port, seed)
     timeout = as_timeout("collective_timeout", COLLECTIVE_TIMEOUT if collective_timeout is None else collective_timeout)
     settings = read_config(given)
@@ -244,4 +243,4 @@ def _check_settings(settings: JsonObject, mpu: ModuleType | None) -> None:
 
 def _refused(error: Exception) -> UsageError:
     reason = " ".join(str(error).split())
-    return UsageError(f"deepspeed_config is refused by DeepSpeed: {reason[:600]}")
+    return UsageError(f"deepspeed_config must be one that DeepSpeed accepts, got an error: {reason[:600]}")

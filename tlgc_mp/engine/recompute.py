@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import UsageError, must_be
 from tlgc_mp.nn.arguments import check_module
 from tlgc_mp.parallel.sharded import ShardedLayer
 
@@ -50,18 +50,20 @@ def checkpoint_activations(model: nn.Module, blocks: Blocks | None = None) -> nn
     if blocks is None:
         blocks = getattr(model, "block_types", None)
         if blocks is None:
-            raise UsageError(f"blocks: {type(model).__name__} does not say which its blocks are; give their classes")
+            raise UsageError(
+                f"blocks must be given for a {type(model).__name__}, got none; give the classes of its blocks"
+            )
     check_module("model", model)
     classes = blocks if isinstance(blocks, tuple) else (blocks,)
     if not classes or not all(isinstance(block, type) and issubclass(block, nn.Module) for block in classes):
-        raise UsageError(f"blocks={blocks!r} are no classes of modules; give one, or a tuple of them")
+        raise must_be("blocks", "a class of modules, or a tuple of them", blocks)
     found = list(_outermost(model, blocks))
     names = ", ".join(block.__name__ for block in classes)
     if not found:
-        raise UsageError(f"blocks={names}: the model has none; give the classes of its blocks")
+        raise UsageError(f"blocks must be classes of the model's blocks, got {names}, of which it has none")
     for block in found:
         if next(block.children(), None) is None:  # splitting would replace it
-            raise UsageError(f"blocks={names}: {type(block).__name__} holds no layers; give a class of blocks that do")
+            raise must_be("blocks", "classes of blocks that hold layers", type(block))
         block.forward = functools.partial(_checkpointed, block)
     return model
 
@@ -81,8 +83,8 @@ def _checkpointed(block: nn.Module, *inputs: Tensor) -> Tensor:
         return forward(*inputs)
     if checkpointing.PARTITION_ACTIVATIONS and checkpointing.mp_size > 1:
         raise UsageError(
-            "activation_checkpointing.partition_activations: activations are split over the ranks by channel already; "
-            "leave it out"
+            "activation_checkpointing.partition_activations must be left out, since activations are already split over "
+            "the ranks by channel, got true"
         )
     if not any(x.requires_grad for x in inputs):
         # The block's parameters would get no gradient: DeepSpeed goes by the inputs.

@@ -89,8 +89,9 @@ def _take_device(local_rank: int) -> None:
     count = accelerator.device_count()
     if local_rank >= count:
         raise UsageError(
-            f"local rank {local_rank} has no accelerator: this node has {count} of kind {accelerator.device_name()}; "
-            f"start {count} rank(s) on it, or set DS_ACCELERATOR=cpu"
+            f"local rank must be less than {count}, the number of {accelerator.device_name()} devices of this node, "
+            "got "
+            f"{local_rank}; start {count} rank(s) on it, or set DS_ACCELERATOR=cpu"
         )
     accelerator.set_device(local_rank)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from tlgc_mp.errors import UsageError, divisors, one_of
+from tlgc_mp.errors import UsageError, divisors, must_be, one_of
 from tlgc_mp.models.factory import CONVOLUTION_LAYERS
 from tlgc_mp.models.names import COARSE_INITS, TWO_LEVEL, check_coarse_level
 from tlgc_mp.models.wide_resnet import ConvFactory
@@ -119,7 +119,8 @@ def convert(
     check_coarse_level(conv, coarse_kernel_size, coarse_init)
     if init == "from_dense" and (coarse_kernel_size is not None or coarse_init != COARSE_INITS[0]):
         raise UsageError(
-            "init='from_dense' must set the coarse level by itself; leave out coarse_kernel_size and coarse_init"
+            "coarse_kernel_size and coarse_init must be left out with init='from_dense', which sets the coarse level "
+            "itself"
         )
     coarse = {"coarse_kernel_size": coarse_kernel_size, "coarse_init": coarse_init} if conv in TWO_LEVEL else {}
     layer = functools.partial(CONVOLUTION_LAYERS[conv], groups=groups, **coarse)
@@ -128,7 +129,9 @@ def convert(
     if not planned:
         raise UsageError(_why_nothing(convolutions, left, groups, where))
     if init == "from_dense" and any(param.is_meta for found, _ in planned for param in found.layer.parameters()):
-        raise UsageError("init='from_dense': the model is on the meta device and holds no weights; use 'random'")
+        raise UsageError(
+            "init must be 'random' for a model on the meta device, which holds no weights, got 'from_dense'"
+        )
     for found, new in planned:  # before any is put in its place: fitting fails where weights are not finite
         _fill(new, found.layer, init)
     replaced = {found.names[0]: (_count(found.layer), _count(new)) for found, new in planned}
@@ -152,19 +155,17 @@ def has_hooks(layer: nn.Module) -> bool:
 
 def _check_arguments(conv: str, groups: int, where: Where | None, init: str) -> None:
     if conv not in INITS["random"]:
-        raise UsageError(f"conv={conv!r} is unknown; use {one_of(INITS['random'])}")
+        raise must_be("conv", one_of(INITS["random"]), conv)
     if not isinstance(init, str) or init not in INITS:
-        raise UsageError(f"init={init!r} is unknown; use {one_of(INITS)}")
+        raise must_be("init", one_of(INITS), init)
     if conv not in INITS[init]:
-        raise UsageError(
-            f"init={init!r} does not know how to fit conv={conv!r}; use 'random', or {one_of(INITS[init])}"
-        )
+        raise UsageError(f"conv must be {one_of(INITS[init])} with init={init!r}, got {conv!r}; use init='random'")
     if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
-        raise UsageError(f"groups={groups!r} is not a number of groups; use 1 or more")
+        raise must_be("groups", "1 or more", groups)
     if where is not None and not isinstance(where, str) and not callable(where):
-        raise UsageError(f"where={where!r} is neither a function of (name, layer) nor a pattern; use e.g. 'layer4.*'")
+        raise must_be("where", "a function of (name, layer), or a pattern", where, "use e.g. 'layer4.*'")
     if callable(where) and not _takes_two(where):
-        raise UsageError(f"where={where!r} cannot be called with (name, layer); give a function of those two")
+        raise must_be("where", "a function of (name, layer)", where)
 
 
 def _takes_two(function: Callable[..., object]) -> bool:
@@ -300,15 +301,15 @@ def _count(module: nn.Module) -> int:
 def _why_nothing(convolutions: list[_Found], left: dict[str, str], groups: int, where: Where | None) -> str:
     """The message where no convolution can be replaced: the commonest reason, and what would work."""
     if not convolutions:
-        return "model: it has no convolution to replace; give one with torch.nn.Conv2d layers"
+        return "model must have convolutions to replace, got none; give one with torch.nn.Conv2d layers"
     candidates = {name: reason for name, reason in left.items() if reason != STEM} or left
     (kind, count), *_ = Counter(reason.partition(":")[0] for reason in candidates.values()).most_common()
     text = f"none of its {len(left)} convolutions can be replaced: {kind} ({count} of them)"
     if kind == NOT_SELECTED:
-        return f"where={where!r}: {text}; use one that selects names such as {next(iter(candidates))!r}"
+        return f"where must select layers, got {where!r}: {text}; select names such as {next(iter(candidates))!r}"
     if kind.startswith("groups="):
         layers = [found.layer for found in convolutions if left[found.names[0]].startswith(kind)]
         counts = [count for layer in layers for count in (layer.in_channels, layer.out_channels)]
         common = divisors(math.gcd(*counts))  # type: ignore[arg-type]
-        return f"groups={groups}: {text}; use {one_of(common)}"
-    return f"model: {text}; use one with dense torch.nn.Conv2d layers after the first"
+        return f"groups must be {one_of(common)}, got {groups}: {text}"
+    return f"model must have dense torch.nn.Conv2d layers after the first, got others: {text}"

@@ -164,7 +164,9 @@ def _of_library(
     try:
         return convert(model, conv=conv, groups=groups, coarse_kernel_size=coarse_kernel_size, coarse_init=coarse_init)
     except UsageError as error:
-        raise UsageError(f"model={name!r} cannot be converted: {error}; or leave it dense with conv='sc'") from None
+        raise UsageError(
+            f"model must be one that can be converted, got {name!r}: {error}; or leave it dense with conv='sc'"
+        ) from None
 
 
 def _build(name: str, num_classes: int, conv: ConvFactory, last_conv: ConvFactory) -> nn.Module:

@@ -6,7 +6,7 @@ import math
 import re
 from typing import TypedDict
 
-from tlgc_mp.errors import UsageError, check_installed, divisors, is_count, one_of
+from tlgc_mp.errors import UsageError, check_installed, divisors, is_count, must_be, one_of
 
 CONVOLUTIONS = ("sc", "gc", "gc-2l", "gc-2l-proto", "shuffle", "flgc")
 """sc: dense. gc: group convolution. gc-2l: two-level group convolution, gc-2l-proto its prototype. shuffle: group
@@ -71,19 +71,21 @@ def parse_model(name: str) -> tuple[int, int]:
     """
     match = _WIDE_RESNET.fullmatch(name) if isinstance(name, str) else None
     if match is None:
-        raise UsageError(
-            f"model={name!r} is unknown; use wrn-<depth>-<width>, for example wrn-28-10, or one of "
-            f"{IMAGENET_WIDE_RESNET}, {MOBILENET_V2}, torchvision:<name>, timm:<name>"
+        raise must_be(
+            "model",
+            f"wrn-<depth>-<width>, {IMAGENET_WIDE_RESNET}, {MOBILENET_V2}, torchvision:<name> or timm:<name>",
+            name,
+            "use e.g. wrn-28-10",
         )
     depth, width = int(match[1]), int(match[2])
     if depth < 10 or (depth - 4) % 6:
-        raise UsageError(f"model={name!r}: depth {depth} is not 6 u + 4; use one of 10, 16, 22, 28, 34, 40")
+        raise must_be("model", "of a depth 6 u + 4", name, "use one of 10, 16, 22, 28, 34, 40")
     if depth > LARGEST_DEPTH:
-        raise UsageError(f"model={name!r}: depth {depth} is too large; use {LARGEST_DEPTH} or less")
+        raise must_be("model", f"of a depth of {LARGEST_DEPTH} or less", name)
     if width < 1:
-        raise UsageError(f"model={name!r}: width {width} is not a widening factor; use 1 or more")
+        raise must_be("model", "of a widening factor of 1 or more", name)
     if width > LARGEST_WIDTH:
-        raise UsageError(f"model={name!r}: width {width} is too large; use {LARGEST_WIDTH} or less")
+        raise must_be("model", f"of a widening factor of {LARGEST_WIDTH} or less", name)
     return depth, width
 
 
@@ -120,22 +122,22 @@ def check_model(
     """Raises :class:`UsageError` for any argument with which the model cannot be built."""
     channels = _shared_channels(name)
     if conv not in CONVOLUTIONS:
-        raise UsageError(f"conv={conv!r} is unknown; use {one_of(CONVOLUTIONS)}")
+        raise must_be("conv", one_of(CONVOLUTIONS), conv)
     if conv == "sc" and groups != 1:
-        raise UsageError(f"groups={groups!r}: conv='sc' is the dense convolution and has no groups; use 1")
+        raise must_be("groups", "1 with conv='sc', the dense convolution", groups)
     _check_divides("groups", groups, channels)
     if not is_count(groups):
         raise UsageError(f"groups must be a number of groups, got {groups!r}; use 1 or more")
     if num_classes is not None and not is_count(num_classes):
-        raise UsageError(f"num_classes={num_classes!r} is not a number of classes; use 1 or more")
+        raise must_be("num_classes", "1 or more", num_classes)
     if num_classes is not None and num_classes > LARGEST_CLASSES:
-        raise UsageError(f"num_classes={num_classes} is too large; use {LARGEST_CLASSES} or less")
+        raise must_be("num_classes", f"{LARGEST_CLASSES} or less", num_classes)
     if not isinstance(coarse_everywhere, bool):
-        raise UsageError(f"coarse_everywhere={coarse_everywhere!r} is not True or False; use one of them")
+        raise must_be("coarse_everywhere", "True or False", coarse_everywhere)
     if coarse_everywhere and (name != MOBILENET_V2 or conv not in TWO_LEVEL):
         raise UsageError(
-            f"coarse_everywhere=True changes nothing with model={name!r} and conv={conv!r}; use it with {MOBILENET_V2} "
-            f"and {one_of(TWO_LEVEL)}"
+            f"coarse_everywhere must be False but for {MOBILENET_V2} with {one_of(TWO_LEVEL)}, got True with "
+            f"model={name!r} and conv={conv!r}"
         )
 
 
@@ -143,25 +145,29 @@ def check_coarse_level(conv: str, coarse_kernel_size: int | None, coarse_init: s
     """Raises :class:`UsageError` unless the model's convolutions have a coarse level as described, or nothing is."""
     if conv not in TWO_LEVEL and (coarse_kernel_size is not None or coarse_init != COARSE_INITS[0]):
         given = f"coarse_init={coarse_init!r}" if coarse_kernel_size is None else f"{coarse_kernel_size=}"
-        raise UsageError(f"{given}: conv={conv!r} has no coarse level; use {one_of(TWO_LEVEL)}")
+        raise UsageError(f"conv must be {one_of(TWO_LEVEL)} with {given}, got {conv!r}, which has no coarse level")
     if coarse_kernel_size is not None and (not is_count(coarse_kernel_size) or coarse_kernel_size % 2 == 0):
-        raise UsageError(f"{coarse_kernel_size=} cannot be centred on kernels of 1 and 3; use an odd one, 1 say")
+        raise must_be(
+            "coarse_kernel_size", "odd, to be centred on kernels of 1 and 3", coarse_kernel_size, "use e.g. 1"
+        )
     if coarse_kernel_size is not None and coarse_kernel_size > LARGEST_KERNEL:
-        raise UsageError(f"{coarse_kernel_size=} is too large; use {LARGEST_KERNEL} or less")
+        raise must_be("coarse_kernel_size", f"{LARGEST_KERNEL} or less", coarse_kernel_size)
     if coarse_init not in COARSE_INITS:
-        raise UsageError(f"{coarse_init=} is unknown; use {one_of(COARSE_INITS)}")
+        raise must_be("coarse_init", one_of(COARSE_INITS), coarse_init)
 
 
 def check_split(name: str, conv: str, groups: int, tensor_parallel: int) -> None:
     """Raises :class:`UsageError` unless the model splits over ``tensor_parallel`` ranks (P)."""
     if not is_count(tensor_parallel):
-        raise UsageError(f"tensor_parallel={tensor_parallel!r} is not a number of ranks; use 1 or more")
+        raise must_be("tensor_parallel", "1 or more", tensor_parallel)
     _check_divides("tensor_parallel", tensor_parallel, _shared_channels(name))
     if conv == "flgc" and tensor_parallel > 1:
-        raise UsageError(f"tensor_parallel={tensor_parallel}: conv='flgc' {FLGC_ACROSS_RANKS}; use 1 and replicas")
+        raise must_be(
+            "tensor_parallel", f"1 with conv='flgc', which {FLGC_ACROSS_RANKS}", tensor_parallel, "use replicas"
+        )
     if conv != "sc" and groups % tensor_parallel:
-        raise UsageError(
-            f"tensor_parallel={tensor_parallel} does not divide groups={groups}; use {one_of(divisors(groups))}"
+        raise must_be(
+            "tensor_parallel", f"a divisor of groups={groups}", tensor_parallel, f"use {one_of(divisors(groups))}"
         )
 
 
@@ -183,4 +189,4 @@ def _check_divides(what: str, count: int, channels: dict[str, int]) -> None:
     for whose, width in channels.items():
         if not is_count(count) or width % count:
             common = divisors(math.gcd(*channels.values()))
-            raise UsageError(f"{what}={count!r} does not divide {whose} {width} channels; use {one_of(common)}")
+            raise must_be(what, f"a divisor of {whose} {width} channels", count, f"use {one_of(common)}")

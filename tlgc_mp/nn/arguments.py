@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tlgc_mp.errors import UsageError, divisors, is_count, one_of
+from tlgc_mp.errors import UsageError, divisors, is_count, must_be, one_of
 
 _LARGEST_SIZE = 2**31 - 1
 """Of channels and windows: torch's convolutions count in 32 bits."""
@@ -20,7 +20,7 @@ _LARGEST_WEIGHTS = 2**59
 def check_module(name: str, value: object) -> None:
     """Raises :class:`UsageError` unless the argument ``name`` is a module."""
     if not isinstance(value, nn.Module):
-        raise UsageError(f"{name}: a {type(value).__name__} is none; give a torch.nn.Module")
+        raise must_be(name, "a torch.nn.Module", type(value))
 
 
 def check_device(device: object) -> None:
@@ -30,26 +30,26 @@ def check_device(device: object) -> None:
     try:
         torch.device(device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError):
-        raise UsageError(f"device={device!r} is none; use 'cpu', 'cuda' or 'meta', say") from None
+        raise must_be("device", "a device that torch knows", device, "use e.g. 'cpu', 'cuda' or 'meta'") from None
 
 
 def check_dtype(dtype: object) -> None:
     """Raises :class:`UsageError` unless ``dtype`` is ``None`` or one that weights can have."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise UsageError(f"dtype={dtype!r} is none for weights; use torch.float32, say")
+        raise must_be("dtype", "a floating-point type", dtype, "use e.g. torch.float32")
 
 
 def check_groups(groups: int, **channels: int) -> None:
     """Raises :class:`UsageError` unless ``groups`` divides every one of the named channel counts."""
     for name, count in channels.items():
         if not is_count(count):
-            raise UsageError(f"{name}={count} is not a number of channels; use 1 or more")
+            raise must_be(name, "1 or more", count)
         if count > _LARGEST_SIZE:
-            raise UsageError(f"{name}={count} is too large; use {_LARGEST_SIZE} or less")
+            raise must_be(name, f"{_LARGEST_SIZE} or less", count)
     for name, count in channels.items():
         if not is_count(groups) or count % groups:
             common = [d for d in divisors(count) if all(other % d == 0 for other in channels.values())]
-            raise UsageError(f"groups={groups} does not divide {name}={count}; use {one_of(common)}")
+            raise must_be("groups", f"a divisor of {name}={count}", groups, f"use {one_of(common)}")
 
 
 def _pair(value: object) -> tuple[Any, ...]:
@@ -61,9 +61,9 @@ def positive_pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     """(vertical, horizontal) of the argument ``name``, given as one int or as both."""
     pair = _pair(value)
     if len(pair) != 2 or not all(is_count(v) for v in pair):
-        raise UsageError(f"{name}={value!r} is not a positive int or a pair of them")
+        raise must_be(name, "a positive int or a pair of them", value)
     if max(pair) > _LARGEST_SIZE:
-        raise UsageError(f"{name}={value!r} is too large; use {_LARGEST_SIZE} or less")
+        raise must_be(name, f"{_LARGEST_SIZE} or less", value)
     return tuple(pair)
 
 
@@ -71,7 +71,9 @@ def check_weights(shape: Sequence[int]) -> None:
     """Raises :class:`UsageError` for filters that no memory holds."""
     if math.prod(shape) > _LARGEST_WEIGHTS:
         sizes = " x ".join(str(size) for size in shape)
-        raise UsageError(f"in_channels, out_channels and kernel_size ask for {sizes} weights; use smaller ones")
+        raise UsageError(
+            f"in_channels x out_channels x kernel_size must be {_LARGEST_WEIGHTS} weights or fewer, got {sizes}"
+        )
 
 
 def padding_pair(
@@ -84,11 +86,11 @@ def padding_pair(
         reach = [step * (d - 1) for step, d in zip(dilation, kernel, strict=True)]
         if stride != (1, 1) or any(r % 2 for r in reach):
             raise UsageError(
-                f"padding='same' needs stride 1 and an even dilation * (kernel_size - 1), got stride={stride}, "
-                f"kernel_size={kernel}, dilation={dilation}; give the padding in numbers"
+                f"padding must be given in numbers unless stride is 1 and dilation * (kernel_size - 1) is even, got "
+                f"'same' with stride={stride}, kernel_size={kernel}, dilation={dilation}"
             )
         return (reach[0] // 2, reach[1] // 2)
     pair = _pair(padding)
     if len(pair) != 2 or not all(is_count(v, 0) and v <= _LARGEST_SIZE for v in pair):
-        raise UsageError(f"padding={padding!r} is not a non-negative int, a pair of them, 'same' or 'valid'")
+        raise must_be("padding", "a non-negative int, a pair of them, 'same' or 'valid'", padding)
     return tuple(pair)

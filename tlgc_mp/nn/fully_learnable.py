@@ -177,17 +177,20 @@ class PermutedGroupConv2d(NotFusedByTorch):
     ) -> None:
         super().__init__()
         if not isinstance(weight, Tensor) or weight.dim() != 4 or not weight.is_floating_point():
-            raise UsageError("weight: it is no tensor of filters; give one of (m', n'/N, d, d)")
+            raise UsageError("weight must be a tensor of filters (m', n'/N, d, d), got another")
         for name, order in (("input_order", input_order), ("output_order", output_order)):
             if not isinstance(order, Tensor) or order.dim() != 1 or order.dtype != torch.int64:
-                raise UsageError(f"{name}: it is no list of channels; give a tensor of one dimension, int64")
+                raise UsageError(f"{name} must be a list of channels, an int64 tensor of one dimension, got another")
         check_groups(groups, out_channels=weight.shape[0], input_order=len(input_order))
         if len(input_order) != groups * weight.shape[1]:
             raise UsageError(
-                f"input_order: {len(input_order)} channels; {groups} groups read {groups * weight.shape[1]}"
+                f"input_order must name the {groups * weight.shape[1]} channels that {groups} groups read, got "
+                f"{len(input_order)}"
             )
         if bias is not None and (not isinstance(bias, Tensor) or bias.shape != output_order.shape):
-            raise UsageError(f"bias: it is not one number for each of {len(output_order)} output channels")
+            raise UsageError(
+                f"bias must be one number for each of {len(output_order)} output channels, got another tensor"
+            )
         self.weight = nn.Parameter(weight)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.register_buffer("input_order", input_order)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import UsageError, must_be
 from tlgc_mp.nn.arguments import check_module
 from tlgc_mp.nn.fully_learnable import FullyLearnableGroupConv2d
 from tlgc_mp.nn.two_level import TwoLevelConv2d
@@ -83,7 +83,7 @@ def init_parameters(model: nn.Module, seed: int, *, shard_index: int = 0) -> Non
     """
     check_module("model", model)
     if not isinstance(seed, int):
-        raise UsageError(f"seed={seed!r} is no seed; use an int")
+        raise must_be("seed", "an int", seed)
     for name, module in model.named_modules():
         if drawn_by_blocks(module):
             draw_by_blocks(name, module, seed, shard_index)

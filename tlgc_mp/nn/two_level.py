@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tlgc_mp.errors import UsageError, one_of
+from tlgc_mp.errors import UsageError, must_be, one_of
 from tlgc_mp.nn.arguments import check_device, check_dtype, check_groups, check_weights, padding_pair, positive_pair
 from tlgc_mp.nn.capture import is_captured
 from tlgc_mp.nn.coarse_level import Exchange, Fused, Overlapped, WholeExchange, Window, autocasts, is_for_cpu
@@ -143,7 +143,7 @@ class TwoLevelConv2d(NotFusedByTorch):
         self._kept = KeptFilters()
         self.exchange: Exchange = WholeExchange()
         if coarse_init not in COARSE_INITS:
-            raise UsageError(f"coarse_init={coarse_init!r} is unknown; use {one_of(COARSE_INITS)}")
+            raise must_be("coarse_init", one_of(COARSE_INITS), coarse_init)
         self.coarse_init = coarse_init
 
         group_in = in_channels // groups
@@ -201,9 +201,8 @@ class TwoLevelConv2d(NotFusedByTorch):
         modes = self._coarse_modes()
         if mode not in modes:
             raise UsageError(
-                f"coarse_mode={mode!r} is none of this layer's, coarse_kernel_size being {self.coarse_kernel_size}, "
-                f"kernel_size {self.kernel_size} and {self.local_groups} of {self.groups} groups here; "
-                f"use {one_of(modes)}"
+                f"coarse_mode must be {one_of(modes)} for a layer of coarse_kernel_size={self.coarse_kernel_size}, "
+                f"kernel_size={self.kernel_size} and {self.local_groups} of {self.groups} groups here, got {mode!r}"
             )
         self._assigned_mode = mode
 
@@ -229,7 +228,7 @@ class TwoLevelConv2d(NotFusedByTorch):
         channels = self.in_channels * groups // self.groups
         if x.dim() != 4 or x.shape[1] != channels or min(self.fine_window.output_size(x.shape[2], x.shape[3])) < 1:
             raise UsageError(
-                f"input of shape {tuple(x.shape)} does not fit; give (B, {channels}, H, W), H x W at least the kernel"
+                f"input must be of shape (B, {channels}, H, W), H x W at least the kernel, got {tuple(x.shape)}"
             )
         mode = self.coarse_mode
         if mode == "dense":
@@ -290,7 +289,7 @@ def _coarse_padding(padding: int, kernel: int, coarse: int, dilation: int) -> in
     growth = dilation * (coarse - kernel)
     if growth % 2:
         raise UsageError(
-            f"coarse_kernel_size={coarse} cannot be centred on kernel_size={kernel} with dilation={dilation}; "
-            f"use one of the same parity as {kernel}"
+            f"coarse_kernel_size must have the parity of kernel_size={kernel} to be centred on it with "
+            f"dilation={dilation}, got {coarse}"
         )
     return padding + growth // 2

@@ -36,7 +36,7 @@ def write(sources: Sequence[str], folder: str) -> None:
         _write(rows, folder)
     except OSError as error:
         where = "" if error.filename in (None, folder) else f"{error.filename!r}: "
-        raise UsageError(f"--output={folder!r} cannot be written: {where}{error.strerror}; give a folder") from None
+        raise UsageError(f"--output must be a folder to write to, got {folder!r}: {where}{error.strerror}") from None
 
 
 def _write(rows: list[Row], folder: str) -> None:

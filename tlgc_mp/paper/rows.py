@@ -54,12 +54,14 @@ def read_rows(sources: Sequence[str]) -> list[Row]:
     found: dict[str, Row] = {}
     for source in sources:
         if not os.path.exists(source):
-            raise UsageError(f"report: {source!r} does not exist; give folders of runs, or files of rows")
+            raise UsageError(
+                f"SOURCE must be a folder of runs, or a file of rows, got {source!r}, which does not exist"
+            )
         for path in _files(source):
             for row in _read(path):
                 found.setdefault(json.dumps([setting_of(row), *(row[key] for key in _IDENTITY)]), row)
     if not found:
-        raise UsageError(f"report: no finished run (a {RESULT}) is in {', '.join(map(repr, sources))}")
+        raise UsageError(f"SOURCE must hold a finished run (a {RESULT}), got none in {', '.join(map(repr, sources))}")
     return list(found.values())
 
 
@@ -77,7 +79,7 @@ def _read(path: str) -> list[Row]:
         with open(path, encoding="utf-8") as file:
             rows = [json.loads(line) for line in file if line.strip()]
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"report: {path!r} cannot be read as rows of runs: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{path!r} cannot be read as rows of runs: {' '.join(str(error).split())}") from None
     for row in rows:
         _check(row, path)
     return rows
@@ -86,28 +88,27 @@ def _read(path: str) -> list[Row]:
 def _check(row: object, path: str) -> None:
     """Refuses a row that is not as a finished run leaves it."""
     if not isinstance(row, dict):
-        raise UsageError(f"report: {path!r} cannot be read as rows of runs: {shown(row)} is no JSON object")
+        raise UsageError(f"{path!r} must hold a JSON object on each line, got {shown(row)}")
     for key, (fits, what) in _FIELDS.items():
         if key not in row:
-            raise UsageError(f"report: a row in {path!r} has no {key!r}; give rows that tlgc-mp train has written")
+            raise UsageError(f"a row in {path!r} must have {key}, got none; give rows that tlgc-mp train wrote")
         if not fits(row[key]):
             raise UsageError(
-                f"report: a row in {path!r} has {key}={shown(row[key])}, which is not {what}; give rows that tlgc-mp "
-                "train has written"
+                f"{key} of a row in {path!r} must be {what}, got {shown(row[key])}; give rows that tlgc-mp train wrote"
             )
     if not isinstance(row.get("data_fingerprint"), str | None):
-        raise UsageError(f"report: a row in {path!r} has data_fingerprint={shown(row['data_fingerprint'])}: no text")
+        raise UsageError(f"data_fingerprint of a row in {path!r} must be text, got {shown(row['data_fingerprint'])}")
     if not isinstance(row.get("departures", {}), dict):
-        raise UsageError(f"report: a row in {path!r} has departures={shown(row['departures'])}, which is no object")
+        raise UsageError(f"departures of a row in {path!r} must be an object, got {shown(row['departures'])}")
     if not _PERHAPS_COUNT[0](row.get("effective_parameters")):
         raise UsageError(
-            f"report: a row in {path!r} has effective_parameters={shown(row['effective_parameters'])}; "
-            "give rows that tlgc-mp train has written"
+            f"effective_parameters of a row in {path!r} must be {_PERHAPS_COUNT[1]}, got "
+            f"{shown(row['effective_parameters'])}; give rows that tlgc-mp train wrote"
         )
     try:
         check_model(row["model"], row["conv"], row["groups"])
     except UsageError as error:
-        raise UsageError(f"report: a row in {path!r} is of no model: {error}") from None
+        raise UsageError(f"a row in {path!r} is not of a known model: {error}") from None
 
 
 def _is_figure(value: object) -> TypeGuard[float]:

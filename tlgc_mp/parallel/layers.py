@@ -49,7 +49,7 @@ class LocalLayer(ShardedLayer):
             return self.forward(x.unsqueeze(0)).squeeze(0)
         channels = self.in_channels  # type: ignore[attr-defined]
         if x.dim() != 4 or x.shape[1] != channels:
-            raise UsageError(f"input of shape {tuple(x.shape)} does not fit; give (B, {channels}, H, W)")
+            raise UsageError(f"input must be of shape (B, {channels}, H, W), got {tuple(x.shape)}")
         return self._tlgc_on_shares(x)
 
     def _tlgc_on_shares(self, x: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def plan(model: nn.Module, tensor_parallel: int) -> dict[str, Placement]:
     for name, module in model.named_modules():
         for key, param in module.named_parameters(recurse=False):
             if is_lazy(param):
-                raise UsageError(f"{name}.{key} has no shape yet; run one batch through the model first")
+                raise UsageError(f"{name}.{key} must have a shape, got none yet; run one batch through the model first")
         placement = _placement(module, tensor_parallel, name)
         if placement is None:
             continue

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import UsageError, must_be
 from tlgc_mp.host import host_on_network
 from tlgc_mp.nn import FullyLearnableGroupConv2d
 from tlgc_mp.nn.arguments import check_device, check_module
@@ -76,12 +76,12 @@ def shard(
     check_module("model", model)
     check_device(device)
     if seed is not None and not isinstance(seed, int):
-        raise UsageError(f"seed={seed!r} is no seed; use an int")
+        raise must_be("seed", "an int", seed)
     if not dist.is_initialized():
-        raise UsageError("shard: torch.distributed is not initialized; call torch.distributed.init_process_group first")
+        raise UsageError("torch.distributed must be initialized; call torch.distributed.init_process_group first")
     group = process_group if process_group is not None else dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):
-        raise UsageError(f"process_group={group!r} is none that this rank is in; give a group of it")
+        raise must_be("process_group", "a group that this rank is in", group)
     bound = as_timeout("timeout", timeout)
     members = dist.get_process_group_ranks(group)
     coarse_group = new_group(members, bound)

@@ -34,8 +34,8 @@ class Topology:
     def __post_init__(self) -> None:
         if not is_count(self.tensor_parallel) or self.world % self.tensor_parallel:
             raise UsageError(
-                f"tensor_parallel={self.tensor_parallel} does not divide the {self.world} ranks started "
-                f"(P x D must be the world size); use {one_of(divisors(self.world))}"
+                f"tensor_parallel must be a divisor of the {self.world} ranks started (P x D is the world size), got "
+                f"{self.tensor_parallel}; use {one_of(divisors(self.world))}"
             )
 
     @property
@@ -134,8 +134,8 @@ def _from_slurm(env: Mapping[str, str]) -> Launch:
     first = re.match(r"([^\[,]|\[[^\]]*\])+", env.get("SLURM_STEP_NODELIST", ""))
     if first is None and nodes > 1:
         raise UsageError(
-            f"{counted}={nodes}, and SLURM_STEP_NODELIST does not say which nodes; start the ranks with srun, or set "
-            "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+            f"SLURM_STEP_NODELIST must name the nodes where {counted} is {nodes}, got none; start the ranks with srun, "
+            "or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
         )
     host = "127.0.0.1" if first is None or nodes == 1 else re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
     numbers = [int(env[name]) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID") if env.get(name, "").isdigit()]
@@ -157,5 +157,5 @@ def _tasks_of_node(env: Mapping[str, str], world: int, nodes: int) -> int:
 def _from_launcher(env: Mapping[str, str], name: str, least: int, most: int) -> int:
     text = env[name].strip()
     if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
-        raise UsageError(f"{name}={env[name]!r}, which the launcher sets, is not a number in {least}..{most}")
+        raise UsageError(f"{name}, which the launcher sets, must be {least} to {most}, got {env[name]!r}")
     return int(text)

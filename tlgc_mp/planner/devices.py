@@ -148,7 +148,9 @@ def _read(path: str) -> Device:
         found = None
     names = {field.name for field in fields(Device)}
     if not isinstance(found, dict) or set(found.get("device", {})) != names:
-        raise UsageError(f"--calibrated must be a file of plan --calibrate, got {path!r}, which is none; write it anew")
+        raise UsageError(
+            f"--calibrated must be a file of plan --calibrate, got {path!r}, which is another; write it again"
+        )
     device = Device(**found["device"])
     rates = (device.bandwidth, device.link, device.host, *device.convolution.values(), *device.product.values())
     if not all(isinstance(rate, int | float) and 0 < rate < math.inf for rate in (*rates, device.memory)):
@@ -176,7 +178,7 @@ def read_memory(text: str) -> float:
     """
     found = _SIZE.fullmatch(text)
     if found is None or not float(found[1]):
-        raise UsageError(f"--memory must be a size above 0, got {text!r}; use 24GiB or 80GB, say")
+        raise UsageError(f"--memory must be a size above 0, got {text!r}; use e.g. 24GiB or 80GB")
     return float(found[1]) * _SIZES[found[2]]
 
 
@@ -188,7 +190,7 @@ def read_bandwidth(text: str) -> float:
     """
     found = _RATE.fullmatch(text)
     if found is None or not float(found[1]):
-        raise UsageError(f"--network must be a bandwidth above 0, got {text!r}; use 100Gbit, say")
+        raise UsageError(f"--network must be a bandwidth above 0, got {text!r}; use e.g. 100Gbit")
     return float(found[1]) * {"m": 1e6, "g": 1e9}[found[2].lower()] / 8
 
 
@@ -199,14 +201,14 @@ def read_hosts(text: str | None, ranks: int | None, bandwidth: float) -> Network
         UsageError: it is none, or does not make as many ranks.
     """
     if ranks is not None and (not is_count(ranks) or ranks > LARGEST_RANKS):
-        raise UsageError(f"--ranks must be 1 to {LARGEST_RANKS}, got {shown(ranks)}; use 8, say")
+        raise UsageError(f"--ranks must be 1 to {LARGEST_RANKS}, got {shown(ranks)}; use e.g. 8")
     if text is None:
         ranks = 1 if ranks is None else ranks
         local = math.gcd(ranks, 8) if ranks > 8 else ranks
         return Network(ranks // local, local, bandwidth)
     found = _HOSTS.fullmatch(text)
     if found is None or not int(found[1]) or not int(found[2]):
-        raise UsageError(f"--hosts must be HOSTSxRANKS, got {text!r}; use 8x8 for 8 hosts of 8 ranks, say")
+        raise UsageError(f"--hosts must be HOSTSxRANKS, got {text!r}; use e.g. 8x8 for 8 hosts of 8 ranks")
     hosts, local = int(found[1]), int(found[2])
     if hosts * local > LARGEST_RANKS or ranks not in (None, hosts * local):
         raise UsageError(

@@ -89,13 +89,13 @@ def plan(
     settings = read_config(config)
     batch = settings.get("train_batch_size")
     if not is_count(batch):
-        raise UsageError(f"train_batch_size must be a number of samples, got {batch!r}; use 128, say")
+        raise UsageError(f"train_batch_size must be a number of samples, got {batch!r}; use e.g. 128")
     if not is_count(ranks):
-        raise UsageError(f"ranks must be 1 or more, got {ranks!r}; use 8, say")
+        raise UsageError(f"ranks must be 1 or more, got {ranks!r}; use e.g. 8")
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be {one_of(DTYPES)}, got {dtype!r}")
     if memory is not None and not 0 < memory < math.inf:
-        raise UsageError(f"memory must be a number of bytes above 0, got {memory!r}; use 24 * 2**30, say")
+        raise UsageError(f"memory must be a number of bytes above 0, got {memory!r}; use e.g. 24 * 2**30")
     assert isinstance(batch, int)
     inputs = sample_input if isinstance(sample_input, tuple) else (sample_input,)
     if not any(isinstance(leaf, Tensor) and leaf.dim() for leaf in tree_leaves(inputs)):
@@ -183,7 +183,7 @@ class Search:
         ]
         if not found:
             raise UsageError(
-                f"the batch of {self.job.batch} must divide among the replicas of {self.ranks} ranks, got no way; "
+                f"the batch must be a multiple of the replicas of {self.ranks} ranks, got {self.job.batch}; "
                 f"use {one_of(divisors(self.job.batch)[-4:])} ranks, or another batch"
             )
         return found

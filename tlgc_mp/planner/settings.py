@@ -84,7 +84,7 @@ def resolve(options: Namespace) -> PlanSettings:
     if memory <= device.fixed:
         raise UsageError(
             f"--memory must be more than the {device.fixed / 2**30:.2f} GiB that a process takes, got "
-            f"{options.memory}; use 24GiB, say"
+            f"{options.memory}; use e.g. 24GiB"
         )
     if options.dtype not in DTYPES:
         raise UsageError(f"--dtype must be {one_of(DTYPES)}, got {options.dtype!r}")

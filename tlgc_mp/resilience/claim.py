@@ -43,8 +43,8 @@ def claimed(output_dir: str, resume_from: tuple[str, str] | None) -> Iterator[No
             _look(output_dir, rank, said[0] or "")
             if said[1] != (resume_from and resume_from[1]):
                 raise UsageError(
-                    f"--resume means {resume_from and resume_from[1]!r} on rank {rank}, and {said[1]!r} on rank 0; "
-                    "name the checkpoint, and give all ranks one folder"
+                    f"--resume must mean the same checkpoint on every rank, got {resume_from and resume_from[1]!r} on "
+                    f"rank {rank} and {said[1]!r} on rank 0; name the checkpoint, and give all ranks one folder"
                 )
         yield
     finally:

@@ -27,7 +27,7 @@ from types import FrameType
 import psutil
 
 from tlgc_mp.checkpoint.folder import CHECKPOINTS, newest_whole
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import UsageError, must_be
 from tlgc_mp.resilience.verdicts import VERDICT_FILE, met, read_verdict
 from tlgc_mp.training.settings import output_folder
 
@@ -64,7 +64,7 @@ def run(command: Sequence[str], max_restarts: int, parse: Callable[[list[str]], 
     """
     command = list(command)
     if max_restarts < 0:
-        raise UsageError(f"--max-restarts={max_restarts} is negative; use 0 or more")
+        raise must_be("--max-restarts", "0 or more", max_restarts)
     output_dir = output_folder(parse(_training(command)))
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     attempt = _Attempt(mpi=os.path.basename(command[0]) in _MPI_LAUNCHERS)
@@ -104,8 +104,7 @@ def _training(command: list[str]) -> list[str]:
     if "train" in command[1:]:
         return command[command.index("train", 1) :]
     raise UsageError(
-        f"launch: {shlex.join(command) or 'an empty command'} starts no training; give one that ends in "
-        "`... tlgc_mp train OPTIONS`, after --"
+        f"COMMAND must end in `... tlgc_mp train OPTIONS`, got {shlex.join(command) or 'nothing'}; give it after --"
     )
 
 
@@ -145,7 +144,7 @@ class _Attempt:
         try:
             self._process = subprocess.Popen(command, env=environment, start_new_session=True)
         except OSError as error:
-            raise UsageError(f"launch: {command[0]!r} cannot be started: {error.strerror}") from None
+            raise UsageError(f"COMMAND must be one that can be started, got {command[0]!r}: {error.strerror}") from None
         if self.signalled:
             self._send(self.signalled)
         status = self._wait(self._process, verdict_file)

@@ -68,8 +68,8 @@ def check_resumed(settings: TrainSettings, saved: Run, named: set[str]) -> None:
         if key not in (*_SPLIT, *_OF_DATA, *named) and saved.get(key) != value:
             hint = f", or ask for it by {_CHANGEABLE[key]}" if key in _CHANGEABLE else ""
             raise UsageError(
-                f"--resume: the checkpoint in {os.path.join(*settings.resume_from)!r} is of a run with "
-                f"{key}={saved.get(key)!r}, not {value!r}; give the same, or another --output-dir{hint}"
+                f"--resume must be of a run with {key}={value!r}, got {saved.get(key)!r} in "
+                f"{os.path.join(*settings.resume_from)!r}; give the same, or another --output-dir{hint}"
             )
 
 

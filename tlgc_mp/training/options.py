@@ -17,7 +17,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypedDict
 
 from tlgc_mp.data.catalog import DATASETS
-from tlgc_mp.errors import UsageError, one_of
+from tlgc_mp.errors import UsageError, must_be, one_of
 from tlgc_mp.json_types import JsonObject
 from tlgc_mp.models.names import (
     COARSE_INITS,
@@ -145,8 +145,7 @@ class TrainOptions(ModelOptions):
         "the initial one, the largest of onecycle (default: the recipe's; 0.001 for adamw)",
         *("--learning-rate", "--lr"),
         described=True,
-        fits=lambda value: 0 < value < float("inf"),
-        refusal="{flag}={value} is not a positive number; use one, 0.1 say",
+        **_must("a positive number; use e.g. 0.1", lambda value: 0 < value < float("inf")),
         metavar="RATE",
     )
     optimizer: str | None = _option(
@@ -154,12 +153,12 @@ class TrainOptions(ModelOptions):
     )
     momentum: float | None = _option(
         "of sgd (default: the recipe's, 0.9)",
-        **_must("0 or more and less than 1; use 0.9, say", lambda value: 0 <= value < 1),
+        **_must("0 or more and less than 1; use e.g. 0.9", lambda value: 0 <= value < 1),
         metavar="M",
     )
     weight_decay: float | None = _option(
         "default: the recipe's; 0.01 for adamw",
-        **_must("0 or more; use 5e-4, say", lambda value: 0 <= value < float("inf")),
+        **_must("0 or more; use e.g. 5e-4", lambda value: 0 <= value < float("inf")),
         metavar="D",
     )
     schedule: str | None = _option(
@@ -167,20 +166,20 @@ class TrainOptions(ModelOptions):
     )
     warmup_epochs: int | None = _option(
         "in which the rate rises to the initial one (default: none)",
-        **_must("0 or more; use 5, say", lambda value: value >= 0),
+        **_must("0 or more; use e.g. 5", lambda value: value >= 0),
         metavar="K",
     )
     label_smoothing: float | None = _option(
-        "default: 0", **_must("0 or more and less than 1; use 0.1, say", lambda value: 0 <= value < 1), metavar="SHARE"
+        "default: 0", **_must("0 or more and less than 1; use e.g. 0.1", lambda value: 0 <= value < 1), metavar="SHARE"
     )
     mixup: float | None = _option(
         "mix images in pairs (default: not)",
-        **_must("a positive number; use 0.2, say", lambda value: 0 < value < float("inf")),
+        **_must("a positive number; use e.g. 0.2", lambda value: 0 < value < float("inf")),
         metavar="ALPHA",
     )
     ema: float | None = _option(
         "evaluate and export a moving average of the weights (default: not; 0.999 where no DECAY is given)",
-        **_must("more than 0 and less than 1; use 0.999, say", lambda value: 0 < value < 1),
+        **_must("more than 0 and less than 1; use e.g. 0.999", lambda value: 0 < value < 1),
         metavar="DECAY",
         nargs="?",
         const=0.999,
@@ -228,9 +227,10 @@ class TrainOptions(ModelOptions):
     )
     save_every: float | None = _option(
         "save when so long has passed since the last checkpoint (default: at the end of an epoch only)",
-        fits=lambda value: 0 < value <= _LONGEST_WAIT / 60,
-        refusal=f"{{flag}} must be a positive number of minutes, {_LONGEST_WAIT / 60:g} at most, got {{value:g}}; use "
-        "10, say",
+        **_must(
+            f"a positive number of minutes, {_LONGEST_WAIT / 60:g} at most; use e.g. 10",
+            lambda value: 0 < value <= _LONGEST_WAIT / 60,
+        ),
         metavar="MINUTES",
     )
     save_every_steps: int | None = _option("save after each K steps of an epoch, too", bounds=_COUNT, metavar="K")
@@ -241,8 +241,7 @@ class TrainOptions(ModelOptions):
     rank_timeout: float = _option(
         "end the run when a rank has given no sign of life for so long (default: %(default)g)",
         default=60.0,
-        fits=lambda value: 1 <= value <= _LONGEST_WAIT,
-        refusal=f"{{flag}}={{value:g}} is no time to wait; use 1 second or more, {_LONGEST_WAIT} at most",
+        **_must(f"1 to {_LONGEST_WAIT} seconds; use e.g. 60", lambda value: 1 <= value <= _LONGEST_WAIT),
         metavar="SECONDS",
     )
     deepspeed_config: str | JsonObject | None = _option(  # noqa: RUF009
@@ -283,9 +282,9 @@ def check_options(options: Namespace) -> None:
         if about["bounds"] is not None:
             least, most = about["bounds"]
             if value < least:
-                raise UsageError(f"{flag}={value} is too small; use {least} or more")
+                raise must_be(flag, f"{least} or more", value)
             if value > most:
-                raise UsageError(f"{flag}={value} is too large; use {most} or less")
+                raise must_be(flag, f"{most} or less", value)
         if about["fits"] is not None and not about["fits"](value):
             raise UsageError(about["refusal"].format(flag=flag, value=value))
 

@@ -40,7 +40,8 @@ def steps_of(batches: Batches, accumulation: int, limit_steps: int | None, whose
     steps = len(batches) // accumulation
     if steps == 0:
         raise UsageError(
-            f"{whose} gives {len(batches)} micro-batches, fewer than the {accumulation} of one step; lower the batch "
+            f"{whose} must give the {accumulation} micro-batches of a step or more, got {len(batches)}; lower the "
+            "batch "
             "size or gradient_accumulation_steps"
         )
     return steps if limit_steps is None else min(limit_steps, steps)
@@ -57,8 +58,8 @@ def check_arguments(batches: object, *, seed: object, save_seconds: object, ema:
         if not is_count(value) and not (value is None and name in ("limit_steps", "save_steps")):
             raise UsageError(f"{name} must be 1 or more, got {shown(value)}; give an int")
     if not isinstance(seed, int):
-        raise UsageError(f"seed must be an int, got {shown(seed)}; use 0, say")
+        raise UsageError(f"seed must be an int, got {shown(seed)}; use e.g. 0")
     if save_seconds is not None and not (is_number(save_seconds) and save_seconds > 0):
-        raise UsageError(f"save_seconds must be a positive number, got {shown(save_seconds)}; use 600, say")
+        raise UsageError(f"save_seconds must be a positive number, got {shown(save_seconds)}; use e.g. 600")
     if ema is not None and not (is_number(ema) and 0 < ema < 1):
-        raise UsageError(f"ema must be more than 0 and less than 1, got {shown(ema)}; use 0.999, say")
+        raise UsageError(f"ema must be more than 0 and less than 1, got {shown(ema)}; use e.g. 0.999")

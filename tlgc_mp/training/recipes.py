@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass, fields, replace
 
-from tlgc_mp.errors import UsageError, one_of
+from tlgc_mp.errors import UsageError, must_be, one_of
 from tlgc_mp.json_types import JsonObject
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -70,7 +70,7 @@ def find_recipe(name: str) -> Recipe:
         UsageError: there is none of that name.
     """
     if name not in RECIPES:
-        raise UsageError(f"--recipe={name!r} is unknown; use {one_of(RECIPES)}")
+        raise must_be("--recipe", one_of(RECIPES), name)
     return RECIPES[name]
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 
 from tlgc_mp.checkpoint.folder import CHECKPOINTS, LATEST, tags
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import UsageError, must_be
 
 LOCK = "lock"
 OPTIONS = "run.yaml"
@@ -27,18 +27,21 @@ RESULT = "result.json"
 def check_free(path: str, argument: str, again: str) -> None:
     """Refuses a folder, given as ``argument``, that cannot take a new run; ``again`` says how one is resumed."""
     if os.path.exists(path) and not os.path.isdir(path):
-        raise UsageError(f"{argument}={path!r} is a file; give a folder")
+        raise UsageError(f"{argument} must be a folder, got {path!r}, which is a file")
     metrics = os.path.join(path, METRICS)
     # One cut off in its first epoch has written no line.
     if os.path.exists(metrics) and os.path.getsize(metrics) and not _never_saved(os.path.join(path, CHECKPOINTS)):
-        raise UsageError(f"{argument}={path!r} holds a run already; {again} to continue it, or another folder")
+        raise UsageError(
+            f"{argument} must be a folder without a run, got {path!r}, which holds one; {again} to resume it, or use "
+            "another"
+        )
     existing = path
     while not os.path.exists(existing):
         existing = os.path.dirname(os.path.abspath(existing))
     if not os.path.isdir(existing):
-        raise UsageError(f"{argument}={path!r}: {existing!r} is a file; give a folder")
+        raise UsageError(f"{argument} must be a folder, got {path!r}, where {existing!r} is a file")
     if not os.access(existing, os.W_OK):
-        raise UsageError(f"{argument}={path!r} cannot be written; give a folder in which you may write")
+        raise must_be(argument, "a folder in which you may write", path)
 
 
 def _never_saved(checkpoints: str) -> bool:

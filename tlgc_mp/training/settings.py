@@ -17,7 +17,7 @@ from tlgc_mp.checkpoint.folder import Run, find_checkpoint, saved_run
 from tlgc_mp.data import check_dataset
 from tlgc_mp.engine.compiled import check_compiled
 from tlgc_mp.engine.config import check_values, read_config, section, tensor_parallel_size, zero_stage
-from tlgc_mp.errors import UsageError, is_count, is_number, shown
+from tlgc_mp.errors import UsageError, is_count, is_number, must_be, shown
 from tlgc_mp.host import usable_cores
 from tlgc_mp.json_types import JsonObject
 from tlgc_mp.models.names import check_split, library_model
@@ -86,7 +86,7 @@ def resolve(options: Namespace, launch: Launch) -> TrainSettings:
     check_network(options)
     check_dataset(options.dataset, options.data_dir, options.val_split)
     if options.num_classes is not None and options.dataset != "synthetic":
-        raise UsageError(f"--num-classes={options.num_classes}: {options.dataset} says itself how many; leave it out")
+        raise must_be("--num-classes", f"left out with --dataset {options.dataset}", options.num_classes)
     if options.activation_checkpointing and library_model(options.model) is not None:
         raise UsageError(
             f"--activation-checkpointing must be left out with --model={options.model}, whose blocks are not known; "
@@ -158,7 +158,7 @@ def _topology(options: Namespace, config: JsonObject, launch: Launch) -> Topolog
     configured = tensor_parallel_size(config)
     if options.tp is not None and configured is not None and options.tp != configured:
         raise UsageError(
-            f"--tp={options.tp} contradicts tensor_parallel.autotp_size={configured} in the DeepSpeed configuration; "
+            f"--tp must be tensor_parallel.autotp_size of the DeepSpeed configuration, {configured}, got {options.tp}; "
             "give one of them, or the same in both"
         )
     ranks = options.tp if options.tp is not None else configured
@@ -189,7 +189,7 @@ def _batches(
             config.pop(key, None)
             continue
         if not is_count(value):
-            raise UsageError(f"{key}={shown(value)} in the DeepSpeed configuration is not 1 or more; give an int")
+            raise UsageError(f"{key} in the DeepSpeed configuration must be 1 or more, got {shown(value)}; give an int")
         given[key] = value
     accumulation = given.get("gradient_accumulation_steps", 1)
     micro = given.get("train_micro_batch_size_per_gpu")
@@ -199,16 +199,16 @@ def _batches(
             accumulation = max(1, configured // (micro * replicas))
         if configured != micro * accumulation * replicas:
             raise UsageError(
-                f"train_batch_size={configured} in the DeepSpeed configuration is not "
+                f"train_batch_size in the DeepSpeed configuration must be {micro * accumulation * replicas}, "
                 f"train_micro_batch_size_per_gpu={micro} x gradient_accumulation_steps={accumulation} x {replicas} "
-                f"replicas; use {micro * accumulation * replicas}"
+                f"replicas, got {configured}"
             )
     elif micro is not None:
         configured = micro * accumulation * replicas
     if options.batch_size is not None and configured is not None and options.batch_size != configured:
         raise UsageError(
-            f"--batch-size={options.batch_size} contradicts the batch of {configured} that the DeepSpeed configuration "
-            "sets; give one of them, or the same in both"
+            f"--batch-size must be the batch that the DeepSpeed configuration sets, {configured}, got "
+            f"{options.batch_size}; give one of them, or the same in both"
         )
     batch = options.batch_size or configured or recipe.batch_size
     if saved is not None and not {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps"} & given.keys():
@@ -217,8 +217,8 @@ def _batches(
             accumulation = batch // (replicas * kept)
     if batch % (replicas * accumulation):
         raise UsageError(
-            f"a batch of {batch} does not divide among {replicas} replicas x {accumulation} accumulation steps; "
-            f"use a multiple of {replicas * accumulation}"
+            f"the batch must be a multiple of {replicas * accumulation}, {replicas} replicas x {accumulation} "
+            f"accumulation steps, got {batch}"
         )
     micro = batch // (replicas * accumulation)
     config["train_batch_size"] = batch
@@ -237,18 +237,19 @@ def _learning_rate(options: Namespace, config: JsonObject, recipe: Recipe) -> fl
     rate = section(optimizer, "params").get("lr")
     if rate is None or not isinstance(optimizer.get("type"), str):
         raise UsageError(
-            f"optimizer={shown(config['optimizer'])} in the DeepSpeed configuration names no type or no learning rate; "
-            'use {"type": ..., "params": {"lr": ...}}'
+            'optimizer in the DeepSpeed configuration must be {"type": ..., "params": {"lr": ...}}, got '
+            f"{shown(config['optimizer'])}"
         )
     if not is_number(rate) or not 0 < rate <= sys.float_info.max:
         raise UsageError(
-            f"optimizer.params.lr={shown(rate)} in the DeepSpeed configuration is not a positive number; use 0.1, say"
+            f"optimizer.params.lr in the DeepSpeed configuration must be a positive number, got {shown(rate)}; use "
+            "e.g. 0.1"
         )
     configured = float(rate)
     if options.learning_rate is not None and options.learning_rate != configured:
         raise UsageError(
-            f"--learning-rate={options.learning_rate} contradicts optimizer.params.lr={configured} in the DeepSpeed "
-            "configuration; give one of them, or the same in both"
+            f"--learning-rate must be optimizer.params.lr of the DeepSpeed configuration, {configured}, got "
+            f"{options.learning_rate}; give one of them, or the same in both"
         )
     return configured
 

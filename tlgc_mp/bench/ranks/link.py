@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 
 from tlgc_mp.bench.ranks.launch import Place
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import UsageError, must_be
 
 NETWORK = "10.79.0"
 INTERFACE = "eth0"
@@ -39,7 +39,7 @@ def bits_per_second(rate: str) -> float | None:
         return None
     found = _RATE.fullmatch(rate)
     if found is None or not int(found[1]):
-        raise UsageError(f"--rates={rate!r} is no bandwidth; use {UNLIMITED}, 1gbit, 100mbit or 500kbit, say")
+        raise must_be("--rates", f"{UNLIMITED} or a bandwidth", rate, "use e.g. 1gbit, 100mbit or 500kbit")
     return float(int(found[1]) * _UNITS[found[2]])
 
 
@@ -78,7 +78,9 @@ def cable() -> Iterator[Cable]:
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if os.name != "posix" or os.geteuid() != 0 or missing:
         lacking = f"without {', '.join(missing)}" if missing else "without root"
-        raise UsageError(f"a link of two hosts cannot be made {lacking}; use bench scaling --hosts on real ones")
+        raise UsageError(
+            f"a link between two hosts cannot be made {lacking}; use bench scaling --hosts with real hosts"
+        )
     holders: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(2):
@@ -105,11 +107,13 @@ def _wait_for_namespace(holder: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + _SECONDS
     while os.readlink(f"/proc/{holder.pid}/ns/net") == own:
         if holder.poll() is not None or time.monotonic() > deadline:
-            raise UsageError("a network namespace cannot be made here; use bench scaling --hosts on real hosts")
+            raise UsageError("a network namespace cannot be made here; use bench scaling --hosts with real hosts")
         time.sleep(0.01)
 
 
 def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
     if done.returncode:
-        raise UsageError(f"{' '.join(command)} failed: {done.stderr.strip()}; use bench scaling --hosts on real hosts")
+        raise UsageError(
+            f"{' '.join(command)} failed: {done.stderr.strip()}; use bench scaling --hosts with real hosts"
+        )

@@ -19,9 +19,9 @@ from typing import ClassVar, Literal, TypeAlias, TypedDict, get_args
 
 from tlgc_mp.bench.ranks import launch
 from tlgc_mp.bench.report import describe, table
-from tlgc_mp.bench.settings import check_counts, check_ranks, output_folder
+from tlgc_mp.bench.settings import check_counts, check_ranks, check_time_limit, output_folder
 from tlgc_mp.bench.zero.sweep import TrainingEngine
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import must_be, one_of
 from tlgc_mp.host import Provenance, describe_run, replace_file
 from tlgc_mp.models.names import check_model, check_split
 
@@ -103,9 +103,8 @@ def resolve(options: Namespace) -> SavingSettings:
     check_ranks("--tp", options.tp)
     check_counts({"--batch-size": options.batch_size, "--rounds": options.rounds})
     if options.stage not in range(4):
-        raise UsageError(f"--zero-stage={options.stage} is not a stage of ZeRO; use one of 0, 1, 2, 3")
-    if not 0 < options.time_limit < float("inf"):
-        raise UsageError(f"--time-limit={options.time_limit} is not a number of seconds; use one, 1800 say")
+        raise must_be("--zero-stage", one_of(range(4)), options.stage)
+    check_time_limit(options.time_limit)
     model = options.model or ("wrn-10-1" if options.quick else "wrn-28-20")
     groups = options.tp if options.groups is None else options.groups
     check_model(model, "gc-2l", groups)

@@ -28,11 +28,12 @@ from tlgc_mp.bench.settings import (
     WARM_UP_STEPS,
     Case,
     check_counts,
+    check_time_limit,
     make_case,
     output_folder,
     parse_strategy,
 )
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import must_be
 from tlgc_mp.figures import COLORS, caption, machine_of, pyplot, rounded, save
 from tlgc_mp.host import Machine, Provenance, describe_run, replace_file
 
@@ -106,8 +107,7 @@ def resolve(options: Namespace) -> BandwidthSettings:
     """
     quick = options.quick
     check_counts({"--rounds": options.rounds, "--steps": options.steps, "--batch-size": options.batch_size})
-    if not 0 < options.time_limit < float("inf"):
-        raise UsageError(f"--time-limit={options.time_limit} is not a number of seconds; use one, 120 say")
+    check_time_limit(options.time_limit)
     rates = options.rates or ([UNLIMITED, "20mbit"] if quick else RATES)
     for rate in rates:
         bits_per_second(rate)
@@ -117,8 +117,8 @@ def resolve(options: Namespace) -> BandwidthSettings:
         strategy, counts = parse_strategy(name, [HOSTS])
         for ranks in counts:
             if ranks % HOSTS:
-                raise UsageError(
-                    f"--strategies={name!r}: {ranks} ranks do not share two hosts evenly; use {strategy}@{HOSTS}, say"
+                raise must_be(
+                    "--strategies", "at an even number of ranks, for two hosts", name, f"use e.g. {strategy}@{HOSTS}"
                 )
             cases[make_case(strategy, options.depth, width, ranks, options.batch_size, options)] = None
     return BandwidthSettings(
@@ -161,8 +161,11 @@ def _found(settings: BandwidthSettings) -> list[Row]:
     with open(path, encoding="utf-8") as file:
         found = json.load(file)
     if found["settings"] != json.loads(json.dumps(settings.measured())):
-        raise UsageError(
-            f"--output={settings.output!r} holds a run of other settings; use the same ones, or a new folder"
+        raise must_be(
+            "--output",
+            "a new folder, or one that holds a run with the same settings",
+            settings.output,
+            "use the same settings, or another folder",
         )
     return [Row(**{**row, "missing": None}) for row in found["rows"]]  # what failed is tried again
 

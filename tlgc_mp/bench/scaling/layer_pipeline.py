@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tlgc_mp.errors import UsageError, divisors, one_of
+from tlgc_mp.errors import UsageError, divisors, must_be, one_of
 from tlgc_mp.models.wide_resnet import WideResNet
 from tlgc_mp.nn.init import materialize
 
@@ -47,13 +47,13 @@ def split_by_work(model: WideResNet, parts: int, image_shape: tuple[int, int, in
         UsageError: an argument that cannot work.
     """
     if not all(param.is_meta for param in model.parameters()):
-        raise UsageError('model: holds values already; build it with create_model(..., device="meta")')
+        raise UsageError('model must be on the meta device, got one with values; use create_model(..., device="meta")')
     units = len(model.units)
     if not 1 <= parts <= units:
-        raise UsageError(f"parts={parts} (one a rank): the model has {units} residual units; use 1 to {units}")
+        raise must_be("parts", f"1 to {units}, the number of residual units", parts)
     channels = next(model.stem.parameters()).shape[1]
     if len(image_shape) != 3 or image_shape[0] != channels or min(image_shape) < 1:
-        raise UsageError(f"image_shape={image_shape} is not that of an image; use ({channels}, height, width)")
+        raise must_be("image_shape", f"({channels}, height, width)", image_shape)
     works, shapes = _measure(model, image_shape)
     total = list(itertools.accumulate(works, initial=0))
     # best[stop]: the largest part, at its smallest, and the first unit of each part, when units before stop are cut.
@@ -240,14 +240,18 @@ class LayerPipeline:
         update_in_backward: bool = False,
     ) -> None:
         if batch_size < 1:
-            raise UsageError(f"batch_size={batch_size} is not a number of images; use 1 or more")
+            raise must_be("batch_size", "1 or more", batch_size)
         if micro_batches < 1 or batch_size % micro_batches:
-            raise UsageError(
-                f"micro_batches={micro_batches} does not divide batch_size={batch_size}; "
-                f"use {one_of(divisors(batch_size))}"
+            raise must_be(
+                "micro_batches",
+                f"a divisor of batch_size={batch_size}",
+                micro_batches,
+                f"use {one_of(divisors(batch_size))}",
             )
         if update_in_backward and micro_batches > 1:
-            raise UsageError(f"update_in_backward: micro_batches={micro_batches} share a gradient; use micro_batches=1")
+            raise must_be(
+                "micro_batches", "1 with update_in_backward, as micro-batches share a gradient", micro_batches
+            )
         group = group if group is not None else dist.group.WORLD
         assert group is not None, "torch.distributed is not initialized"
         ranks = dist.get_process_group_ranks(group)
@@ -316,9 +320,9 @@ class LayerPipeline:
         """
         before, after = self._before, self._after
         if before is None and images.shape != (self._batch_size, *self._image_shape):
-            raise UsageError(f"images: shape {tuple(images.shape)}; use {(self._batch_size, *self._image_shape)}")
+            raise must_be("images", f"of shape {(self._batch_size, *self._image_shape)}", tuple(images.shape))
         if after is None and labels.shape != (self._batch_size,):
-            raise UsageError(f"labels: shape {tuple(labels.shape)}; use {(self._batch_size,)}")
+            raise must_be("labels", f"of shape {(self._batch_size,)}", tuple(labels.shape))
         links = [link for link in (before, after) if link is not None]
         inputs: tuple[Tensor, ...] = ()
         targets: tuple[Tensor, ...] = ()

@@ -19,8 +19,8 @@ from typing import ClassVar, TypeAlias, TypedDict
 
 from tlgc_mp.bench.ranks import launch
 from tlgc_mp.bench.report import describe, table
-from tlgc_mp.bench.settings import check_counts, check_ranks, output_folder
-from tlgc_mp.errors import UsageError
+from tlgc_mp.bench.settings import check_counts, check_ranks, check_time_limit, output_folder
+from tlgc_mp.errors import must_be
 from tlgc_mp.host import Provenance, describe_run, replace_file
 from tlgc_mp.models.names import check_model, check_split
 
@@ -97,18 +97,14 @@ def resolve(options: Namespace) -> ZeroSettings:
     check_ranks("--replicas", options.replicas)
     check_ranks("--tp x --replicas", options.tp * options.replicas)
     check_counts({"--batch-size": options.batch_size})
-    if not 0 < options.time_limit < float("inf"):
-        raise UsageError(f"--time-limit={options.time_limit} is not a number of seconds; use one, 1800 say")
+    check_time_limit(options.time_limit)
     model = options.model or ("wrn-16-4" if options.quick else "wrn-28-10")
     groups = 4 if options.groups is None else options.groups
     check_model(model, "gc-2l", groups)
     check_split(model, "gc-2l", groups, options.tp)
     batch_size = 2 * options.replicas if options.batch_size is None else options.batch_size
     if batch_size % options.replicas:
-        raise UsageError(
-            f"--batch-size={batch_size} does not divide among {options.replicas} replicas; "
-            f"use a multiple of {options.replicas}"
-        )
+        raise must_be("--batch-size", f"a multiple of {options.replicas}, the replicas", batch_size)
     folder = output_folder(options.output, time.strftime("zero-%Y%m%d-%H%M%S"))
     return ZeroSettings(model, groups, options.tp, options.replicas, batch_size, folder, options.time_limit)
 
