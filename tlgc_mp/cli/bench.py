@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+import functools
+import importlib
+from argparse import ArgumentParser, Namespace
 
 from tlgc_mp.bench.settings import CHECKPOINTED, DTYPES, STRATEGIES, resolve
 from tlgc_mp.cli.options import Commands, check_alone
@@ -48,9 +50,7 @@ def add_bench_parser(commands: Commands) -> None:
     )
     scaling.add_argument("--no-momentum", action="store_true", help="SGD without momentum, which saves memory")
     scaling.add_argument("--quick", action="store_true", help="w = 10, every strategy, one round of one step")
-    scaling.add_argument(
-        "--time-limit", type=float, default=1800.0, metavar="SECONDS", help="of one measurement (default: %(default)g)"
-    )
+    _add_time_limit(scaling, "of one measurement")
     scaling.add_argument(
         "--hosts",
         nargs="+",
@@ -86,13 +86,7 @@ def add_bench_parser(commands: Commands) -> None:
     bandwidth.add_argument("--rounds", type=int, default=2, metavar="R", help="(default: %(default)s)")
     bandwidth.add_argument("--steps", type=int, default=5, metavar="K", help="timed ones (default: %(default)s)")
     bandwidth.add_argument("--quick", action="store_true", help="w = 1, one round of one step, unlimited and 20mbit")
-    bandwidth.add_argument(
-        "--time-limit",
-        type=float,
-        default=120.0,
-        metavar="SECONDS",
-        help="of one measurement; one that must take longer is left out (default: %(default)g)",
-    )
+    _add_time_limit(bandwidth, "of one measurement; one that must take longer is left out", 120.0)
     bandwidth.add_argument("--output", metavar="DIR", help="default: runs/bandwidth-DATE")
     bandwidth.set_defaults(run=_bandwidth, micro_batches=None, activation_checkpointing=False)
     zero = benchmarks.add_parser(
@@ -108,11 +102,9 @@ def add_bench_parser(commands: Commands) -> None:
     zero.add_argument("--replicas", type=int, default=2, metavar="D", help="of ZeRO (default: %(default)s)")
     zero.add_argument("--batch-size", type=int, metavar="B", help="images a step (default: two a replica)")
     zero.add_argument("--quick", action="store_true", help="a smaller network, wrn-16-4")
-    zero.add_argument(
-        "--time-limit", type=float, default=1800.0, metavar="SECONDS", help="of it all (default: %(default)g)"
-    )
+    _add_time_limit(zero, "of it all")
     zero.add_argument("--output", metavar="DIR", help="default: runs/zero-DATE")
-    zero.set_defaults(run=_zero)
+    zero.set_defaults(run=functools.partial(_measure, "bench zero", "tlgc_mp.bench.zero.sweep"))
     saving = benchmarks.add_parser(
         "saving",
         help="how long a checkpoint holds training up, beside the time to write the same bytes",
@@ -127,11 +119,9 @@ def add_bench_parser(commands: Commands) -> None:
     saving.add_argument("--zero-stage", dest="stage", type=int, default=1, help="(default: %(default)s)")
     saving.add_argument("--rounds", type=int, default=5, metavar="R", help="(default: %(default)s)")
     saving.add_argument("--quick", action="store_true", help="a small network, wrn-10-1, and one round")
-    saving.add_argument(
-        "--time-limit", type=float, default=1800.0, metavar="SECONDS", help="of the run (default: %(default)g)"
-    )
+    _add_time_limit(saving, "of the run")
     saving.add_argument("--output", metavar="DIR", help="default: runs/saving-DATE")
-    saving.set_defaults(run=_saving)
+    saving.set_defaults(run=functools.partial(_measure, "bench saving", "tlgc_mp.bench.saving.sweep"))
     inference = benchmarks.add_parser(
         "inference",
         help="dense, group and two-level networks as they are trained and folded, in torch and ONNX Runtime",
@@ -146,7 +136,12 @@ def add_bench_parser(commands: Commands) -> None:
     inference.add_argument("--rounds", type=int, default=15, metavar="R", help="timed calls (default: %(default)s)")
     inference.add_argument("--quick", action="store_true", help="a small network, wrn-10-1, and one round")
     inference.add_argument("--output", metavar="DIR", help="default: runs/inference-DATE")
-    inference.set_defaults(run=_inference)
+    inference.set_defaults(run=functools.partial(_measure, "bench inference", "tlgc_mp.bench.inference"))
+
+
+def _add_time_limit(parser: ArgumentParser, of: str, default: float = 1800.0) -> None:
+    help = f"{of} (default: %(default)g)"
+    parser.add_argument("--time-limit", type=float, default=default, metavar="SECONDS", help=help)
 
 
 def _scaling(options: Namespace, launch: Launch) -> int:
@@ -159,29 +154,12 @@ def _scaling(options: Namespace, launch: Launch) -> int:
 
 
 def _bandwidth(options: Namespace, launch: Launch) -> int:
-    check_alone("bench bandwidth", launch)
     check_installed("matplotlib", "bench", "bench bandwidth")
-    from tlgc_mp.bench.scaling import bandwidth
-
-    return bandwidth.run(bandwidth.resolve(options))
+    return _measure("bench bandwidth", "tlgc_mp.bench.scaling.bandwidth", options, launch)
 
 
-def _saving(options: Namespace, launch: Launch) -> int:
-    check_alone("bench saving", launch)
-    from tlgc_mp.bench.saving import sweep as saving
-
-    return saving.run(saving.resolve(options))
-
-
-def _inference(options: Namespace, launch: Launch) -> int:
-    check_alone("bench inference", launch)
-    from tlgc_mp.bench import inference
-
-    return inference.run(inference.resolve(options))
-
-
-def _zero(options: Namespace, launch: Launch) -> int:
-    check_alone("bench zero", launch)
-    from tlgc_mp.bench.zero import sweep as zero
-
-    return zero.run(zero.resolve(options))
+def _measure(command: str, module: str, options: Namespace, launch: Launch) -> int:
+    """Runs the benchmark of a module that has ``resolve`` and ``run``."""
+    check_alone(command, launch)
+    benchmark = importlib.import_module(module)
+    return int(benchmark.run(benchmark.resolve(options)))
