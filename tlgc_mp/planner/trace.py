@@ -204,7 +204,7 @@ class _Recorder(TorchDispatchMode):
     """Writes down every operator that runs, and what is alive after it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rows: list[tuple[float, ...]] = []
         self.sent: list[tuple[str, int]] = []
         self.live = 0

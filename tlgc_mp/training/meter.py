@@ -71,7 +71,7 @@ def step_flops(settings: TrainSettings, num_classes: int, image_size: int) -> fl
     model = create_meta_model(settings.model, **model_arguments(settings, num_classes))
     with FlopCounterMode(display=False) as counter:
         libraries.output_on_meta(model, libraries.BATCH, image_size, image_size)
-    return 3.0 * counter.get_total_flops() / libraries.BATCH * settings.batch_size
+    return 3.0 * float(counter.get_total_flops()) / libraries.BATCH * settings.batch_size
 
 
 def in_a_line(figures: dict[str, float]) -> str:

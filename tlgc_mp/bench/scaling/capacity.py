@@ -79,4 +79,4 @@ def available_bytes() -> int:
             limits.append(int(limit) - used)
     except (OSError, ValueError):
         pass
-    return min(limits)
+    return int(min(limits))

@@ -54,17 +54,17 @@ def plot(rows: list[Row], machine: Machine, folder: str) -> None:
     from matplotlib.lines import Line2D
 
     panels = (
-        ("CPU seconds of a step, a rank", "seconds", lambda row: row["busy_cpu_seconds"]),
-        ("peak memory a rank, MB", "memory", lambda row: row["peak_memory_bytes"] / 1e6),
-        ("MB in collectives a step, a rank", "bytes", lambda row: row["collective_bytes"] / 1e6),
+        ("CPU seconds of a step, a rank", "seconds", "busy_cpu_seconds", 1.0),
+        ("peak memory a rank, MB", "memory", "peak_memory_bytes", 1e6),
+        ("MB in collectives a step, a rank", "bytes", "collective_bytes", 1e6),
     )
     figure, all_axes = plt.subplots(1, len(panels), figsize=(10.5, 3.8), layout="constrained")
-    for axes, (label, formula, measured) in zip(all_axes, panels, strict=True):
+    for axes, (label, formula, key, unit) in zip(all_axes, panels, strict=True):
         for color, (groups, line) in zip(COLORS, lines.items(), strict=False):
             if formula == "bytes" and groups == 1:
                 continue
             at = [row["width"] for row in line]
-            axes.plot(at, [measured(row) for row in line], color=color, marker="o")
+            axes.plot(at, [row[key] / unit for row in line], color=color, marker="o")
             axes.plot(at, [formulas(row)[formula] for row in line], color=color, ls="--", lw=1)
         axes.set_xlabel("w")
         axes.set_ylabel(label)
