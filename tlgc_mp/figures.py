@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+from types import ModuleType
 from typing import TYPE_CHECKING
+
+from tlgc_mp.host import Machine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
-import os
-from collections.abc import Iterable
-from types import ModuleType
-
-from tlgc_mp.host import Machine
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")  # told apart by colour-blind readers too
 

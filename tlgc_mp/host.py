@@ -6,12 +6,6 @@ where it is called: the command line does, the library does not.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
-
-if TYPE_CHECKING:
-    from typing_extensions import NotRequired
-
-
 import contextlib
 import ctypes
 import importlib.metadata
@@ -21,9 +15,14 @@ import socket
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING, TypedDict
 
 from tlgc_mp import __version__
 from tlgc_mp.errors import must_be
+
+if TYPE_CHECKING:
+    from typing_extensions import NotRequired
+
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 """Parameters of glibc's ``mallopt``."""

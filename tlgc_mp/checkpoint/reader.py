@@ -7,18 +7,12 @@ a few ranges of the files; else the parts are put together first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from typing_extensions import NotRequired
-
-
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias, TypedDict
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +21,10 @@ from torch import Tensor
 from tlgc_mp.checkpoint.folder import read_description
 from tlgc_mp.errors import UsageError, is_count
 from tlgc_mp.parallel.layout import Layout, Ranks, join_shares, take_share
+
+if TYPE_CHECKING:
+    from typing_extensions import NotRequired
+
 
 INDEX = "index"
 """The key of a file's metadata under which, as JSON, stands where each of its tensors belongs."""

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from deepspeed.monitor.csv_monitor import csvMonitor
-
-
 import contextlib
 import csv
 import glob
@@ -16,10 +10,14 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.host import replace_file
+
+if TYPE_CHECKING:
+    from deepspeed.monitor.csv_monitor import csvMonitor
+
 
 Event: TypeAlias = tuple[str, float, int]
 """KIND/FIGURE, its value, and the step."""

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -36,6 +31,10 @@ from tlgc_mp.nn import (
     init_parameters,
 )
 from tlgc_mp.nn.arguments import check_device
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 CONVOLUTION_LAYERS: dict[str, ConvFactory] = {
     "sc": functools.partial(nn.Conv2d, bias=False),

@@ -16,14 +16,8 @@ device), h x w output positions, L = B * h * w.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +29,10 @@ from tlgc_mp.nn.capture import is_captured
 from tlgc_mp.nn.coarse_level import Exchange, Fused, Overlapped, WholeExchange, Window, autocasts, is_for_cpu
 from tlgc_mp.nn.composed import Dense, KeptFilters, composed_out_of_place
 from tlgc_mp.nn.fusing import NotFusedByTorch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 WIDE_GROUP = 48
 """Output channels of a group from which on the restriction is computed on its own (docs/lab/performance.md)."""

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-
 import statistics
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from tlgc_mp.figures import caption, machine_of, one_or_more, pyplot, save
 from tlgc_mp.models.names import CONVOLUTIONS
 from tlgc_mp.paper.printed import printed_rows
 from tlgc_mp.paper.rows import LABELS, Row, Variant, variants_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 _COLORS = dict(zip(CONVOLUTIONS, ("#000000", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7"), strict=True))
 _MARKERS = dict(zip(CONVOLUTIONS, "*so^Dv", strict=True))

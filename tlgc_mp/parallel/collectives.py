@@ -16,15 +16,9 @@ its own for gradients.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import GroupName
-
-
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -33,6 +27,10 @@ from torch.autograd.function import FunctionCtx
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from tlgc_mp.parallel.waiting import Call, begin, complete
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import GroupName
+
 
 recorders: list[Callable[[str, int], None]] = []
 """Called with the name of each collective that is started and the bytes that this rank gives to it. Empty but for

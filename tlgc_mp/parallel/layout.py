@@ -8,21 +8,18 @@ sends nothing.
 from __future__ import annotations
 
 import datetime
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tlgc_mp.parallel.split_tensor import SplitTensor
-
-
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tlgc_mp.parallel import collectives
+
+if TYPE_CHECKING:
+    from tlgc_mp.parallel.split_tensor import SplitTensor
 
 
 class Layout(NamedTuple):

@@ -8,17 +8,10 @@ penalty on weights computes what it does on one device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, SupportsIndex, TypeAlias
-
-if TYPE_CHECKING:
-    from tlgc_mp.parallel.report import LayoutReport
-
-
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +28,9 @@ from tlgc_mp.parallel.split_tensor import (
     to_share,
     whole,
 )
+
+if TYPE_CHECKING:
+    from tlgc_mp.parallel.report import LayoutReport
 
 
 class Region:

@@ -5,16 +5,10 @@ Loads no torch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
-
-if TYPE_CHECKING:
-    from tlgc_mp.training.settings import TrainSettings
-
-
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 from tlgc_mp.data.catalog import DATASETS
 from tlgc_mp.errors import UsageError, must_be, one_of
@@ -29,6 +23,10 @@ from tlgc_mp.models.names import (
     check_model,
 )
 from tlgc_mp.training.recipes import OPTIMIZERS, RECIPES, SCHEDULES
+
+if TYPE_CHECKING:
+    from tlgc_mp.training.settings import TrainSettings
+
 
 LARGEST_WORKERS = 256
 _LARGEST_COUNT = 1_000_000_000
