@@ -13,7 +13,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from tlgc_mp.parallel.plan import Placement, is_recomputed
 from tlgc_mp.parallel.signatures import Args
 from tlgc_mp.parallel.split_tensor import SplitTensor
 
-Loss = Callable[[Any], Tensor]
+Loss = Callable[..., Tensor]
 
 CONVOLUTION, PRODUCT, OTHER = 0, 1, 2
 """Kinds of operators, by what bounds their time: arithmetic of convolutions, of matrix products, or memory."""
