@@ -17,6 +17,7 @@ import deepspeed.comm.comm as deepspeed_comm
 import torch.distributed as dist
 from deepspeed.utils import groups
 
+from tlgc_mp.engine.gradients import once_a_step
 from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.engine.schedules import take_model_step
 
@@ -110,6 +111,7 @@ def _in_own_groups(engine_class: type[Engine]) -> type[Engine]:
     entries: dict[str, object] = {
         name: _entry(getattr(engine_class, name)) for name in _ENTRIES if hasattr(engine_class, name)
     }
+    entries["_backward_epilogue"] = once_a_step(entries["_backward_epilogue"])
     entries["_take_model_step"] = take_model_step(engine_class._take_model_step)
     return type(engine_class.__name__, (engine_class,), {**entries, "__module__": engine_class.__module__})
 

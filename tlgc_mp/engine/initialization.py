@@ -96,6 +96,7 @@ def initialize(
     )
     from tlgc_mp.engine.elementwise import check_elementwise
     from tlgc_mp.engine.first_batch import check_first_batch
+    from tlgc_mp.engine.gradients import forget_gradients
     from tlgc_mp.engine.groups import enter_groups, keep_groups
     from tlgc_mp.engine.membership import check_names, join
     from tlgc_mp.engine.scalars import ScalarsAsBytes, clip_scalars_too
@@ -185,6 +186,7 @@ def initialize(
             if ranks > 1 and kind == "optimizer":
                 check_elementwise(stepped, ranks)
     keep_optimizer(engine)
+    forget_gradients(engine)
     match_statistics(engine.module)
     if stage == 0:
         memory_format.restore(filters)
