@@ -37,7 +37,8 @@ def retarget_optimizer(optimizer: T, replaced: dict[int, nn.Parameter]) -> T:
     """``optimizer`` over the shares; a callable is passed on, to be called with them.
 
     Raises:
-        UsageError: it has stepped, or holds state of the whole parameters that it does not make again.
+        UsageError: it has stepped, holds state of the whole parameters that it does not make again, or has parameters
+            that are not the model's, which an engine neither clears nor adds up over replicas.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         return optimizer
@@ -46,8 +47,15 @@ def retarget_optimizer(optimizer: T, replaced: dict[int, nn.Parameter]) -> T:
             "optimizer must be one that has not stepped, got one that has, on the whole model; give a new one, or a "
             "callable"
         )
+    of_model = {id(param) for param in replaced.values()}
     for group in optimizer.param_groups:
         group["params"] = retarget(group["params"], replaced)
+        foreign = [param for param in group["params"] if id(param) not in of_model]
+        if foreign:
+            raise UsageError(
+                f"optimizer must be over parameters of the model alone, got one of shape {tuple(foreign[0].shape)} "
+                "that is none of them; make it a parameter of the model, or step it with an optimizer of its own"
+            )
     if optimizer.state:  # Adagrad makes its own when it is made
         kind: Callable[..., torch.optim.Optimizer] = type(optimizer)
         try:
