@@ -75,3 +75,17 @@ def told(error: BaseException) -> str:
     said = f"it has no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
     reason = " ".join(str(said).split())[:300]
     return reason or type(error).__name__
+
+
+LARGEST_REPRESENTATIVES = 10_000
+
+
+def check_representatives(coarse_channels: object, coarse_sum: object) -> None:
+    """Raises :class:`UsageError` unless the groups of a coarse level can have so many representatives each."""
+    if not is_count(coarse_channels) or coarse_channels > LARGEST_REPRESENTATIVES:  # type: ignore[operator]
+        raise UsageError(
+            f"coarse_channels must be 1 to {LARGEST_REPRESENTATIVES} representatives of a group, got "
+            f"{coarse_channels!r}; use 1, or conv='gc' for no coarse level"
+        )
+    if not isinstance(coarse_sum, bool):
+        raise UsageError(f"coarse_sum must be True or False, got {coarse_sum!r}; use one of them")

@@ -58,6 +58,8 @@ ROWS = [
     *(row("gc-2l", n, seed, 4.0 + k + 2 * k * seed) for k, n in enumerate((2, 4)) for seed in (0, 1)),
     row("gc-2l", 2, 0, 6.5, coarse_kernel_size=1),
     row("gc-2l", 2, 0, 6.25, coarse_init="he"),
+    row("gc-2l", 2, 0, 6.75, coarse_channels=3),
+    row("gc-2l", 2, 0, 7.25, coarse_channels=2, coarse_sum=True),
 ]
 
 
@@ -96,6 +98,8 @@ def test_seeds_are_averaged_and_their_spread_told(folder: Path) -> None:
     assert gc[6:] == ["120.0", "3.0"]
     assert _cells(text, "GC-2L, d0 = 1", "2", "1")[0][4] == "6.50"
     assert _cells(text, "GC-2L, he initialization", "2", "1")[0][4] == "6.25"
+    assert _cells(text, "GC-2L, r = 3", "2", "1")[0][4] == "6.75"
+    assert _cells(text, "GC-2L, r = 2, summed", "2", "1")[0][4] == "7.25"
 
 
 def test_slopes_are_those_of_each_seed(folder: Path) -> None:

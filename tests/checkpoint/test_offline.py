@@ -165,6 +165,21 @@ def test_a_damaged_file_is_not_exported(run: Path, tmp_path: Path, weights: Path
     assert json.loads((run / "checkpoints" / "epoch-2" / "checkpoint.json").read_text())["format"] == 1
 
 
+@pytest.mark.parametrize("summed", [False, True])
+def test_the_dial_of_a_run_is_kept(summed: bool, tmp_path: Path) -> None:
+    state = written.write(tmp_path, coarse_channels=2, coarse_sum=summed)
+    export_checkpoint(str(tmp_path), str(tmp_path / "model"))
+    model = load_model(str(tmp_path / "model"))
+    assert {(m.coarse_channels, m.coarse_sum) for m in model.modules() if isinstance(m, TwoLevelConv2d)} == {
+        (2, summed)
+    }
+    assert [name for name, value in model.state_dict().items() if not torch.equal(value, state[name])] == []
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    export_checkpoint(str(tmp_path), str(tmp_path / "folded"), folded=True)
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(str(tmp_path / "folded"))(images), model(images), rtol=1e-4, atol=1e-4)
+
+
 def test_layers_that_have_two_names_are_exported_under_both(tmp_path: Path) -> None:
     """CoaT's attention holds layers of the block that it is in."""
     state = written.write(tmp_path, name="timm:coat_lite_tiny", conv="sc", groups=1, coarse_init="zero")

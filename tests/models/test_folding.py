@@ -50,6 +50,8 @@ MODELS = [
     ("wrn-10-4", "gc-2l", 4, {}, 16),
     ("wrn-10-4", "gc-2l", 2, {"coarse_kernel_size": 1}, 16),
     ("wrn-10-4", "gc-2l", 2, {"coarse_kernel_size": 5}, 16),
+    ("wrn-10-4", "gc-2l", 2, {"coarse_channels": 3}, 16),
+    ("wrn-10-4", "gc-2l-proto", 2, {"coarse_channels": 2, "coarse_sum": True}, 16),
     ("wrn-10-2", "gc", 4, {}, 16),
     ("wrn-10-2", "shuffle", 4, {}, 16),
     ("wrn-10-2", "flgc", 4, {}, 16),
@@ -96,9 +98,17 @@ def test_a_layer(seed: int) -> None:
         ((512, 512), 3, 1, 2, SumOfLevels),
     ],
 )
-def test_which_form(channels: tuple[int, int], kernel: int, coarse_kernel: int, groups: int, kind: type) -> None:
+@pytest.mark.parametrize("dial", [(1, False), (3, False), (3, True)])
+def test_which_form(
+    channels: tuple[int, int], kernel: int, coarse_kernel: int, groups: int, kind: type, dial: tuple[int, bool]
+) -> None:
     layer = TwoLevelConv2d(
-        *channels, kernel, groups=groups, padding=kernel // 2, coarse_kernel_size=coarse_kernel, coarse_init="he"
+        *(*channels, kernel, 1, kernel // 2),
+        groups=groups,
+        coarse_kernel_size=coarse_kernel,
+        coarse_init="he",
+        coarse_channels=dial[0],
+        coarse_sum=dial[1],
     )
     folded = tlgc_mp.fold(settled(nn.Sequential(layer, nn.BatchNorm2d(channels[1]), nn.ReLU())))
     assert type(folded[0]) is kind and type(folded[1]) is nn.Identity

@@ -47,6 +47,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"coarse_kernel_size": (3, 2), "dilation": 1},
         "coarse_kernel_size must have the parity of kernel_size=3 to be centred on it with dilation=1, got 2",
     ),
+    *(
+        (
+            {"coarse_channels": count},
+            f"coarse_channels must be 1 to 10000 representatives of a group, got {count!r}; use 1, or conv='gc' for no "
+            "coarse level",
+        )
+        for count in (0, -1, 1.5, True, "2", 10_001)
+    ),
+    ({"coarse_sum": 1}, "coarse_sum must be True or False, got 1; use one of them"),
 ]
 
 
@@ -167,6 +176,9 @@ def test_repr() -> None:
     assert repr(layer) == (
         "TwoLevelConv2d(8, 12, kernel_size=(3, 5), stride=(2, 2), padding=(0, 0), dilation=(1, 2), groups=2, "
         "coarse_kernel_size=(1, 1), bias=True)"
+    )
+    assert "groups=4, coarse_channels=3, coarse_sum=True, bias=False" in repr(
+        TwoLevelConv2d(8, 12, 3, groups=4, coarse_channels=3, coarse_sum=True)
     )
     layer.local_groups = 1
     assert "groups=2, coarse_kernel_size=(1, 1), local_groups=1, bias=True" in repr(layer)

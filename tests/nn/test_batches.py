@@ -18,8 +18,9 @@ SHAPES = [(N, 8, 6), (0, N, 8, 6), (3, N, 8, 6)]
 """GROUPS divides the height, which would take the channels' place."""
 
 
-def _two_level(mode: str) -> TwoLevelConv2d:
-    layer = TwoLevelConv2d(N, OUT, 3, padding=1, stride=2, groups=GROUPS, bias=True, coarse_init="he")
+def _two_level(mode: str, coarse_channels: int = 1, coarse_sum: bool = False) -> TwoLevelConv2d:
+    dial = {"coarse_channels": coarse_channels, "coarse_sum": coarse_sum}
+    layer = TwoLevelConv2d(N, OUT, 3, padding=1, stride=2, groups=GROUPS, bias=True, coarse_init="he", **dial)
     layer.coarse_mode = mode
     return layer
 
@@ -28,6 +29,8 @@ def _two_level_oracle(layer: Any, x: Tensor) -> Tensor:
     window = {"stride": layer.stride, "groups": GROUPS}
     fine = F.conv2d(x, layer.weight, layer.bias, padding=layer.padding, **window)
     given = F.conv2d(x, layer.restriction, None, padding=tuple(k // 2 for k in layer.coarse_kernel_size), **window)
+    if layer.coarse_sum:
+        given = given.unflatten(-3, (GROUPS, -1)).sum(-4)
     return fine + torch.einsum("mg,...ghw->...mhw", layer.prolongation_matrix(), given)
 
 
@@ -50,7 +53,14 @@ def _frozen() -> nn.Module:
 
 
 LAYERS: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Tensor]]] = {
-    **{mode: (lambda mode=mode: _two_level(mode), _two_level_oracle) for mode in COARSE_MODES},
+    **{
+        f"{mode}, r = {count}, {'summed' if summed else 'apart'}": (
+            lambda mode=mode, count=count, summed=summed: _two_level(mode, count, summed),
+            _two_level_oracle,
+        )
+        for mode in COARSE_MODES
+        for count, summed in ((1, False), (2, False), (2, True))
+    },
     "another coarse kernel": (
         lambda: TwoLevelConv2d(N, OUT, 3, padding=1, groups=GROUPS, coarse_kernel_size=1, coarse_init="he"),
         _two_level_oracle,

@@ -21,9 +21,10 @@ SEED = 41
 WINDOW = {"stride": 2, "padding": 1, "groups": 4, "bias": True, "dtype": torch.float64}
 
 
-def two_level(mode: str) -> Callable[[], nn.Module]:
+def two_level(mode: str, coarse_channels: int = 1, coarse_sum: bool = False) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        layer = TwoLevelConv2d(8, 12, 3, coarse_init="he", **WINDOW)
+        dial = {"coarse_channels": coarse_channels, "coarse_sum": coarse_sum}
+        layer = TwoLevelConv2d(8, 12, 3, coarse_init="he", **WINDOW, **dial)
         layer.coarse_mode = mode
         return layer
 
@@ -36,6 +37,8 @@ def frozen() -> nn.Module:
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     **{mode: two_level(mode) for mode in COARSE_MODES},
+    **{f"{mode}, r = 2": two_level(mode, 2) for mode in COARSE_MODES},
+    **{f"{mode}, r = 2, summed": two_level(mode, 2, True) for mode in COARSE_MODES},
     "wide restriction": lambda: TwoLevelConv2d(8, 12, 3, coarse_kernel_size=5, coarse_init="he", **WINDOW),
     "cropped restriction": lambda: TwoLevelConv2d(
         8, 12, 3, coarse_kernel_size=1, coarse_init="he", **{**WINDOW, "padding": 0}

@@ -17,7 +17,9 @@ VARIANCES = {"he": (2.0, 4.0), "zero": (2.0, 0.0), "scaled": (1.0, 1.0)}
 """Of the fine and of the coarse term."""
 
 
-def mean_variances(kind: Any, coarse_init: str, kernel_size: int, coarse_kernel_size: int) -> tuple[float, float]:
+def mean_variances(
+    kind: Any, coarse_init: str, kernel_size: int, coarse_kernel_size: int, dial: tuple[int, bool]
+) -> tuple[float, float]:
     """Over draws of the weights: a layer's own output varies with its N representatives."""
     fine, coarse = [], []
     for seed in range(40):
@@ -30,6 +32,8 @@ def mean_variances(kind: Any, coarse_init: str, kernel_size: int, coarse_kernel_
             coarse_kernel_size=coarse_kernel_size,
             padding=(kernel_size - 1) // 2,
             coarse_init=coarse_init,
+            coarse_channels=dial[0],
+            coarse_sum=dial[1],
         )
         x = torch.randn(2, 64, 12, 12)
         whole = layer(x)
@@ -43,9 +47,12 @@ def mean_variances(kind: Any, coarse_init: str, kernel_size: int, coarse_kernel_
 
 @pytest.mark.parametrize(("kernel_size", "coarse_kernel_size"), [(3, 3), (3, 1), (1, 1)])
 @pytest.mark.parametrize("coarse_init", VARIANCES)
+@pytest.mark.parametrize("dial", [(1, False), (3, False), (8, True)])
 @pytest.mark.parametrize("kind", [TwoLevelConv2d, TwoLevelPrototypeConv2d], ids=lambda k: k.__name__)
-def test_variances_of_the_terms(kind: Any, coarse_init: str, kernel_size: int, coarse_kernel_size: int) -> None:
-    fine, coarse = mean_variances(kind, coarse_init, kernel_size, coarse_kernel_size)
+def test_variances_of_the_terms(
+    kind: Any, dial: tuple[int, bool], coarse_init: str, kernel_size: int, coarse_kernel_size: int
+) -> None:
+    fine, coarse = mean_variances(kind, coarse_init, kernel_size, coarse_kernel_size, dial)
     border = 0.9 if kernel_size > 1 else 1.0  # where a kernel reads padding, a term is smaller
     expected_fine, expected_coarse = VARIANCES[coarse_init]
     assert fine == pytest.approx(expected_fine * border, rel=0.15)

@@ -10,8 +10,15 @@ from tlgc_mp.nn.two_level import COARSE_MODES
 SEED = 23
 
 
-def make(coarse_mode: str) -> TwoLevelConv2d:
-    layer = TwoLevelConv2d(8, 12, 3, stride=2, padding=1, groups=4, bias=True, dtype=torch.float64, coarse_init="he")
+DIALS = [(1, False), (2, False), (2, True)]
+"""(r, whether representatives are summed)"""
+
+
+def make(coarse_mode: str, coarse_channels: int = 1, coarse_sum: bool = False) -> TwoLevelConv2d:
+    dial = {"coarse_channels": coarse_channels, "coarse_sum": coarse_sum}
+    layer = TwoLevelConv2d(
+        8, 12, 3, stride=2, padding=1, groups=4, bias=True, dtype=torch.float64, coarse_init="he", **dial
+    )
     layer.coarse_mode = coarse_mode
     return layer
 
@@ -31,9 +38,12 @@ def test_fake_tensors(coarse_mode: str) -> None:
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("coarse_mode", COARSE_MODES)
-def test_compiled_layer_is_the_eager_one(coarse_mode: str, memory_format: torch.memory_format) -> None:
+@pytest.mark.parametrize("dial", DIALS)
+def test_compiled_layer_is_the_eager_one(
+    dial: tuple[int, bool], coarse_mode: str, memory_format: torch.memory_format
+) -> None:
     torch.manual_seed(SEED)
-    layer = make(coarse_mode)
+    layer = make(coarse_mode, *dial)
     x = torch.randn(2, 8, 9, 6, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
     names = ["input", *(name for name, _ in layer.named_parameters())]
     inputs = [x, *layer.parameters()]
@@ -41,6 +51,7 @@ def test_compiled_layer_is_the_eager_one(coarse_mode: str, memory_format: torch.
     cotangent = torch.randn(expected.shape, dtype=torch.float64)
     expected_grads = torch.autograd.grad(expected, inputs, cotangent)
 
+    torch.compiler.reset()  # a layer of another dial is another graph, of which few are kept
     actual = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
     actual_grads = torch.autograd.grad(actual, inputs, cotangent)
     assert actual.is_contiguous(memory_format=memory_format)

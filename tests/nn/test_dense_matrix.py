@@ -1,4 +1,5 @@
-"""TwoLevelConv2d is the operator A_2L of Equations (3.3) to (3.5), in values and in every gradient.
+"""TwoLevelConv2d is the operator A_2L of Equations (3.3) to (3.5), in values and in every gradient, and with r
+representatives a group, kept apart or summed.
 
 The reference writes A_2L as one dense matrix from (n H W) to (m h w), block by block, in float64, and lets autograd
 differentiate the product. It uses no convolution.
@@ -19,7 +20,7 @@ from tlgc_mp.nn.two_level import COARSE_MODES
 
 Pair = tuple[int, int]
 
-SEEDS = range(80)
+SEEDS = range(120)
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Case:
     bias: bool
     memory_format: torch.memory_format
     weight_format: torch.memory_format
+    coarse_channels: int
+    coarse_sum: bool
 
     @property
     def modes(self) -> list[str]:
@@ -55,6 +58,8 @@ class Case:
             self.bias,
             self.coarse_kernel,
             dtype=torch.float64,
+            coarse_channels=self.coarse_channels,
+            coarse_sum=self.coarse_sum,
         ).to(memory_format=self.weight_format)  # type: ignore[call-overload]
 
 
@@ -87,6 +92,8 @@ def random_case(seed: int) -> Case:
         bias=draw.random() < 0.5,
         memory_format=draw.choice((torch.channels_last, torch.contiguous_format)),
         weight_format=draw.choice((torch.channels_last, torch.contiguous_format)),
+        coarse_channels=draw.choice((1, 1, 2, 3)),
+        coarse_sum=draw.random() < 0.4,
     )
 
 
@@ -132,13 +139,15 @@ def block(filters: Tensor, case: Case, out_size: Pair) -> Tensor:
 
 
 def dense_matrix(layer: TwoLevelConv2d, case: Case, out_size: Pair) -> Tensor:
-    """A_2L = sum_k R~_k^T A_k R_k + R0bar^T R_0, Equation (3.5)."""
+    """A_2L = sum_k R~_k^T A_k R_k + R0bar^T R_0, Equation (3.5). Where representatives are summed, R0bar^T has
+    the same columns for each group."""
     fine = layer.weight.unflatten(0, (case.groups, -1))  # N, m/N, n/N, d, d
-    coarse = layer.restriction.unsqueeze(1)  # N, 1, n/N, d0, d0
+    coarse = layer.restriction.unflatten(0, (case.groups, -1))  # N, r, n/N, d0, d0
     group_convolution = torch.block_diag(*[block(filters, case, out_size) for filters in fine])
     restriction = torch.block_diag(*[block(filters, case, out_size) for filters in coarse])
     positions = torch.eye(out_size[0] * out_size[1], dtype=torch.float64)
-    return group_convolution + torch.kron(layer.prolongation, positions) @ restriction
+    prolongation = layer.prolongation.repeat(1, case.groups) if case.coarse_sum else layer.prolongation
+    return group_convolution + torch.kron(prolongation, positions) @ restriction
 
 
 def reference(layer: TwoLevelConv2d, x: Tensor, case: Case) -> Tensor:
@@ -195,6 +204,15 @@ KINDS: dict[str, Callable[[Case], bool]] = {
     "channels_last": lambda c: c.memory_format == torch.channels_last and c.in_channels > 1,
     "weights channels_last": lambda c: c.weight_format == torch.channels_last and c.in_channels > c.groups,
     "weights contiguous": lambda c: c.weight_format == torch.contiguous_format and c.in_channels > c.groups,
+    **{
+        f"r = {r}, {'summed' if summed else 'apart'}": lambda c, r=r, summed=summed: (  # type: ignore[misc]
+            c.coarse_channels == r and c.coarse_sum == summed and c.groups > 1 and c.coarse_kernel == c.kernel
+        )
+        for r in (1, 2, 3)
+        for summed in (False, True)
+    },
+    "r = 2, d0 != d": lambda c: c.coarse_channels == 2 and c.coarse_kernel != c.kernel and not c.coarse_sum,
+    "summed, d0 != d": lambda c: c.coarse_channels > 1 and c.coarse_kernel != c.kernel and c.coarse_sum,
     "contiguous": lambda c: c.memory_format == torch.contiguous_format and c.in_channels > 1,
 }
 

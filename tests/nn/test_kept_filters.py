@@ -104,9 +104,9 @@ def compositions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts = [0]
     original = composed_filters.composed
 
-    def counted(*parameters: Tensor) -> Tensor:
+    def counted(*parameters: Tensor, groups: int) -> Tensor:
         counts[0] += 1
-        return original(*parameters)
+        return original(*parameters, groups=groups)
 
     monkeypatch.setattr(composed_filters, "composed", counted)
     return counts
@@ -138,7 +138,7 @@ def test_filters_are_kept_in_the_format_of_the_input(compositions: list[int]) ->
             y = layer(x)
             (kept,) = (saved for saved in y.grad_fn.saved_tensors if saved.shape == (12, 8, 3, 3))
             assert kept.is_contiguous(memory_format=form) and kept is layer._kept.filters(
-                x, *list(layer.parameters())[:3]
+                x, layer.groups, *list(layer.parameters())[:3]
             )
         assert compositions == [count]
 

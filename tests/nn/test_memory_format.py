@@ -25,15 +25,19 @@ BATCH = 7
 @pytest.mark.parametrize("grad_format", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("weight_format", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("coarse_mode", COARSE_MODES)
+@pytest.mark.parametrize("dial", [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_layer_keeps_the_format(
     kernel_size: int,
+    dial: tuple[int, bool],
     coarse_mode: str,
     weight_format: torch.memory_format,
     grad_format: torch.memory_format,
     memory_format: torch.memory_format,
 ) -> None:
-    layer = TwoLevelConv2d(8, 12, kernel_size, padding=1, groups=4, bias=True, coarse_init="he")
+    layer = TwoLevelConv2d(
+        *(8, 12, kernel_size), padding=1, groups=4, bias=True, coarse_channels=dial[0], coarse_sum=dial[1]
+    )
     layer.to(memory_format=weight_format)  # type: ignore[call-overload]
     layer.coarse_mode = coarse_mode
     x = torch.randn(BATCH, 8, 6, 5).to(memory_format=memory_format).requires_grad_()

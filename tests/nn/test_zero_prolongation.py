@@ -19,9 +19,14 @@ SEED = 2110
 @pytest.mark.parametrize(
     ("coarse_mode", "coarse_kernel_size"), [*((mode, None) for mode in COARSE_MODES), ("overlapped", 5)]
 )
+@pytest.mark.parametrize("dial", [(1, False), (3, False), (3, True)])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_zero_prolongation_is_group_convolution(
-    groups: int, coarse_mode: str, coarse_kernel_size: int | None, memory_format: torch.memory_format
+    groups: int,
+    dial: tuple[int, bool],
+    coarse_mode: str,
+    coarse_kernel_size: int | None,
+    memory_format: torch.memory_format,
 ) -> None:
     generator = torch.Generator().manual_seed(SEED)
 
@@ -29,7 +34,12 @@ def test_zero_prolongation_is_group_convolution(
         return torch.randint(-4, 5, shape, generator=generator).float()
 
     layer = TwoLevelConv2d(
-        16, 24, 3, stride=2, padding=1, groups=groups, bias=True, coarse_kernel_size=coarse_kernel_size
+        *(16, 24, 3, 2, 1),
+        groups=groups,
+        bias=True,
+        coarse_kernel_size=coarse_kernel_size,
+        coarse_channels=dial[0],
+        coarse_sum=dial[1],
     )
     layer.coarse_mode = coarse_mode
     with torch.no_grad():

@@ -144,14 +144,14 @@ def _values(over_network: bool) -> dict[str, Tensor]:
     rank, ranks, group = dist.get_rank(), dist.get_world_size(), _world()
     exchange = _exchange(group, over_network)
     everyones = _random(ranks, ranks * 2, 3)
-    first, second = exchange.reduce_scatter(everyones[rank]), exchange.reduce_scatter(2 * everyones[rank])
+    first, second = exchange.backward(everyones[rank]), exchange.backward(2 * everyones[rank])
     doubled, single = second(), first()
     return {
-        "gathered": exchange.gather(everyones[rank])(),
-        "gathered, not contiguous": exchange.gather(everyones[rank].t())(),
+        "gathered": exchange.forward(everyones[rank])(),
+        "gathered, not contiguous": exchange.forward(everyones[rank].t())(),
         "scattered": single,
         "scattered, second in flight": doubled,
-        "scattered, bf16": exchange.reduce_scatter(everyones[rank].bfloat16())(),
+        "scattered, bf16": exchange.backward(everyones[rank].bfloat16())(),
         "summed": sum_partials(everyones[rank], group.group_name),
         "copied": copy_to_ranks(everyones[rank], group.group_name),
     }
@@ -176,8 +176,8 @@ def _bytes_given() -> dict[str, tuple[int, int]]:
     exchange, group = _exchange(_world(), True), _world()
     found = {}
     for name, start, tensor in (
-        ("gather", exchange.gather, torch.ones(2, 5)),
-        ("reduce_scatter", exchange.reduce_scatter, torch.ones(2 * group.size(), 5)),
+        ("gather", exchange.forward, torch.ones(2, 5)),
+        ("reduce_scatter", exchange.backward, torch.ones(2 * group.size(), 5)),
     ):
         with CollectiveClock() as clock:
             start(tensor)()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from tests.parallel.common import SEED, run_ranks_once, seeded_model
+from tlgc_mp import create_model
 from tlgc_mp.engine import initialize
 from tlgc_mp.nn import TwoLevelConv2d
 from tlgc_mp.parallel import shard
@@ -128,6 +129,41 @@ def _profiled(config_name: str) -> list[int]:
             step()
         seen.append(sum(event.name.startswith("c10d::") for event in profiler.events()))
     return seen
+
+
+DIALS: list[dict[str, Any]] = [
+    {"coarse_channels": count, "coarse_sum": summed} for summed in (False, True) for count in (1, 2, 3)
+]
+
+
+def _dialled(dial: tuple[tuple[str, Any], ...]) -> list[list[Collective]]:
+    """What a forward and a backward pass send, of which the first pass, that compares the ranks, is left out."""
+    model = shard(create_model("wrn-10-2", groups=GROUPS, **dict(dial)))
+    recorder = Recorder()
+    images, labels = _batch()
+    found = []
+    for _ in range(2):
+        recorder.collectives = []
+        F.cross_entropy(model(images), labels).backward()
+        found.append(recorder.collectives)
+    return found[1:]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("dial", DIALS, ids=str)
+def test_the_dial_says_how_many_maps_a_layer_sends(dial: dict[str, Any], ranks: int) -> None:
+    """r N / P of each rank's own, gathered, or r, summed; backward as many."""
+    sizes = [share // (GROUPS // RANKS) for _, share, _ in _expected_activations()[0]]  # of one map
+    count, summed = dial["coarse_channels"], dial["coarse_sum"]
+    kinds = ("ALLREDUCE", "ALLREDUCE") if summed else ("ALLGATHER", "REDUCE_SCATTER")
+    for (collectives,) in run_ranks_once(ranks, _dialled, tuple(dial.items())):
+        maps = [c for c in collectives if c != LOGITS]
+        own = count if summed else count * GROUPS // ranks
+        whole = 0 if summed else count * GROUPS
+        assert maps[: len(sizes)] == [Collective(kinds[0], own * size, whole * size) for size in sizes]
+        given = own if summed else whole
+        back = Counter(Collective(kinds[1], given * size, 0 if summed else own * size) for size in sizes)
+        assert Counter(maps[len(sizes) :]) == back
 
 
 def _expected_activations() -> tuple[list[Collective], list[Collective]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.parallel.common import SEED, assert_close, gather_gradients, run_ranks_once
@@ -16,7 +17,7 @@ from tlgc_mp.nn import TwoLevelConv2d
 from tlgc_mp.parallel import gather_state_dict, shard
 from tlgc_mp.parallel.split_tensor import SplitTensor, whole
 
-SPLITS = [(2, 2), (2, 4), (2, 6), (3, 3), (4, 4), (4, 8)]
+SPLITS = [(1, 4), (2, 2), (2, 4), (2, 6), (3, 3), (4, 4), (4, 8)]
 """(P, N)"""
 
 LAYERS: dict[str, dict[str, Any]] = {
@@ -26,6 +27,15 @@ LAYERS: dict[str, dict[str, Any]] = {
     "1x1, stride 2": dict(kernel_size=1, stride=2),
     "d0 < d, bias, stride 2": dict(kernel_size=3, padding=1, stride=2, bias=True, coarse_kernel_size=1),
     "d0 > d": dict(kernel_size=1, coarse_kernel_size=3),
+    **{
+        f"{mode}, r = {count}, {'summed' if summed else 'apart'}": dict(
+            kernel_size=3, padding=1, bias=True, coarse_mode=mode, coarse_channels=count, coarse_sum=summed
+        )
+        for mode in ("fused", "overlapped")
+        for count, summed in ((1, True), (2, False), (2, True), (3, False), (3, True))
+    },
+    "d0 < d, r = 3, apart": dict(kernel_size=3, padding=1, coarse_kernel_size=1, coarse_channels=3),
+    "d0 > d, r = 2, summed": dict(kernel_size=1, coarse_kernel_size=3, coarse_channels=2, coarse_sum=True),
 }
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -34,9 +44,12 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 def _case(groups: int, layer: str, dtype: torch.dtype, layout: str) -> tuple[nn.Module, Tensor]:
     """The whole layer with a BatchNorm after it, and its whole input; the same wherever it is called."""
     torch.manual_seed(SEED)
-    model = nn.Sequential(
-        TwoLevelConv2d(2 * groups, 3 * groups, groups=groups, **LAYERS[layer]), nn.BatchNorm2d(3 * groups)
-    )
+    arguments = dict(LAYERS[layer])
+    mode = arguments.pop("coarse_mode", None)
+    two_level = TwoLevelConv2d(2 * groups, 3 * groups, groups=groups, **arguments)
+    if mode is not None:
+        two_level.coarse_mode = mode
+    model = nn.Sequential(two_level, nn.BatchNorm2d(3 * groups))
     for param in model.parameters():
         nn.init.normal_(param)
     images = torch.randn(3, 2 * groups, 7, 6)
@@ -69,8 +82,10 @@ def _on_ranks(groups_of_cases: tuple[int, ...]) -> dict[Any, tuple[dict[str, Ten
                     found = _forward_and_backward(model, x)
                     for key in ("output", "normalized"):
                         value = found[key]
-                        assert isinstance(value, SplitTensor) and value.cut.dim == 1
-                        assert value.share.is_contiguous(memory_format=memory_format)
+                        if dist.get_world_size() > 1:  # else there is nothing to split
+                            assert isinstance(value, SplitTensor) and value.cut.dim == 1
+                            value = value.share
+                        assert value.is_contiguous(memory_format=memory_format)
                     kept = all(value.is_contiguous(memory_format=memory_format) for value in found.values())
                     answers[groups, layer, dtype, layout] = (
                         {**whole(found), **gather_gradients(model), **_statistics(gather_state_dict(model))},

@@ -96,7 +96,7 @@ def _two_of_four() -> dict[str, tuple[str, float]]:
         **{
             f"coarse_reduce_scatter{where}": lambda ranks, over_network=over_network: CoarseExchange(
                 world, ranks.group_name, over_network
-            ).reduce_scatter(torch.ones(world, 3))()
+            ).backward(torch.ones(world, 3))()
             for where, over_network in (("", False), (" between hosts", True))
         },
         "exchange_channels": lambda ranks: collectives.exchange_channels(

@@ -178,6 +178,7 @@ def test_what_a_run_is(settle: Setup) -> None:
     assert settle(*flags, config=config, world=8, rank=5).description() == {
         **{"model": "wrn-10-1", "conv": "gc-2l", "groups": 4},
         **{"coarse_everywhere": False, "coarse_kernel_size": None, "coarse_init": "zero"},
+        **{"coarse_channels": 1, "coarse_sum": False},
         **{"dataset": "synthetic", "data_dir": str(Path("images").absolute()), "data_fingerprint": None},
         **{"val_split": None, "image_size": None, "seed": 0},
         **{"tensor_parallel": 4, "data_parallel": 2, "zero_stage": 2, "accumulation": 2, "batch_size": 8},

@@ -25,7 +25,7 @@ from typing import TypedDict, cast
 from tlgc_mp.errors import UsageError, is_count
 from tlgc_mp.host import as_path, replace_file, sync_folder
 from tlgc_mp.json_types import JsonObject
-from tlgc_mp.models.names import check_coarse_level, check_model
+from tlgc_mp.models.names import check_coarse_level, check_model, coarse_level_of
 
 CHECKPOINTS = "checkpoints"
 DESCRIPTION = "checkpoint.json"
@@ -97,6 +97,8 @@ class Run(TypedDict):
     coarse_everywhere: bool
     coarse_kernel_size: int | None
     coarse_init: str
+    coarse_channels: int
+    coarse_sum: bool
     batch_size: int
     accumulation: int
     tensor_parallel: int
@@ -241,10 +243,10 @@ def saved_run(folder: str, tag: str) -> Run:
     try:
         classes = cast(int, state.get("num_classes"))
         check_model(run["model"], run["conv"], run["groups"], classes, run["coarse_everywhere"])
-        check_coarse_level(run["conv"], run["coarse_kernel_size"], run["coarse_init"])
+        check_coarse_level(run["conv"], coarse_level_of(run))
     except UsageError as error:
         raise UsageError(f"{where!r} is not of a known model: {error}") from None
-    return cast(Run, run)
+    return cast(Run, {**run, **coarse_level_of(run)})
 
 
 _COUNTED = ("groups", "batch_size", "accumulation", "tensor_parallel", "data_parallel")

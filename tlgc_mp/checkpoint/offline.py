@@ -21,7 +21,7 @@ from tlgc_mp.host import as_path
 from tlgc_mp.json_types import Json
 from tlgc_mp.models import create_model, fold
 from tlgc_mp.models.factory import create_meta_model
-from tlgc_mp.models.names import NamedModel, check_split, library_model
+from tlgc_mp.models.names import NamedModel, check_split, coarse_level_of, library_model
 from tlgc_mp.nn.arguments import check_device
 from tlgc_mp.parallel.layout import WHOLE, Layout
 from tlgc_mp.parallel.plan import plan
@@ -98,6 +98,7 @@ def load_exported(path: str, device: torch.device | str) -> tuple[nn.Module, Jso
     try:
         with safe_open(path, framework="pt") as file:
             arguments = json.loads((file.metadata() or {})[_METADATA])
+            arguments |= coarse_level_of(dict(arguments))
             if set(arguments) - {"checkpoint", "folded", "images"} != NamedModel.__required_keys__:
                 raise KeyError(_METADATA)
             folded = bool(arguments.pop("folded", False))
@@ -261,6 +262,8 @@ def _arguments(run: folders.Run, reader: CheckpointReader) -> NamedModel:
         "coarse_everywhere": run["coarse_everywhere"],
         "coarse_kernel_size": run["coarse_kernel_size"],
         "coarse_init": run["coarse_init"],
+        "coarse_channels": run["coarse_channels"],
+        "coarse_sum": run["coarse_sum"],
     }
 
 

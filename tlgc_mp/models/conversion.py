@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
 import inspect
 import math
 from collections import Counter
@@ -16,12 +15,12 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from tlgc_mp.errors import UsageError, divisors, must_be, one_of
-from tlgc_mp.models.factory import CONVOLUTION_LAYERS
-from tlgc_mp.models.names import COARSE_INITS, TWO_LEVEL, check_coarse_level
+from tlgc_mp.models.factory import CONVOLUTION_LAYERS, convolution
+from tlgc_mp.models.names import COARSE_INITS, COARSE_LEVEL, check_coarse_level
 from tlgc_mp.models.wide_resnet import ConvFactory
 from tlgc_mp.nn import FullyLearnableGroupConv2d, PermutedGroupConv2d, TwoLevelConv2d
 from tlgc_mp.nn.arguments import check_module
-from tlgc_mp.nn.from_dense import coarse_filters, group_filters
+from tlgc_mp.nn.from_dense import group_filters, two_level_filters
 
 Where = Callable[[str, nn.Module], bool] | str
 """Which convolutions: a function of a layer's name and the layer, or a pattern of names such as ``"layer4.*"``."""
@@ -79,6 +78,8 @@ def convert(
     init: str = "random",
     coarse_kernel_size: int | None = None,
     coarse_init: str = COARSE_INITS[0],
+    coarse_channels: int = 1,
+    coarse_sum: bool = False,
 ) -> nn.Module:
     """Replaces the dense convolutions of ``model``, in place, by ``conv`` with ``groups`` groups.
 
@@ -104,9 +105,11 @@ def convert(
             ``"layer4.*"``. All where not given.
         init: ``"random"``: new weights, drawn from torch's random state as each layer draws its own.
             ``"from_dense"``: those that come closest to the dense weights, for ``"gc"`` (the diagonal blocks) and
-            ``"gc-2l"`` (:func:`~tlgc_mp.nn.from_dense.coarse_filters`); biases are kept.
+            ``"gc-2l"`` (:func:`~tlgc_mp.nn.from_dense.two_level_filters`); biases are kept.
         coarse_kernel_size, coarse_init: d0 and the initial weights of two-level convolutions, as
             :class:`tlgc_mp.nn.TwoLevelConv2d` takes them; for ``init="random"``.
+        coarse_channels, coarse_sum: r and whether representatives are summed, as well. With ``init="from_dense"`` the
+            error falls with r, to none.
 
     Returns:
         ``model``, whose attribute ``conversion`` is the :class:`Conversion`.
@@ -116,16 +119,22 @@ def convert(
     """
     check_module("model", model)
     _check_arguments(conv, groups, where, init)
-    check_coarse_level(conv, coarse_kernel_size, coarse_init)
-    if init == "from_dense" and (coarse_kernel_size is not None or coarse_init != COARSE_INITS[0]):
+    coarse = {
+        "coarse_kernel_size": coarse_kernel_size,
+        "coarse_init": coarse_init,
+        "coarse_channels": coarse_channels,
+        "coarse_sum": coarse_sum,
+    }
+    check_coarse_level(conv, coarse)
+    if init == "from_dense" and any(
+        coarse[name] != COARSE_LEVEL[name] for name in ("coarse_kernel_size", "coarse_init")
+    ):
         raise UsageError(
             "coarse_kernel_size and coarse_init must be left out with init='from_dense', which sets the coarse level "
             "itself"
         )
-    coarse = {"coarse_kernel_size": coarse_kernel_size, "coarse_init": coarse_init} if conv in TWO_LEVEL else {}
-    layer = functools.partial(CONVOLUTION_LAYERS[conv], groups=groups, **coarse)
     convolutions = _convolutions(model)
-    planned, left = _plan(model, convolutions, conv, groups, where, layer)
+    planned, left = _plan(model, convolutions, conv, groups, where, convolution(conv, groups, coarse))
     if not planned:
         raise UsageError(_why_nothing(convolutions, left, groups, where))
     if init == "from_dense" and any(param.is_meta for found, _ in planned for param in found.layer.parameters()):
@@ -285,11 +294,12 @@ def _fill(new: nn.Module, old: nn.Module, init: str) -> None:
 def _fit(new: nn.Module, dense: nn.Conv2d) -> None:
     """Gives ``new`` the weights that come closest to those of ``dense``."""
     assert isinstance(new, TwoLevelConv2d | nn.Conv2d)
-    new.weight.copy_(group_filters(dense.weight, new.groups))
     if isinstance(new, TwoLevelConv2d):
-        restriction, prolongation = coarse_filters(dense.weight, new.groups)
-        new.restriction.copy_(restriction)
-        new.prolongation.copy_(prolongation)
+        fitted = two_level_filters(dense.weight, new.groups, new.coarse_channels, new.coarse_sum)
+        for param, values in zip((new.weight, new.restriction, new.prolongation), fitted, strict=True):
+            param.copy_(values)
+    else:
+        new.weight.copy_(group_filters(dense.weight, new.groups))
     if dense.bias is not None and new.bias is not None:
         new.bias.copy_(dense.bias)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from tlgc_mp.models.names import (
     ModelArguments,
     check_coarse_level,
     check_model,
+    coarse_level_of,
     default_classes,
     library_model,
     parse_model,
@@ -47,6 +48,11 @@ CONVOLUTION_LAYERS: dict[str, ConvFactory] = {
 """Name of a convolution -> what makes one, from arguments as torch.nn.Conv2d's."""
 
 
+def convolution(conv: str, groups: int, coarse: dict[str, Any]) -> ConvFactory:
+    """What makes a convolution of that name with N groups, and the coarse level described if it has one."""
+    return functools.partial(CONVOLUTION_LAYERS[conv], groups=groups, **(coarse if conv in TWO_LEVEL else {}))
+
+
 def create_model(
     name: str,
     *,
@@ -56,6 +62,8 @@ def create_model(
     coarse_everywhere: bool = False,
     coarse_kernel_size: int | None = None,
     coarse_init: str = "zero",
+    coarse_channels: int = 1,
+    coarse_sum: bool = False,
     device: torch.device | str | None = None,
 ) -> nn.Module:
     """Builds a model by name.
@@ -81,8 +89,8 @@ def create_model(
             torchvision and timm.
         coarse_everywhere: gives the last 1x1 convolution of ``"mobilenet_v2"``, from 320 to 1280 channels, a coarse
             level too. Without it that one is a group convolution, as in the counts of the paper's Table 4.
-        coarse_kernel_size, coarse_init: d0 and the initial weights of two-level convolutions, as
-            :class:`tlgc_mp.nn.TwoLevelConv2d` takes them.
+        coarse_kernel_size, coarse_init, coarse_channels, coarse_sum: d0, the initial weights, r and whether
+            representatives are summed, of two-level convolutions, as :class:`tlgc_mp.nn.TwoLevelConv2d` takes them.
         device: where the parameters live. On ``"meta"`` nothing is allocated: :func:`tlgc_mp.initialize` and
             :func:`tlgc_mp.shard` then draw each rank's part only. A model of torchvision or timm is on the CPU then.
 
@@ -91,6 +99,12 @@ def create_model(
             (B, 3, H, W) in training, a detector, say.
     """
     check_device(device)
+    coarse = {
+        "coarse_kernel_size": coarse_kernel_size,
+        "coarse_init": coarse_init,
+        "coarse_channels": coarse_channels,
+        "coarse_sum": coarse_sum,
+    }
     # torch.get_default_device of torch 2.6 does not know of "with torch.device(...)".
     target = torch.empty(0).device if device is None else torch.device(device)
     if library_model(name) is not None:
@@ -103,18 +117,14 @@ def create_model(
                 groups=groups,
                 num_classes=num_classes,
                 coarse_everywhere=coarse_everywhere,
-                coarse_kernel_size=coarse_kernel_size,
-                coarse_init=coarse_init,
+                **coarse,
             )
         return model.to("cpu" if target.type == "meta" else target)
     check_model(name, conv, groups, num_classes, coarse_everywhere)
-    check_coarse_level(conv, coarse_kernel_size, coarse_init)
+    check_coarse_level(conv, coarse)
     classes = default_classes(name) if num_classes is None else num_classes
-    coarse = {"coarse_kernel_size": coarse_kernel_size, "coarse_init": coarse_init} if conv in TWO_LEVEL else {}
-    replacement = functools.partial(CONVOLUTION_LAYERS[conv], groups=groups, **coarse)
-    last = (
-        functools.partial(CONVOLUTION_LAYERS["gc"], groups=groups) if coarse and not coarse_everywhere else replacement
-    )
+    replacement = convolution(conv, groups, coarse)
+    last = convolution("gc", groups, coarse) if conv in TWO_LEVEL and not coarse_everywhere else replacement
     with torch.device("meta"):
         model = _build(name, classes, replacement, last)
     model.to(memory_format=torch.channels_last)  # filters as the activations, which a convolution need not reorder
@@ -149,19 +159,18 @@ def _of_library(
     groups: int,
     num_classes: int | None,
     coarse_everywhere: bool,
-    coarse_kernel_size: int | None,
-    coarse_init: str,
+    **coarse: Any,
 ) -> nn.Module:
     """What ``build`` makes of (name, classes), with its convolutions replaced unless ``conv`` is ``"sc"``."""
     from tlgc_mp.models.conversion import convert  # which loads this module
 
     check_model(name, conv, groups, num_classes, coarse_everywhere)
-    check_coarse_level(conv, coarse_kernel_size, coarse_init)
+    check_coarse_level(conv, coarse_level_of(coarse))
     model = build(name, default_classes(name) if num_classes is None else num_classes)
     if conv == "sc":
         return model
     try:
-        return convert(model, conv=conv, groups=groups, coarse_kernel_size=coarse_kernel_size, coarse_init=coarse_init)
+        return convert(model, conv=conv, groups=groups, **coarse)
     except UsageError as error:
         raise UsageError(
             f"model must be one that can be converted, got {name!r}: {error}; or leave it dense with conv='sc'"

@@ -121,19 +121,20 @@ def _check(name: str, module: nn.Module) -> None:
 def _plain(layer: TwoLevelConv2d) -> nn.Module:
     """The function of a layer as one convolution, or as three."""
     fine, coarse, groups = layer.fine_window, layer.coarse_window, layer.groups
-    weight, restriction = layer.weight.double(), layer.restriction.double()
+    weight, restriction = layer.weight.double(), layer.restriction_filters().double()
     prolongation = layer.prolongation_matrix().double()
     bias = None if layer.bias is None else layer.bias.double()
+    coarse_groups = 1 if layer.coarse_sum else groups
     both = _around(fine, coarse)
     if both is not None and not _levels_are_faster(layer, both):
-        filters = composed(_grown(weight, both), _grown(restriction, both), prolongation)
+        filters = composed(_grown(weight, both), _grown(restriction, both), prolongation, groups=groups)
         return _convolution(layer, filters, bias, both)
     if min(coarse.padding) >= 0:
-        restricting: nn.Module = _convolution(layer, restriction, None, coarse, groups)
+        restricting: nn.Module = _convolution(layer, restriction, None, coarse, coarse_groups)
     else:  # it reads less far than the fine filters
         vertical, horizontal = coarse.padding
         cropped = Window(coarse.kernel, coarse.stride, (0, 0), coarse.dilation)
-        inner = _convolution(layer, restriction, None, cropped, groups)
+        inner = _convolution(layer, restriction, None, cropped, coarse_groups)
         restricting = nn.Sequential(nn.ZeroPad2d((horizontal, horizontal, vertical, vertical)), inner)
     prolonging = _convolution(layer, prolongation[:, :, None, None], None, Window((1, 1), (1, 1), (0, 0), (1, 1)))
     return SumOfLevels(_convolution(layer, weight, bias, fine, groups), restricting, prolonging)
@@ -161,8 +162,9 @@ def _levels_are_faster(layer: TwoLevelConv2d, both: Window) -> bool:
     taps, coarse_taps = math.prod(layer.kernel_size), math.prod(layer.coarse_kernel_size)
     if min(n, m) // groups * taps < NARROW:
         return False
-    apart = n * m * taps / groups * (1 + GROUP_WIDTH * groups / n) + PASS_INPUT * n * coarse_taps
-    return apart + m * (PASS_OUTPUT + groups) < n * m * math.prod(both.kernel)
+    apart = n * m * taps / groups * (1 + GROUP_WIDTH * groups / n)
+    apart += (PASS_INPUT + layer.coarse_channels - 1) * n * coarse_taps
+    return apart + m * (PASS_OUTPUT + layer.shared_maps) < n * m * math.prod(both.kernel)
 
 
 def _convolution(

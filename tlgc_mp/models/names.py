@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TypedDict
+from typing import Any, TypedDict
 
-from tlgc_mp.errors import UsageError, check_installed, divisors, is_count, must_be, one_of
+from tlgc_mp.errors import UsageError, check_installed, check_representatives, divisors, is_count, must_be, one_of
 
 CONVOLUTIONS = ("sc", "gc", "gc-2l", "gc-2l-proto", "shuffle", "flgc")
 """sc: dense. gc: group convolution. gc-2l: two-level group convolution, gc-2l-proto its prototype. shuffle: group
@@ -17,6 +17,14 @@ TWO_LEVEL = ("gc-2l", "gc-2l-proto")
 
 COARSE_INITS = ("zero", "scaled", "he")
 """What :class:`tlgc_mp.nn.TwoLevelConv2d` takes as ``coarse_init``, the default first."""
+
+COARSE_LEVEL: dict[str, Any] = {
+    "coarse_kernel_size": None,
+    "coarse_init": COARSE_INITS[0],
+    "coarse_channels": 1,
+    "coarse_sum": False,
+}
+"""What describes the coarse level of a convolution that has one -> its default, that of the paper."""
 
 FLGC_ACROSS_RANKS = (
     "cannot be split over ranks: its groups are learned, so from step to step any filter may come to read any channel, "
@@ -55,6 +63,8 @@ class ModelArguments(TypedDict):
     coarse_everywhere: bool
     coarse_kernel_size: int | None
     coarse_init: str
+    coarse_channels: int
+    coarse_sum: bool
 
 
 class NamedModel(ModelArguments):
@@ -141,11 +151,20 @@ def check_model(
         )
 
 
-def check_coarse_level(conv: str, coarse_kernel_size: int | None, coarse_init: str) -> None:
+def coarse_level_of(source: Any) -> dict[str, Any]:
+    """What ``source`` says of the coarse level, by name: options, or a dict that may leave some at their defaults."""
+    if isinstance(source, dict):
+        return {name: source.get(name, default) for name, default in COARSE_LEVEL.items()}
+    return {name: getattr(source, name) for name in COARSE_LEVEL}
+
+
+def check_coarse_level(conv: str, coarse: dict[str, Any]) -> None:
     """Raises :class:`UsageError` unless the model's convolutions have a coarse level as described, or nothing is."""
-    if conv not in TWO_LEVEL and (coarse_kernel_size is not None or coarse_init != COARSE_INITS[0]):
-        given = f"coarse_init={coarse_init!r}" if coarse_kernel_size is None else f"{coarse_kernel_size=}"
-        raise UsageError(f"conv must be {one_of(TWO_LEVEL)} with {given}, got {conv!r}, which has no coarse level")
+    given = [f"{name}={coarse[name]!r}" for name, default in COARSE_LEVEL.items() if coarse[name] != default]
+    if conv not in TWO_LEVEL and given:
+        raise UsageError(f"conv must be {one_of(TWO_LEVEL)} with {given[0]}, got {conv!r}, which has no coarse level")
+    check_representatives(coarse["coarse_channels"], coarse["coarse_sum"])
+    coarse_kernel_size, coarse_init = coarse["coarse_kernel_size"], coarse["coarse_init"]
     if coarse_kernel_size is not None and (not is_count(coarse_kernel_size) or coarse_kernel_size % 2 == 0):
         raise must_be(
             "coarse_kernel_size", "odd, to be centred on kernels of 1 and 3", coarse_kernel_size, "use e.g. 1"

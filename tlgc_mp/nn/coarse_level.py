@@ -4,8 +4,9 @@ A third is in :mod:`tlgc_mp.nn.composed`.
 
     y_k = A_k x_k + S_k [R_0 x_1, ..., R_0 x_N]
 
-Shape letters: B images, n input channels, m output channels, N groups, G groups held here (G = N on one device), H x W
-input and h x w output positions, L = B * h * w.
+Shape letters: B images, n input channels, m output channels, N groups, G groups held here (G = N on one device), r
+representatives a group, H x W input and h x w output positions, L = B * h * w. Where representatives are summed over
+the groups, all channels are one group of the coarse level: it has C groups here, G or 1, and C' on all ranks, N or 1.
 """
 
 from __future__ import annotations
@@ -53,24 +54,24 @@ class Exchange(Protocol):
     concatenation along the first dimension, and no side ever permutes.
     """
 
-    def gather(self, share: Tensor) -> Callable[[], Tensor]:
-        """Starts (G, L) of the groups held here -> (N, L) of all groups, which the function returned gives when it has
-        arrived."""
+    def forward(self, share: Tensor) -> Callable[[], Tensor]:
+        """Starts (C r, L) of the groups held here -> (C' r, L) of all groups, which the function returned gives when it
+        has arrived."""
         ...
 
-    def reduce_scatter(self, full: Tensor) -> Callable[[], Tensor]:
-        """Starts (N, L) summed over all holders -> (G, L) of the groups held here, which the function returned gives
-        when it has arrived."""
+    def backward(self, full: Tensor) -> Callable[[], Tensor]:
+        """Starts (C' r, L) summed over all holders -> (C r, L) of the groups held here, which the function returned
+        gives when it has arrived."""
         ...
 
 
 class WholeExchange:
     """The exchange of a device that holds every group: there is nobody to meet."""
 
-    def gather(self, share: Tensor) -> Callable[[], Tensor]:
+    def forward(self, share: Tensor) -> Callable[[], Tensor]:
         return lambda: share
 
-    def reduce_scatter(self, full: Tensor) -> Callable[[], Tensor]:
+    def backward(self, full: Tensor) -> Callable[[], Tensor]:
         return lambda: full
 
 
@@ -150,6 +151,8 @@ class Context(FunctionCtx):
     fine: Window
     coarse: Window
     groups: int
+    count: int
+    summed: bool
     exchange: Exchange
 
 
@@ -167,9 +170,10 @@ def without_autocast(method: Method) -> Method:
     return cast(Method, run)
 
 
-def taps_of(restriction: Tensor) -> Tensor:
-    """(G, n/N, d0, d0) -> (G, d0 * d0, n/N); a view where it is channels_last."""
-    return restriction.permute(0, 2, 3, 1).flatten(1, 2)
+def taps_of(restriction: Tensor, groups: int) -> Tensor:
+    """(C r, n/C, d0, d0) -> (C, r * d0 * d0, n/C); a view where it is channels_last."""
+    taps: Tensor = restriction.permute(0, 2, 3, 1).unflatten(0, (groups, -1))
+    return taps.flatten(1, 3)
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
@@ -180,27 +184,28 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
 
 
 def _restrict(x: Tensor, restriction: Tensor, window: Window, height: int, width: int) -> Tensor:
-    """The representatives (G, B * h * w) of ``x``, whose (G, d0 * d0) taps are one matrix product.
+    """The representatives (C r, B * h * w) of ``x``, whose (C, r * d0 * d0) taps are one matrix product.
 
     A convolution with one output channel a group would cost what one with 16 costs.
     """
-    groups, (batch, _, rows, columns) = restriction.shape[0], x.shape
-    planes = taps_of(restriction) @ _grouped(x, groups).transpose(1, 2)  # G, d0 * d0, B * H * W
-    planes = window.pad(planes.unflatten(2, (batch, rows, columns)), 1)
-    return window.views(planes, height, width).sum((1, 2)).flatten(1)
+    groups, (batch, _, rows, columns) = x.shape[1] // restriction.shape[1], x.shape
+    planes = taps_of(restriction, groups) @ _grouped(x, groups).transpose(1, 2)  # C, r * d0 * d0, B * H * W
+    planes = planes.view(restriction.shape[0], math.prod(window.kernel), batch, rows, columns)
+    return window.views(window.pad(planes, 1), height, width).sum((1, 2)).flatten(1)
 
 
 def _restrict_transposed(grad: Tensor, x: Tensor, groups: int, window: Window, height: int, width: int) -> Tensor:
-    """(G, B * h * w) -> (G, d0 * d0, B * H * W): by tap and position it read, the gradient of the outcome."""
+    """(C r, B * h * w) -> (C, r * d0 * d0, B * H * W): by tap and position it read, the gradient of the outcome."""
     batch, _, rows, columns = x.shape
     (vertical, horizontal), (kernel_h, kernel_w) = window.padding, window.kernel
-    planes = grad.new_zeros(groups, kernel_h * kernel_w, batch, rows + 2 * vertical, columns + 2 * horizontal)
-    window.views(planes, height, width).copy_(grad.view(groups, 1, 1, batch, height, width))
-    return window.pad(planes, -1).flatten(2)
+    planes = grad.new_zeros(len(grad), kernel_h * kernel_w, batch, rows + 2 * vertical, columns + 2 * horizontal)
+    window.views(planes, height, width).copy_(grad.view(len(grad), 1, 1, batch, height, width))
+    by_group: Tensor = window.pad(planes, -1).flatten(2).unflatten(0, (groups, -1))
+    return by_group.flatten(1, 2)
 
 
 def _sum_over_positions(taps: Tensor, x: Tensor) -> Tensor:
-    """(G, taps, L) times (G, L, width) -> (G, taps, width).
+    """(C, taps, L) times (C, L, width) -> (C, taps, width).
 
     On an accelerator in parts, for all of its cores: one matrix product as long and narrow as this occupies a few.
     """
@@ -208,7 +213,7 @@ def _sum_over_positions(taps: Tensor, x: Tensor) -> Tensor:
     parts = 1 if is_for_cpu(x) else math.gcd(positions // math.gcd(positions, PART_LENGTH), PARTS)
     if parts == 1:
         return taps @ x
-    by_part = taps.unflatten(2, (parts, -1)).transpose(1, 2)  # G, parts, taps, L / parts
+    by_part = taps.unflatten(2, (parts, -1)).transpose(1, 2)  # C, parts, taps, L / parts
     products: Tensor = by_part @ x.unflatten(1, (parts, -1))
     return products.sum(1)
 
@@ -228,7 +233,8 @@ class Overlapped(torch.autograd.Function):
 
     Forward: restriction, all-gather || fine convolution; the prolongation is added into its output. Backward: the
     gradient of the representatives, reduce-scatter || gradients of the fine convolution; that of the restriction is
-    added into them. Nothing as large as an output is kept for backward but the input.
+    added into them. Nothing as large as an output is kept for backward but the input. The restriction is
+    (C r, n/C, d0, d0), with C = 1 where an all-reduce sums the representatives.
     """
 
     @staticmethod
@@ -248,10 +254,10 @@ class Overlapped(torch.autograd.Function):
         ctx.memory_format = memory_format_of(x)
         x = x.contiguous(memory_format=torch.channels_last)
         height, width = fine.output_size(x.shape[2], x.shape[3])
-        arrival = exchange.gather(_restrict(x, restriction, coarse, height, width))  # in flight
+        arrival = exchange.forward(_restrict(x, restriction, coarse, height, width))  # in flight
         out = F.conv2d(x, weight, bias, fine.stride, fine.padding, fine.dilation, groups)
         out = out.contiguous(memory_format=torch.channels_last)
-        gathered = arrival()  # N, L
+        gathered = arrival()  # C' r, L
         rows_of(out).addmm_(gathered.t(), prolongation.t())
         ctx.save_for_backward(x, weight, restriction, prolongation, gathered)
         ctx.fine, ctx.coarse, ctx.groups, ctx.exchange = fine, coarse, groups, exchange
@@ -265,25 +271,29 @@ class Overlapped(torch.autograd.Function):
         groups = ctx.groups
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_rows = rows_of(grad)  # L, m
-        arrival = ctx.exchange.reduce_scatter(prolongation.t() @ grad_rows.t())  # in flight
+        arrival = ctx.exchange.backward(prolongation.t() @ grad_rows.t())  # in flight
         needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         grad_x, grad_weight = convolution_backward(grad, x, weight, ctx.fine, groups, needed)
         grad_prolongation = (gathered @ grad_rows).t() if ctx.needs_input_grad[3] else None
         grad_bias = grad_rows.sum(0) if ctx.needs_input_grad[4] else None
-        taps = _restrict_transposed(arrival(), x, groups, ctx.coarse, grad.shape[2], grad.shape[3])
+        coarse_groups = x.shape[1] // restriction.shape[1]
+        taps = _restrict_transposed(arrival(), x, coarse_groups, ctx.coarse, grad.shape[2], grad.shape[3])
         if grad_x is not None:
             grad_x = grad_x.contiguous(memory_format=torch.channels_last)
-            _grouped(grad_x, groups).baddbmm_(taps.transpose(1, 2), taps_of(restriction))
+            _grouped(grad_x, coarse_groups).baddbmm_(taps.transpose(1, 2), taps_of(restriction, coarse_groups))
             grad_x = grad_x.contiguous(memory_format=ctx.memory_format)
         grad_restriction = None
         if ctx.needs_input_grad[2]:
-            grad_taps = _sum_over_positions(taps, _grouped(x, groups))  # G, d0 * d0, n/N
-            grad_restriction = grad_taps.unflatten(1, ctx.coarse.kernel).permute(0, 3, 1, 2)
+            grad_taps = _sum_over_positions(taps, _grouped(x, coarse_groups))  # C, r * d0 * d0, n/C
+            grad_restriction = grad_taps.flatten(0, 1).unflatten(0, (-1, *ctx.coarse.kernel)).permute(0, 3, 1, 2)
         return grad_x, grad_weight, grad_restriction, grad_prolongation, grad_bias, None, None, None, None
 
 
 class Fused(torch.autograd.Function):
-    """The same with the restriction as one more filter of each group's fine convolution (Section 3.2, d0 = d)."""
+    """The same with the restriction as r more filters of each group's fine convolution (Section 3.2, d0 = d).
+
+    The restriction is (G r, n/N, d, d) here, also where ``summed`` says that the representatives of the groups are.
+    """
 
     @staticmethod
     @without_autocast
@@ -296,27 +306,31 @@ class Fused(torch.autograd.Function):
         bias: Tensor | None,
         fine: Window,
         groups: int,
+        summed: bool,
         exchange: Exchange,
     ) -> Tensor:
         ctx.memory_format = memory_format_of(x)
         x = x.contiguous(memory_format=torch.channels_last)
-        filters = torch.cat((weight.unflatten(0, (groups, -1)), restriction.unsqueeze(1)), 1).flatten(0, 1)
+        by_group = (weight.unflatten(0, (groups, -1)), restriction.unflatten(0, (groups, -1)))
+        count, filters = by_group[1].shape[1], torch.cat(by_group, 1).flatten(0, 1)
         both = F.conv2d(x, filters, None, fine.stride, fine.padding, fine.dilation, groups)
         both = both.contiguous(memory_format=torch.channels_last)
-        both_rows = rows_of(both).unflatten(1, (groups, -1))  # L, G, m/N + 1
-        gathered = exchange.gather(both_rows[:, :, -1].t().contiguous())()  # N, L
+        both_rows = rows_of(both).unflatten(1, (groups, -1))  # L, G, m/N + r
+        own = both_rows[:, :, -count:]
+        share = own.sum(1).t() if summed else own.permute(1, 2, 0).flatten(0, 1)
+        gathered = exchange.forward(share.contiguous())()  # C' r, L
         size = (both.shape[0], weight.shape[0], *both.shape[2:])
         # Not a view of its rows: an in-place activation may follow, which autograd refuses on a view made here.
         out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         rows = rows_of(out)
-        fine_rows, out_groups = both_rows[:, :, :-1], rows.unflatten(1, (groups, -1))
+        fine_rows, out_groups = both_rows[:, :, :-count], rows.unflatten(1, (groups, -1))
         if bias is None:
             out_groups.copy_(fine_rows)
         else:
             torch.add(fine_rows, bias.view(groups, -1), out=out_groups)
         rows.addmm_(gathered.t(), prolongation.t())
         ctx.save_for_backward(x, filters, prolongation, gathered)
-        ctx.fine, ctx.groups, ctx.exchange = fine, groups, exchange
+        ctx.fine, ctx.groups, ctx.count, ctx.summed, ctx.exchange = fine, groups, count, summed, exchange
         return out.contiguous(memory_format=ctx.memory_format)
 
     @staticmethod
@@ -324,14 +338,14 @@ class Fused(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, filters, prolongation, gathered = ctx.saved_tensors
-        groups = ctx.groups
+        groups, count = ctx.groups, ctx.count
         grad_rows = rows_of(grad.contiguous(memory_format=torch.channels_last))  # L, m
-        arrival = ctx.exchange.reduce_scatter(prolongation.t() @ grad_rows.t())  # in flight
+        arrival = ctx.exchange.backward(prolongation.t() @ grad_rows.t())  # in flight
         grad_prolongation = (gathered @ grad_rows).t() if ctx.needs_input_grad[3] else None
         grad_bias = grad_rows.sum(0) if ctx.needs_input_grad[4] else None
-        both = grad_rows.new_empty(grad_rows.shape[0], groups, grad_rows.shape[1] // groups + 1)
-        both[:, :, :-1].copy_(grad_rows.unflatten(1, (groups, -1)))
-        both[:, :, -1].copy_(arrival().t())
+        both = grad_rows.new_empty(grad_rows.shape[0], groups, grad_rows.shape[1] // groups + count)
+        both[:, :, :-count].copy_(grad_rows.unflatten(1, (groups, -1)))
+        both[:, :, -count:].copy_(arrival().unflatten(0, (-1, count)).permute(2, 0, 1))
         needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         grad_both = _image(both.flatten(1), grad)
         grad_x, grad_filters = convolution_backward(grad_both, x, filters, ctx.fine, groups, needed)
@@ -340,5 +354,5 @@ class Fused(torch.autograd.Function):
         grad_weight = grad_restriction = None
         if grad_filters is not None:
             by_group = grad_filters.unflatten(0, (groups, -1))
-            grad_weight, grad_restriction = by_group[:, :-1].flatten(0, 1), by_group[:, -1]
-        return grad_x, grad_weight, grad_restriction, grad_prolongation, grad_bias, None, None, None
+            grad_weight, grad_restriction = by_group[:, :-count].flatten(0, 1), by_group[:, -count:].flatten(0, 1)
+        return grad_x, grad_weight, grad_restriction, grad_prolongation, grad_bias, None, None, None, None

@@ -13,10 +13,16 @@ from torch.autograd.function import once_differentiable
 from tlgc_mp.nn.coarse_level import Context, Window, convolution_backward, memory_format_of, without_autocast
 
 
-def composed(weight: Tensor, restriction: Tensor, prolongation: Tensor) -> Tensor:
+def composed(weight: Tensor, restriction: Tensor, prolongation: Tensor, *, groups: int) -> Tensor:
     """The dense filters (m, n, d, d) of a whole layer: A_k on the diagonal, and S_k R_0 everywhere."""
-    groups = restriction.shape[0]
-    filters = (prolongation.view(-1, groups, 1, 1, 1) * restriction).contiguous()  # m, N, n/N, d, d
+    coarse_groups = groups * weight.shape[1] // restriction.shape[1]
+    if len(restriction) == coarse_groups:  # one representative each
+        filters = (prolongation.view(-1, coarse_groups, 1, 1, 1) * restriction).contiguous()  # m, C, n/C, d, d
+    else:
+        columns = prolongation.unflatten(1, (coarse_groups, -1)).transpose(0, 1)  # C, m, r
+        rows = restriction.unflatten(0, (coarse_groups, -1)).flatten(2)  # C, r, n/C * d * d
+        filters = (columns @ rows).transpose(0, 1).contiguous()
+    filters = filters.view(len(weight), groups, *weight.shape[1:])
     _diagonal(filters).add_(weight.view(groups, -1, *weight.shape[1:]))
     return filters.flatten(1, 2)
 
@@ -28,10 +34,10 @@ def _diagonal(filters: Tensor) -> Tensor:
 
 
 def composed_out_of_place(
-    weight: Tensor, restriction: Tensor, prolongation: Tensor, groups: int, shape: tuple[int, ...]
+    weight: Tensor, restriction: Tensor, prolongation: Tensor, groups: int, coarse_groups: int, shape: tuple[int, ...]
 ) -> Tensor:
     """The same, of ``shape`` (n, d, d) an output, where no tensor may be written in place, nor asked for its shape."""
-    coarse = prolongation @ _in_blocks(restriction, groups, shape[0]).flatten(1)
+    coarse = prolongation @ _in_blocks(restriction, coarse_groups, shape[0]).flatten(1)
     filters: Tensor = _in_blocks(weight, groups, shape[0]) + coarse.unflatten(1, shape)
     return filters
 
@@ -70,12 +76,13 @@ class Dense(torch.autograd.Function):
         # On accelerators the convolution is faster in channels_last by more than reordering takes.
         ctx.computed_in = ctx.memory_format if x.device.type == "cpu" else torch.channels_last
         x = x.contiguous(memory_format=ctx.computed_in)
-        filters = composed(weight, restriction, prolongation).to(x.dtype) if kept is None else kept
+        groups = x.shape[1] // weight.shape[1]
+        filters = composed(weight, restriction, prolongation, groups=groups).to(x.dtype) if kept is None else kept
         filters = filters.contiguous(memory_format=ctx.computed_in)
         bias = None if bias is None else bias.to(x.dtype)
         out = F.conv2d(x, filters, bias, fine.stride, fine.padding, fine.dilation)
         ctx.save_for_backward(x, filters, restriction, prolongation)
-        ctx.fine = fine
+        ctx.fine, ctx.groups = fine, groups
         return out.contiguous(memory_format=ctx.memory_format)
 
     @staticmethod
@@ -90,11 +97,14 @@ class Dense(torch.autograd.Function):
             grad_x = grad_x.contiguous(memory_format=ctx.memory_format)
         grad_weight = grad_restriction = grad_prolongation = None
         if grad_filters is not None:
-            grad_filters = grad_filters.to(restriction.dtype).contiguous().view(-1, *restriction.shape)
-            grad_weight = _diagonal(grad_filters).flatten(0, 1)
-            by_group = grad_filters.flatten(2).transpose(0, 1)  # N, m, n/N * d * d
-            grad_prolongation = torch.bmm(by_group, restriction.flatten(1).unsqueeze(2)).squeeze(2).t()
-            grad_restriction = torch.bmm(prolongation.t().unsqueeze(1), by_group).view(restriction.shape)
+            grad_filters = grad_filters.to(restriction.dtype).contiguous()  # m, n, d, d
+            grad_weight = _diagonal(grad_filters.unflatten(1, (ctx.groups, -1))).flatten(0, 1)
+            coarse_groups = grad_filters.shape[1] // restriction.shape[1]
+            by_group = grad_filters.view(len(grad_filters), coarse_groups, -1).transpose(0, 1)  # C, m, n/C * d * d
+            rows = restriction.reshape(coarse_groups, -1, by_group.shape[2])  # C, r, n/C * d * d
+            columns = prolongation.t().unflatten(0, (coarse_groups, -1))  # C, r, m
+            grad_prolongation = torch.bmm(by_group, rows.transpose(1, 2)).transpose(0, 1).flatten(1)
+            grad_restriction = torch.bmm(columns, by_group).view(restriction.shape)
         grad_bias = None
         if ctx.needs_input_grad[4]:
             grad_bias = grad.sum((0, 2, 3), dtype=restriction.dtype)
@@ -117,13 +127,13 @@ class KeptFilters:
     def clear(self) -> None:
         self._kept = None
 
-    def filters(self, x: Tensor, *parameters: Tensor) -> Tensor:
+    def filters(self, x: Tensor, groups: int, *parameters: Tensor) -> Tensor:
         """Those of ``parameters``, in the type and the memory format of ``x``."""
         kept, form = self._kept, memory_format_of(x)
         fits = kept is not None and kept[1].dtype == x.dtype and kept[1].is_contiguous(memory_format=form)
         if kept is None or not fits or not all(map(_same, kept[0], parameters)):
             with torch.inference_mode(False), torch.no_grad():  # else no gradient could be taken through them later
-                filters = composed(*parameters).to(x.dtype, memory_format=form)
+                filters = composed(*parameters, groups=groups).to(x.dtype, memory_format=form)
                 kept = tuple(each.clone() for each in parameters), filters
             self._kept = kept
         return kept[1]

@@ -6,7 +6,8 @@ of its outputs only:
 
     y_k = A_k x_k + r_k (A_0 [R_0 x_1, ..., R_0 x_N])_k
 
-So it is the final form with S_k = r_k (A_0)_k, of rank one, and is computed as that.
+So it is the final form with S_k = r_k (A_0)_k, of rank one, and is computed as that. With r representatives a group,
+A_0 gives r coarse channels to each, and S_k is of rank r.
 """
 
 from __future__ import annotations
@@ -23,19 +24,26 @@ class TwoLevelPrototypeConv2d(TwoLevelConv2d):
 
     Parameters, in ``groups`` equal contiguous blocks along their first dimension, one block a group:
         weight, restriction, bias: as in the final form.
-        coarse: (N, N), the 1x1 convolution A_0 among the coarse channels, row k giving coarse channel k.
-        spread: (m,), the factors r_k with which a group's outputs take on its coarse channel.
+        coarse: (N r, N r), the 1x1 convolution A_0 among the coarse channels, row k giving coarse channel k; (N r, r)
+            with ``coarse_sum``.
+        spread: (m,), the factors r_k with which a group's outputs take on its coarse channel; (m, r) where it has more.
     """
 
     coarse: nn.Parameter
     spread: nn.Parameter
 
     def _coarse_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"coarse": (self.groups, self.groups), "spread": (self.out_channels,)}
+        count = self.coarse_channels
+        spread = (self.out_channels,) if count == 1 else (self.out_channels, count)
+        return {"coarse": (self.groups * count, self.shared_maps), "spread": spread}
 
     def prolongation_matrix(self) -> Tensor:
-        by_group = self.spread.view(self.local_groups, -1, 1)  # G, m/N, 1
-        return (by_group * self.coarse.unsqueeze(1)).flatten(0, 1)
+        by_group = self.spread.view(self.local_groups, -1, self.coarse_channels, 1)  # G, m/N, r, 1
+        rows: Tensor = by_group * self.coarse.unflatten(0, (self.local_groups, 1, -1))  # G, m/N, r, N r or r
+        return rows.sum(2).flatten(0, 1)
 
     def _coarse_deviations(self, gain: float) -> dict[str, float]:
-        return {"coarse": math.sqrt(2.0 / self.groups), "spread": math.sqrt(gain / 2.0)}
+        return {
+            "coarse": math.sqrt(2.0 / self.shared_maps),
+            "spread": math.sqrt(gain / (2.0 * self.coarse_channels)),
+        }

@@ -10,8 +10,12 @@ them into its outputs (S_k):
 
     y_k = A_k x_k + S_k [R_0 x_1, ..., R_0 x_N]
 
+How much the groups see of each other is a dial. ``coarse_channels`` gives each group r representatives in the place of
+one; with enough of them the layer can be any dense convolution. ``coarse_sum`` adds up the representatives of all
+groups, R_0 x_1 + ... + R_0 x_N, so that r maps are shared, whatever N is.
+
 Shape letters used below: B images, n input channels, m output channels, N groups, G groups held here (G = N on one
-device), h x w output positions, L = B * h * w.
+device), r representatives of a group, h x w output positions, L = B * h * w.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tlgc_mp.errors import UsageError, must_be, one_of
+from tlgc_mp.errors import UsageError, check_representatives, must_be, one_of
 from tlgc_mp.nn.arguments import check_device, check_dtype, check_groups, check_weights, padding_pair, positive_pair
 from tlgc_mp.nn.capture import is_captured
 from tlgc_mp.nn.coarse_level import Exchange, Fused, Overlapped, WholeExchange, Window, autocasts, is_for_cpu
@@ -52,12 +56,12 @@ convolution, for a tap of an input channel and for an output channel; measured i
 COARSE_MODES = ("overlapped", "fused", "dense")
 
 COARSE_INITS = {"zero": (1.0, 0.0), "scaled": (0.5, 0.5), "he": (1.0, 2.0)}
-"""Name -> (share of He's variance that the fine filters get, N times the variance of the prolongation's entries).
+"""Name -> (share of He's variance that the fine filters get, the variance of a prolongation's row).
 
 zero: a group convolution with He initialization and no coarse term at first, the prolongation being zero. scaled: both
 terms have the same variance, and their sum has that of a group convolution with He initialization. he: He
-initialization of every part (fan-in d * d * n/N, N for the prolongation), so the coarse term has twice the variance of
-the fine one. docs/results.md compares them.
+initialization of every part (fan-in d * d * n/N, N r for the prolongation), so the coarse term has twice the variance
+of the fine one. docs/results.md compares them.
 """
 
 
@@ -75,11 +79,14 @@ class TwoLevelConv2d(NotFusedByTorch):
         coarse_kernel_size: d0, the kernel of the restriction R_0; ``None`` means d. It is centred on the fine kernel,
             so ``dilation * (d0 - d)`` must be even.
         coarse_init: the initial weights, one of :data:`COARSE_INITS`.
+        coarse_channels: r, how many representatives a group has; 1 is the paper's layer. A layer whose r is the
+            smaller of n/N * d * d and m (N - 1)/N can have the values of any dense convolution.
+        coarse_sum: whether the representatives of all groups are summed, the first ones, the second ones and so on.
 
     Parameters, each in ``groups`` equal contiguous blocks along its first dimension, one block a group:
         weight: (m, n/N, d, d), the fine filters A_k.
-        restriction: (N, n/N, d0, d0), the R_0 of each group.
-        prolongation: (m, N), the rows of S_k.
+        restriction: (N r, n/N, d0, d0), the R_0 of each group.
+        prolongation: (m, N r), the rows of S_k; (m, r) with ``coarse_sum``.
         bias: (m,), optional.
 
     Attributes:
@@ -92,8 +99,8 @@ class TwoLevelConv2d(NotFusedByTorch):
             by a clock, so that a run can be repeated; it may be assigned, and a mode that is none raises UsageError.
 
     Raises:
-        UsageError: a count that is not positive, ``groups`` that does not divide both channel counts, or a padding or
-            coarse kernel that cannot be centred.
+        UsageError: a count that is not positive, ``groups`` that does not divide both channel counts, a padding or
+            coarse kernel that cannot be centred, or a ``coarse_sum`` that is no bool.
     """
 
     weight: nn.Parameter
@@ -116,6 +123,8 @@ class TwoLevelConv2d(NotFusedByTorch):
         dtype: torch.dtype | None = None,
         *,
         coarse_init: str = "zero",
+        coarse_channels: int = 1,
+        coarse_sum: bool = False,
     ) -> None:
         super().__init__()
         check_groups(groups, in_channels=in_channels, out_channels=out_channels)
@@ -139,6 +148,9 @@ class TwoLevelConv2d(NotFusedByTorch):
         self.coarse_window = Window(self.coarse_kernel_size, self.stride, (vertical, horizontal), self.dilation)
         self._assigned_mode: str | None = None
         self._kept = KeptFilters()
+        check_representatives(coarse_channels, coarse_sum)
+        self.coarse_channels, self.coarse_sum = coarse_channels, coarse_sum
+        check_weights((groups * coarse_channels, in_channels // groups, *self.coarse_kernel_size))
         self.exchange: Exchange = WholeExchange()
         if coarse_init not in COARSE_INITS:
             raise must_be("coarse_init", one_of(COARSE_INITS), coarse_init)
@@ -147,7 +159,7 @@ class TwoLevelConv2d(NotFusedByTorch):
         group_in = in_channels // groups
         shapes = {
             "weight": (out_channels, group_in, *self.kernel_size),
-            "restriction": (groups, group_in, *self.coarse_kernel_size),
+            "restriction": (groups * coarse_channels, group_in, *self.coarse_kernel_size),
             **self._coarse_shapes(),
         }
         for name, shape in shapes.items():
@@ -159,24 +171,38 @@ class TwoLevelConv2d(NotFusedByTorch):
 
     def _coarse_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the parameters that make the prolongation."""
-        return {"prolongation": (self.out_channels, self.groups)}
+        return {"prolongation": (self.out_channels, self.shared_maps)}
+
+    @property
+    def shared_maps(self) -> int:
+        """How many maps every group sees of the others: N r, or r where they are summed."""
+        return self.coarse_channels * (1 if self.coarse_sum else self.groups)
 
     def prolongation_matrix(self) -> Tensor:
-        """(G m/N, N), the rows of S_k of the groups held here."""
+        """(G m/N, N r or r), the rows of S_k of the groups held here."""
         return self.prolongation
+
+    def restriction_filters(self) -> Tensor:
+        """The restriction as filters that give the maps to share: (G r, n/N, d0, d0), of one group each, or those of
+        their sum over the groups held here, (r, G n/N, d0, d0)."""
+        if not self.coarse_sum:
+            return self.restriction
+        by_group: Tensor = self.restriction.unflatten(0, (self.local_groups, -1))  # G, r, n/N, d0, d0
+        return by_group.transpose(0, 1).flatten(1, 2)
 
     def initial_deviations(self) -> dict[str, float]:
         """Parameter name -> the standard deviation of its initial values, which are normal with mean 0."""
         fine_share, coarse_gain = COARSE_INITS[self.coarse_init]
+        summed = self.groups if self.coarse_sum else 1
         return {
             "weight": math.sqrt(2.0 * fine_share / self.weight[0].numel()),
-            "restriction": math.sqrt(2.0 / self.restriction[0].numel()),
+            "restriction": math.sqrt(2.0 / (summed * self.restriction[0].numel())),
             **self._coarse_deviations(coarse_gain),
         }
 
     def _coarse_deviations(self, gain: float) -> dict[str, float]:
-        """Of the parameters that make the prolongation, whose entries get the variance ``gain`` / N."""
-        return {"prolongation": math.sqrt(gain / self.groups)}
+        """Of the parameters that make the prolongation, whose rows get the variance ``gain``."""
+        return {"prolongation": math.sqrt(gain / self.shared_maps)}
 
     @property
     def coarse_mode(self) -> str:
@@ -187,7 +213,9 @@ class TwoLevelConv2d(NotFusedByTorch):
         weight = self._parameters.get("weight")  # in the place of which torch.fx puts no proxy
         if is_for_cpu(self.weight if weight is None else weight):
             wide = WIDE_GROUP if self.local_groups == groups else WIDE_SHARE
-            prefers_dense = n * m * taps * (groups - 1) < groups * (PASS_INPUT * n * taps + PASS_OUTPUT * m)
+            passes = PASS_INPUT * n * taps + PASS_OUTPUT * m
+            further = (self.coarse_channels - 1) * n * taps + (self.shared_maps - groups) * m
+            prefers_dense = n * m * taps * (groups - 1) < groups * (passes + max(further, 0))
         else:
             wide, prefers_dense = WIDE_GROUP_OF_ACCELERATOR, m // groups < DENSE_BELOW
         if prefers_dense and "dense" in modes:
@@ -231,13 +259,14 @@ class TwoLevelConv2d(NotFusedByTorch):
         mode = self.coarse_mode
         if mode == "dense":
             (x,) = _computed_in(x)
-            tensors = (self.weight, self.restriction, self.prolongation_matrix())
-            kept = self._kept.filters(x, *tensors) if self._keeps(x) else None
+            tensors = (self.weight, self.restriction_filters(), self.prolongation_matrix())
+            kept = self._kept.filters(x, groups, *tensors) if self._keeps(x) else None
             y: Tensor = Dense.apply(x, *tensors, self.bias, self.fine_window, kept)
             return y
-        tensors = _computed_in(x, self.weight, self.restriction, self.prolongation_matrix(), self.bias)
+        restriction = self.restriction if mode == "fused" else self.restriction_filters()
+        tensors = _computed_in(x, self.weight, restriction, self.prolongation_matrix(), self.bias)
         if mode == "fused":
-            y = Fused.apply(*tensors, self.fine_window, groups, self.exchange)
+            y = Fused.apply(*tensors, self.fine_window, groups, self.coarse_sum, self.exchange)
         else:
             y = Overlapped.apply(*tensors, self.fine_window, self.coarse_window, groups, self.exchange)
         return y
@@ -255,13 +284,14 @@ class TwoLevelConv2d(NotFusedByTorch):
 
     def _in_torch(self, x: Tensor) -> Tensor:
         """The same in torch's own functions, for tools that know no others."""
-        prolongation = self.prolongation_matrix()
+        restriction, prolongation = self.restriction_filters(), self.prolongation_matrix()
+        coarse_groups = 1 if self.coarse_sum else self.groups
         if self.coarse_mode == "dense":
             shape = (self.in_channels, *self.kernel_size)
-            filters = composed_out_of_place(self.weight, self.restriction, prolongation, self.groups, shape)
+            filters = composed_out_of_place(self.weight, restriction, prolongation, self.groups, coarse_groups, shape)
             return self.fine_window.convolve(x, filters, self.bias)
         fine = self.fine_window.convolve(x, self.weight, self.bias, self.groups)
-        coarse = self.coarse_window.convolve(x, self.restriction, None, self.groups)
+        coarse = self.coarse_window.convolve(x, restriction, None, coarse_groups)
         return fine + F.conv2d(coarse, prolongation[:, :, None, None])
 
     def extra_repr(self) -> str:
@@ -269,6 +299,10 @@ class TwoLevelConv2d(NotFusedByTorch):
         text += f", padding={self.padding}, dilation={self.dilation}, groups={self.groups}"
         if self.coarse_kernel_size != self.kernel_size:
             text += f", coarse_kernel_size={self.coarse_kernel_size}"
+        if self.coarse_channels > 1:
+            text += f", coarse_channels={self.coarse_channels}"
+        if self.coarse_sum:
+            text += ", coarse_sum=True"
         if self.local_groups != self.groups:
             text += f", local_groups={self.local_groups}"
         return text + f", bias={self.bias is not None}"

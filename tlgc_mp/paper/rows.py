@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 from tlgc_mp.data.catalog import DATASETS
-from tlgc_mp.errors import UsageError, is_count, is_number, shown
-from tlgc_mp.models.names import COARSE_INITS, CONVOLUTIONS, TWO_LEVEL, check_model
+from tlgc_mp.errors import UsageError, check_representatives, is_count, is_number, shown
+from tlgc_mp.models.names import COARSE_INITS, COARSE_LEVEL, CONVOLUTIONS, TWO_LEVEL, check_model, coarse_level_of
 from tlgc_mp.training.runs import RESULT
 
 Key = TypeVar("Key")
@@ -59,13 +59,14 @@ def read_rows(sources: Sequence[str]) -> list[Row]:
             )
         for path in _files(source):
             for row in _read(path):
-                found.setdefault(json.dumps([setting_of(row), *(row[key] for key in _IDENTITY)]), row)
+                whole = {**row, **coarse_level_of(row)}
+                found.setdefault(json.dumps([setting_of(row), *(whole[key] for key in _IDENTITY)]), row)
     if not found:
         raise UsageError(f"SOURCE must hold a finished run (a {RESULT}), got none in {', '.join(map(repr, sources))}")
     return list(found.values())
 
 
-_IDENTITY = ("conv", "groups", "coarse_kernel_size", "coarse_init", "seed", "tensor_parallel", "data_parallel")
+_IDENTITY = ("conv", "groups", *COARSE_LEVEL, "seed", "tensor_parallel", "data_parallel")
 
 
 def _files(source: str) -> list[str]:
@@ -100,6 +101,10 @@ def _check(row: object, path: str) -> None:
         raise UsageError(f"data_fingerprint of a row in {path!r} must be text, got {shown(row['data_fingerprint'])}")
     if not isinstance(row.get("departures", {}), dict):
         raise UsageError(f"departures of a row in {path!r} must be an object, got {shown(row['departures'])}")
+    try:
+        check_representatives(*(coarse_level_of(row)[name] for name in ("coarse_channels", "coarse_sum")))
+    except UsageError as error:
+        raise UsageError(f"the coarse level of a row in {path!r} is not one: {error}") from None
     if not _PERHAPS_COUNT[0](row.get("effective_parameters")):
         raise UsageError(
             f"effective_parameters of a row in {path!r} must be {_PERHAPS_COUNT[1]}, got "
@@ -171,9 +176,13 @@ def setting_of(row: Row) -> tuple[object, ...]:
 
 
 def variant_of(row: Row) -> Variant:
-    departures = []
+    departures, coarse = [], coarse_level_of(row)
     if row["coarse_kernel_size"] is not None:
         departures.append(f"d0 = {row['coarse_kernel_size']}")
+    if coarse["coarse_channels"] != 1:
+        departures.append(f"r = {coarse['coarse_channels']}")
+    if coarse["coarse_sum"]:
+        departures.append("summed")
     if row["conv"] in TWO_LEVEL and row["coarse_init"] != COARSE_INITS[0]:
         departures.append(f"{row['coarse_init']} initialization")
     return Variant(row["conv"], row["groups"], ", ".join(departures))

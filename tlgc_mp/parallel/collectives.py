@@ -2,7 +2,7 @@
 
     forward                         backward
     coarse_gather: all-gather       coarse_reduce_scatter: reduce-scatter
-    sum_partials: all-reduce        identity
+    sum_partials: all-reduce        identity; of a sum that each rank takes on by itself, sum_partials
     identity                        copy_to_ranks: all-reduce
     exchange_channels: all-to-all   itself, with what is sent and received swapped
 
@@ -224,10 +224,19 @@ coarse_gather.register_autograd(_gather_backward, setup_context=_gather_context)
 @torch.library.custom_op("tlgc_mp::sum_partials", mutates_args=())
 def sum_partials(partial: Tensor, group_name: str) -> Tensor:
     """Sum over the ranks of a group; every rank gets it. The gradient of the sum is each rank's own, unchanged."""
+    return start_sum_partials(partial, group_name)()
+
+
+def start_sum_partials(partial: Tensor, group_name: str) -> Callable[[], Tensor]:
+    """Starts :func:`sum_partials`; the function returned waits for its result."""
     total = partial.clone(memory_format=torch.contiguous_format)
+    if total.is_meta or not total.numel():
+        _note("sum_partials", total)
+        return lambda: total
     group = resolve_group(group_name)
-    complete(_begin("sum_partials", total, group), _comm("all_reduce", "all_reduce"), total, group=group)
-    return total
+    call = _begin("sum_partials", total, group)
+    work = complete(call, _comm("all_reduce", "all_reduce"), total, group=group, async_op=True)
+    return _arrival(call, work, total, total)
 
 
 @sum_partials.register_fake

@@ -13,6 +13,8 @@ from tlgc_mp.parallel.collectives import (
     coarse_reduce_scatter,
     start_coarse_gather,
     start_coarse_reduce_scatter,
+    start_sum_partials,
+    sum_partials,
 )
 
 
@@ -33,10 +35,10 @@ class CoarseExchange(Exchange):
         self.group_name = group_name
         self.over_network = over_network
 
-    def gather(self, share: Tensor) -> Callable[[], Tensor]:
+    def forward(self, share: Tensor) -> Callable[[], Tensor]:
         return self._started("coarse_gather", coarse_gather, start_coarse_gather, share)
 
-    def reduce_scatter(self, full: Tensor) -> Callable[[], Tensor]:
+    def backward(self, full: Tensor) -> Callable[[], Tensor]:
         return self._started("coarse_reduce_scatter", coarse_reduce_scatter, start_coarse_reduce_scatter, full)
 
     def _started(
@@ -52,3 +54,25 @@ class CoarseExchange(Exchange):
             return lambda: result
         with torch.profiler.record_function(f"tlgc_mp::{name}"):
             return start(tensor, self.ranks, self.group_name, self.over_network)
+
+
+class CoarseSum(Exchange):
+    """The sum over the ranks of a process group of what the groups of each have summed, and of its gradient: each rank
+    has taken on the sum by itself.
+
+    Args:
+        group_name: of a group as that of :class:`CoarseExchange`.
+    """
+
+    def __init__(self, group_name: str) -> None:
+        self.group_name = group_name
+
+    def forward(self, share: Tensor) -> Callable[[], Tensor]:
+        if torch.compiler.is_compiling() or type(share) is not Tensor:
+            total = sum_partials(share, self.group_name)
+            return lambda: total
+        with torch.profiler.record_function("tlgc_mp::sum_partials"):
+            return start_sum_partials(share, self.group_name)
+
+    def backward(self, full: Tensor) -> Callable[[], Tensor]:
+        return self.forward(full)

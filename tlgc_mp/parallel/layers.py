@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.collectives import coarse_gather, copy_to_ranks, exchange_channels, sum_partials
-from tlgc_mp.parallel.exchange import CoarseExchange
+from tlgc_mp.parallel.exchange import CoarseExchange, CoarseSum
 from tlgc_mp.parallel.layout import Layout, take_share
 from tlgc_mp.parallel.plan import Placement, unsplit_class
 from tlgc_mp.parallel.sharded import (
@@ -64,12 +64,17 @@ class LocalLayer(ShardedLayer):
 
 
 class ParallelTwoLevel(LocalLayer):
-    """G = N / P groups of a two-level group convolution, or of its prototype; the gather is a collective."""
+    """G = N / P groups of a two-level group convolution, or of its prototype; representatives are gathered, or summed,
+    in a collective."""
 
     def _tlgc_adjust(self) -> None:
-        self.local_groups = self.groups // self.tlgc_region.ranks.size  # type: ignore[attr-defined]
-        region = self.tlgc_region
-        self.exchange = CoarseExchange(region.ranks.size, region.ranks.group_name, region.over_network)
+        layer: Any = self
+        ranks = self.tlgc_region.ranks
+        layer.local_groups = layer.groups // ranks.size
+        if layer.coarse_sum:
+            layer.exchange = CoarseSum(ranks.group_name)
+        else:
+            layer.exchange = CoarseExchange(ranks.size, ranks.group_name, self.tlgc_region.over_network)
 
 
 class ParallelShuffle(LocalLayer):

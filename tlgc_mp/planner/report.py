@@ -90,7 +90,9 @@ def launch_line(settings: PlanSettings, candidate: Candidate, config: str) -> st
     words = ["--model", model["name"], "--conv", model["conv"], "--groups", str(candidate.groups)]
     if model["coarse_kernel_size"] is not None:
         words += ["--coarse-kernel-size", str(model["coarse_kernel_size"])]
-    words += ["--coarse-everywhere"] if model["coarse_everywhere"] else []
+    if model["coarse_channels"] != 1:
+        words += ["--coarse-channels", str(model["coarse_channels"])]
+    words += [f"--{name.replace('_', '-')}" for name in ("coarse_sum", "coarse_everywhere") if model[name]]
     words += ["--dataset", "cifar10" if settings.recipe_name == "cifar" else settings.recipe_name]
     words += [] if settings.recipe_name == "digits" else ["--data-dir", "DIR"]
     words += ["--recipe", settings.recipe_name, "--optimizer", settings.optimizer]

@@ -6,7 +6,15 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 from tlgc_mp.errors import UsageError, divisors, is_count, one_of
-from tlgc_mp.models.names import NamedModel, check_coarse_level, check_model, check_split, library_model, parse_model
+from tlgc_mp.models.names import (
+    NamedModel,
+    check_coarse_level,
+    check_model,
+    check_split,
+    coarse_level_of,
+    library_model,
+    parse_model,
+)
 from tlgc_mp.planner.devices import (
     DTYPES,
     Device,
@@ -71,7 +79,7 @@ def resolve(options: Namespace) -> PlanSettings:
         UsageError: an option that cannot work, or two that do not fit together.
     """
     groups = _groups(options)
-    check_coarse_level(options.conv, options.coarse_kernel_size, options.coarse_init)
+    check_coarse_level(options.conv, coarse_level_of(options))
     device = find_device(options.gpu, options.calibrated)
     network = read_hosts(options.hosts, options.ranks, read_bandwidth(options.network))
     ranks = network.hosts * network.ranks

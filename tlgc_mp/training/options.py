@@ -21,6 +21,7 @@ from tlgc_mp.models.names import (
     ModelArguments,
     check_coarse_level,
     check_model,
+    coarse_level_of,
 )
 from tlgc_mp.training.recipes import OPTIMIZERS, RECIPES, SCHEDULES
 
@@ -103,6 +104,12 @@ class ModelOptions:
     )
     coarse_init: str = _option(
         f"{', '.join(COARSE_INITS)}: initial weights (default: %(default)s)", default=COARSE_INITS[0], described=True
+    )
+    coarse_channels: int = _option(
+        "representatives of a group that the others see (default: %(default)s)", default=1, described=True, metavar="R"
+    )
+    coarse_sum: bool = _option(
+        "sum the representatives of all groups: R maps are shared, whatever N is", default=False, described=True
     )
 
 
@@ -290,7 +297,7 @@ def check_options(options: Namespace) -> None:
 def check_network(options: Namespace | TrainSettings) -> None:
     """Refuses a network that there is none of."""
     check_model(options.model, options.conv, options.groups, options.num_classes, options.coarse_everywhere)
-    check_coarse_level(options.conv, options.coarse_kernel_size, options.coarse_init)
+    check_coarse_level(options.conv, coarse_level_of(options))
 
 
 def model_arguments(options: Namespace | TrainSettings, num_classes: int | None) -> ModelArguments:
@@ -302,4 +309,6 @@ def model_arguments(options: Namespace | TrainSettings, num_classes: int | None)
         "coarse_everywhere": options.coarse_everywhere,
         "coarse_kernel_size": options.coarse_kernel_size,
         "coarse_init": options.coarse_init,
+        "coarse_channels": options.coarse_channels,
+        "coarse_sum": options.coarse_sum,
     }
