@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tlgc_mp import convert
 from tlgc_mp.models import Conversion, create_model
 from tlgc_mp.nn import (
+    BalancedConv2d,
     FullyLearnableGroupConv2d,
     ShuffleConv2d,
     TwoLevelConv2d,
@@ -33,6 +34,7 @@ KINDS: dict[str, type[nn.Module]] = {
     "gc-2l-proto": TwoLevelPrototypeConv2d,
     "shuffle": ShuffleConv2d,
     "flgc": FullyLearnableGroupConv2d,
+    "bgc": BalancedConv2d,
 }
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "torchvision resnet18": functools.partial(torchvision.models.resnet18, num_classes=10),
@@ -125,7 +127,7 @@ def test_a_layer_keeps_what_it_has(arguments: dict[str, Any], conv: str) -> None
     layer.to(memory_format=torch.channels_last).eval()
     layer.weight.requires_grad_(False)
     x = torch.randn(2, 8, 7, 6, dtype=torch.float64)
-    fits = conv in ("gc", "gc-2l")
+    fits = conv in ("gc", "gc-2l", "bgc")
     model = convert(network(layer).eval(), conv=conv, groups=2, init="from_dense" if fits else "random")
     new = model.get_submodule("1")
     assert type(new) is KINDS[conv]

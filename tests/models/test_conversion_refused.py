@@ -15,15 +15,15 @@ from tlgc_mp import UsageError, convert
 from tlgc_mp.models import create_model
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"conv": "dense"}, "conv must be one of gc, gc-2l, gc-2l-proto, shuffle, flgc, got 'dense'"),
-    ({"conv": "sc"}, "conv must be one of gc, gc-2l, gc-2l-proto, shuffle, flgc, got 'sc'"),
+    ({"conv": "dense"}, "conv must be one of gc, gc-2l, gc-2l-proto, shuffle, flgc, bgc, got 'dense'"),
+    ({"conv": "sc"}, "conv must be one of gc, gc-2l, gc-2l-proto, shuffle, flgc, bgc, got 'sc'"),
     ({"groups": 0}, "groups must be 1 or more, got 0"),
     ({"groups": 2.0}, "groups must be 1 or more, got 2.0"),
     ({"groups": True}, "groups must be 1 or more, got True"),
     ({"init": "dense"}, "init must be one of random, from_dense, got 'dense'"),
     (
         {"init": "from_dense", "conv": "shuffle"},
-        "conv must be one of gc, gc-2l with init='from_dense', got 'shuffle'; use init='random'",
+        "conv must be one of gc, gc-2l, bgc with init='from_dense', got 'shuffle'; use init='random'",
     ),
     ({"where": 3}, "where must be a function of (name, layer), or a pattern, got 3; use e.g. 'layer4.*'"),
     (

@@ -53,6 +53,7 @@ MODELS = [
     ("wrn-10-4", "gc-2l", 2, {"coarse_channels": 3}, 16),
     ("wrn-10-4", "gc-2l-proto", 2, {"coarse_channels": 2, "coarse_sum": True}, 16),
     ("wrn-10-2", "gc", 4, {}, 16),
+    ("wrn-10-8", "bgc", 4, {}, 16),
     ("wrn-10-2", "shuffle", 4, {}, 16),
     ("wrn-10-2", "flgc", 4, {}, 16),
     ("torchvision:resnet18", "gc-2l", 4, {}, 64),
@@ -184,7 +185,7 @@ def test_a_model_without_a_graph_keeps_its_batch_norm() -> None:
     torch.testing.assert_close(folded(x), model(x), rtol=0, atol=1e-10)
     assert type(folded.conv) is nn.Conv2d
     assert "torch.fx makes no graph" in folded.folding.left["norm"]
-    assert "1 two-level layers and 0 of BatchNorm folded" in str(folded.folding)
+    assert "1 two-level or balanced layers and 0 of BatchNorm folded" in str(folded.folding)
 
 
 class OwnForward(TwoLevelConv2d):

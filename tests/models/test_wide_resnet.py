@@ -185,7 +185,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"name": "wrn-27-10"}, "model must be of a depth 6 u + 4, got 'wrn-27-10'; use one of 10, 16, 22, 28, 34, 40"),
     ({"name": "wrn-4-10"}, "model must be of a depth 6 u + 4, got 'wrn-4-10'; use one of 10, 16, 22, 28, 34, 40"),
     ({"name": "wrn-10-0"}, "model must be of a widening factor of 1 or more, got 'wrn-10-0'"),
-    ({"conv": "dense"}, "conv must be one of sc, gc, gc-2l, gc-2l-proto, shuffle, flgc, got 'dense'"),
+    ({"conv": "dense"}, "conv must be one of sc, gc, gc-2l, gc-2l-proto, shuffle, flgc, bgc, got 'dense'"),
     ({"conv": "sc", "groups": 2}, "groups must be 1 with conv='sc', the dense convolution, got 2"),
     ({"groups": 3}, "groups must be a divisor of the stem's 16 channels, got 3; use one of 1, 2, 4, 8, 16"),
     ({"groups": 32}, "groups must be a divisor of the stem's 16 channels, got 32; use one of 1, 2, 4, 8, 16"),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tlgc_mp.nn import FullyLearnableGroupConv2d, ShuffleConv2d, TwoLevelConv2d, TwoLevelPrototypeConv2d
+from tlgc_mp.nn import BalancedConv2d, FullyLearnableGroupConv2d, ShuffleConv2d, TwoLevelConv2d, TwoLevelPrototypeConv2d
 from tlgc_mp.nn.two_level import COARSE_MODES
 
 N, GROUPS, OUT = 8, 4, 12
@@ -40,6 +40,12 @@ def _shuffle_oracle(layer: Any, x: Tensor) -> Tensor:
     return y.index_select(-3, torch.tensor([g * per + k for k in range(per) for g in range(GROUPS)]))
 
 
+def _balanced_oracle(layer: Any, x: Tensor) -> Tensor:
+    window = {"stride": 2, "padding": 1}
+    mean = sum(x.chunk(GROUPS, -3)) / GROUPS
+    return F.conv2d(x, layer.weight, layer.bias, **window, groups=GROUPS) + F.conv2d(mean, layer.mean_weight, **window)
+
+
 def _learnable_oracle(layer: Any, x: Tensor) -> Tensor:
     mask = F.one_hot(layer.filter_selection.argmax(1), GROUPS) @ F.one_hot(layer.input_selection.argmax(1), GROUPS).t()
     return F.conv2d(x, layer.weight * mask[:, :, None, None], padding=1)
@@ -67,6 +73,7 @@ LAYERS: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Tensor]]] = {
     ),
     "prototype": (lambda: TwoLevelPrototypeConv2d(N, OUT, 3, padding=1, groups=GROUPS), _two_level_oracle),
     "shuffle": (lambda: ShuffleConv2d(N, OUT, 3, padding=1, groups=GROUPS, bias=True), _shuffle_oracle),
+    "balanced": (lambda: BalancedConv2d(N, OUT, 3, 2, 1, groups=GROUPS, bias=True), _balanced_oracle),
     "learnable": (lambda: FullyLearnableGroupConv2d(N, OUT, 3, padding=1, groups=GROUPS), _learnable_oracle),
     "frozen": (_frozen, lambda layer, x: _learnable_oracle(layer.made_of[0], x)),
 }

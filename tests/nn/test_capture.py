@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tlgc_mp.nn import (
+    BalancedConv2d,
     FullyLearnableGroupConv2d,
     ShuffleConv2d,
     TwoLevelConv2d,
@@ -45,6 +46,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     ),
     "prototype": lambda: TwoLevelPrototypeConv2d(8, 12, 3, coarse_init="he", **WINDOW),
     "shuffle": lambda: ShuffleConv2d(8, 12, 3, **WINDOW),
+    "balanced": lambda: BalancedConv2d(8, 12, 3, **WINDOW),
     "learned": lambda: FullyLearnableGroupConv2d(8, 12, 3, **WINDOW),
     "frozen": frozen,
 }

@@ -67,6 +67,21 @@ def least_squared_error(dense: nn.Conv2d, groups: int, rank: int) -> float:
     return float(total)
 
 
+@pytest.mark.parametrize("groups", [1, *GROUPS])
+def test_a_balanced_layer_takes_the_mean_of_each_groups_blocks(groups: int) -> None:
+    """The sum of squares about the mean is the least."""
+    for name, dense in random_layers().items():
+        layer = fitted(dense, "bgc", groups)
+        blocks = dense.weight.detach().double().numpy().reshape(groups, dense.out_channels // groups, groups, -1)
+        least = 0.0
+        for k in range(groups):
+            others = np.delete(blocks[k], k, axis=1)
+            least += float(((others - others.mean(1, keepdims=True)) ** 2).sum()) if groups > 1 else 0.0
+        rows = layer.mean_weight.detach().double().repeat(1, groups, 1, 1) / groups
+        error = (operator(layer) + rows - dense.weight.detach().double()).square().sum().item()
+        assert error == pytest.approx(least, rel=1e-5, abs=1e-9), f"{name}, seed {SEED}"
+
+
 @functools.cache
 def random_layers() -> dict[str, nn.Conv2d]:
     torch.manual_seed(SEED)

@@ -87,10 +87,13 @@ class SmoothBlock(nn.Sequential):
     """A part of :func:`smooth_network`, for activation checkpointing."""
 
 
-def smooth_network(device: str) -> nn.Module:
+def smooth_network(device: str, **dial: Any) -> nn.Module:
     """A stem, three two-level layers and a head, with the initial weights of :data:`SEED` or about to get them.
 
     Rounding moves its gradients by as little: it has no ReLU.
+
+    Args:
+        dial: ``coarse_channels`` and ``coarse_sum`` of the two-level layers.
     """
     with torch.device("meta"):
         model = nn.Sequential(
@@ -98,15 +101,17 @@ def smooth_network(device: str) -> nn.Module:
             nn.BatchNorm2d(16),
             nn.SiLU(),
             SmoothBlock(
-                TwoLevelConv2d(16, 32, 3, padding=1, stride=2, groups=4, coarse_init="he"),
+                TwoLevelConv2d(16, 32, 3, padding=1, stride=2, groups=4, coarse_init="he", **dial),
                 nn.BatchNorm2d(32),
                 nn.SiLU(),
             ),
             SmoothBlock(
-                TwoLevelConv2d(32, 32, 3, padding=1, groups=4, bias=True, coarse_kernel_size=1, coarse_init="he"),
+                TwoLevelConv2d(
+                    32, 32, 3, padding=1, groups=4, bias=True, coarse_kernel_size=1, coarse_init="he", **dial
+                ),
                 nn.SiLU(),
             ),
-            SmoothBlock(TwoLevelConv2d(32, 64, 1, groups=4, coarse_init="he"), nn.BatchNorm2d(64), nn.SiLU()),
+            SmoothBlock(TwoLevelConv2d(32, 64, 1, groups=4, coarse_init="he", **dial), nn.BatchNorm2d(64), nn.SiLU()),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
             nn.Linear(64, 10),

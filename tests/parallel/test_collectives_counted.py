@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from tests.parallel.common import SEED, run_ranks_once, seeded_model
 from tlgc_mp import create_model
 from tlgc_mp.engine import initialize
-from tlgc_mp.nn import TwoLevelConv2d
+from tlgc_mp.nn import BalancedConv2d, TwoLevelConv2d
 from tlgc_mp.parallel import shard
 from tlgc_mp.parallel.replicas import CHECK_BYTES
 
@@ -164,6 +164,24 @@ def test_the_dial_says_how_many_maps_a_layer_sends(dial: dict[str, Any], ranks: 
         given = own if summed else whole
         back = Counter(Collective(kinds[1], given * size, 0 if summed else own * size) for size in sizes)
         assert Counter(maps[len(sizes) :]) == back
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_balanced_layer_sums_as_many_maps_as_a_group_has(ranks: int) -> None:
+    model = create_model("wrn-10-2", conv="bgc", groups=GROUPS)
+    expected: list[Collective] = []
+
+    def note(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        expected.append(Collective("ALLREDUCE", inputs[0].numel() // GROUPS * FLOAT, 0))
+
+    layers = [module for module in model.modules() if isinstance(module, BalancedConv2d)]
+    for layer in layers:
+        layer.register_forward_hook(note)
+    model(_batch()[0])
+    assert len(layers) == len(expected) == 9
+    for (collectives,) in run_ranks_once(ranks, _dialled, (("conv", "bgc"),)):
+        assert collectives[: len(expected)] == expected
+        assert Counter(collectives) == Counter({LOGITS: 1}) + Counter(expected + expected)
 
 
 def _expected_activations() -> tuple[list[Collective], list[Collective]]:

@@ -44,12 +44,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"gradient_clipping": 0.0, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
     "composed": {"gradient_clipping": 0.0},  # every layer that can be is one dense convolution, as on an accelerator
 }
+DIALS: dict[str, dict[str, Any]] = {
+    "r = 3": {"coarse_channels": 3},
+    "r = 2, summed": {"coarse_channels": 2, "coarse_sum": True},
+}
+"""Variants of the network."""
+VARIANTS |= dict.fromkeys(DIALS, VARIANTS["plain"])
 PLAIN = [((p, d), "plain", stage) for p, d in ((2, 1), (1, 2), (2, 2), (4, 1)) for stage in (0, 1, 2, 3)]
 CLIPPED = [((2, 1), "clipped", stage) for stage in (0, 1, 2, 3)] + [((2, 2), "clipped", stage) for stage in (0, 3)]
 ACCUMULATED = [((2, 1), "accumulated", 0), *(((2, 2), "accumulated", stage) for stage in (1, 2, 3))]
 BF16 = [((2, 1), "bf16", stage) for stage in (0, 2, 3)]
 COMPOSED = [((1, 2), "composed", stage) for stage in (0, 1, 2, 3)]
-RUNS = PLAIN + CLIPPED + ACCUMULATED + BF16 + COMPOSED
+DIALLED = [((2, 2), variant, stage) for variant in DIALS for stage in (0, 1, 2, 3)]
+RUNS = PLAIN + CLIPPED + ACCUMULATED + BF16 + COMPOSED + DIALLED
 """((P, D), variant, ZeRO stage)"""
 
 WIDE_RESNET_STAGES = (0, 1, 2, 3)
@@ -93,7 +100,10 @@ def _one_engine(topology: Topology, variant: str, stage: int, model: nn.Module) 
 
 def _engines_on_ranks(ranks: int, runs: tuple[tuple[str, int], ...]) -> dict[Any, Any]:
     topology = Topology(dist.get_world_size(), dist.get_rank(), ranks)
-    return {(variant, stage): _one_engine(topology, variant, stage, smooth_network("meta")) for variant, stage in runs}
+    return {
+        (variant, stage): _one_engine(topology, variant, stage, smooth_network("meta", **DIALS.get(variant, {})))
+        for variant, stage in runs
+    }
 
 
 def _wide_resnets_on_ranks(ranks: int) -> dict[int, TrainingRun]:
@@ -115,7 +125,7 @@ def _engines(split: tuple[int, int]) -> list[Any]:
 @functools.cache
 def _one_device(replicas: int, variant: str) -> TrainingRun:
     return train_one_device(
-        smooth_network("cpu"),
+        smooth_network("cpu", **DIALS.get(variant, {})),
         batches(STEPS, BATCH, torch.float32),
         sgd,
         replicas=replicas,
@@ -124,7 +134,7 @@ def _one_device(replicas: int, variant: str) -> TrainingRun:
     )
 
 
-@pytest.mark.parametrize(("split", "variant", "stage"), PLAIN + CLIPPED + ACCUMULATED + COMPOSED)
+@pytest.mark.parametrize(("split", "variant", "stage"), PLAIN + CLIPPED + ACCUMULATED + COMPOSED + DIALLED)
 def test_losses_and_final_parameters(split: tuple[int, int], variant: str, stage: int) -> None:
     expected = _one_device(split[1], variant)
     assert_trained(expected)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.parallel.common import SEED, assert_close, gather_gradients, run_ranks_once
-from tlgc_mp.nn import TwoLevelConv2d
+from tlgc_mp.nn import BalancedConv2d, TwoLevelConv2d
 from tlgc_mp.parallel import gather_state_dict, shard
 from tlgc_mp.parallel.split_tensor import SplitTensor, whole
 
@@ -34,6 +34,8 @@ LAYERS: dict[str, dict[str, Any]] = {
         for mode in ("fused", "overlapped")
         for count, summed in ((1, True), (2, False), (2, True), (3, False), (3, True))
     },
+    "balanced, bias, stride 2": dict(kind=BalancedConv2d, kernel_size=3, padding=1, stride=2, bias=True),
+    "balanced, 1x1": dict(kind=BalancedConv2d, kernel_size=1),
     "d0 < d, r = 3, apart": dict(kernel_size=3, padding=1, coarse_kernel_size=1, coarse_channels=3),
     "d0 > d, r = 2, summed": dict(kernel_size=1, coarse_kernel_size=3, coarse_channels=2, coarse_sum=True),
 }
@@ -45,11 +47,11 @@ def _case(groups: int, layer: str, dtype: torch.dtype, layout: str) -> tuple[nn.
     """The whole layer with a BatchNorm after it, and its whole input; the same wherever it is called."""
     torch.manual_seed(SEED)
     arguments = dict(LAYERS[layer])
-    mode = arguments.pop("coarse_mode", None)
-    two_level = TwoLevelConv2d(2 * groups, 3 * groups, groups=groups, **arguments)
+    mode, kind = arguments.pop("coarse_mode", None), arguments.pop("kind", TwoLevelConv2d)
+    convolution = kind(2 * groups, 3 * groups, groups=groups, **arguments)
     if mode is not None:
-        two_level.coarse_mode = mode
-    model = nn.Sequential(two_level, nn.BatchNorm2d(3 * groups))
+        convolution.coarse_mode = mode
+    model = nn.Sequential(convolution, nn.BatchNorm2d(3 * groups))
     for param in model.parameters():
         nn.init.normal_(param)
     images = torch.randn(3, 2 * groups, 7, 6)

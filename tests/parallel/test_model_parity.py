@@ -34,7 +34,7 @@ MODELS = [
     *(
         (ranks, groups, conv)
         for ranks, groups in ((2, 2), (2, 4), (4, 4), (4, 8))
-        for conv in ("gc-2l", "gc", "gc-2l-proto", "shuffle")
+        for conv in ("gc-2l", "gc", "gc-2l-proto", "shuffle", "bgc")
     ),
     (2, 1, "sc"),
     (4, 1, "sc"),
@@ -48,6 +48,7 @@ TRAINED = [
     (4, 4, "gc-2l"),
     (4, 8, "gc-2l-proto"),
     (4, 8, "shuffle"),
+    (4, 8, "bgc"),
     (4, 8, "gc"),
     (4, 1, "sc"),
 ]

@@ -67,7 +67,7 @@ MISTAKES: dict[str, tuple[int, list[str], list[str]]] = {
     "convolution": (
         1,
         [*SYNTHETIC, "--conv", "gc2l"],
-        ["conv must be one of sc, gc, gc-2l, gc-2l-proto, shuffle, flgc, got 'gc2l'"],
+        ["conv must be one of sc, gc, gc-2l, gc-2l-proto, shuffle, flgc, bgc, got 'gc2l'"],
     ),
     "learned groups on two ranks": (
         2,

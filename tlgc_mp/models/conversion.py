@@ -11,23 +11,23 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tlgc_mp.errors import UsageError, divisors, must_be, one_of
 from tlgc_mp.models.factory import CONVOLUTION_LAYERS, convolution
 from tlgc_mp.models.names import COARSE_INITS, COARSE_LEVEL, check_coarse_level
 from tlgc_mp.models.wide_resnet import ConvFactory
-from tlgc_mp.nn import FullyLearnableGroupConv2d, PermutedGroupConv2d, TwoLevelConv2d
+from tlgc_mp.nn import BalancedConv2d, FullyLearnableGroupConv2d, PermutedGroupConv2d, TwoLevelConv2d
 from tlgc_mp.nn.arguments import check_module
-from tlgc_mp.nn.from_dense import group_filters, two_level_filters
+from tlgc_mp.nn.from_dense import balanced_filters, group_filters, two_level_filters
 
 Where = Callable[[str, nn.Module], bool] | str
 """Which convolutions: a function of a layer's name and the layer, or a pattern of names such as ``"layer4.*"``."""
 
 INITS = {
     "random": tuple(conv for conv in CONVOLUTION_LAYERS if conv != "sc"),
-    "from_dense": ("gc", "gc-2l"),
+    "from_dense": ("gc", "gc-2l", "bgc"),
 }
 """Where new weights can come from -> the convolutions that can take them from there."""
 
@@ -98,14 +98,14 @@ def convert(
 
     Args:
         model: any torch model, on any device. Parameters are new objects afterwards, so build the optimizer then.
-        conv: ``"gc"``, ``"gc-2l"``, ``"gc-2l-proto"``, ``"shuffle"`` or ``"flgc"``, as in
+        conv: ``"gc"``, ``"gc-2l"``, ``"gc-2l-proto"``, ``"shuffle"``, ``"flgc"`` or ``"bgc"``, as in
             :func:`~tlgc_mp.models.create_model`.
         groups: N.
         where: which layers may be replaced: a function of (name, layer), or a pattern of names as in a shell, such as
             ``"layer4.*"``. All where not given.
         init: ``"random"``: new weights, drawn from torch's random state as each layer draws its own.
-            ``"from_dense"``: those that come closest to the dense weights, for ``"gc"`` (the diagonal blocks) and
-            ``"gc-2l"`` (:func:`~tlgc_mp.nn.from_dense.two_level_filters`); biases are kept.
+            ``"from_dense"``: those that come closest to the dense weights, for ``"gc"`` (the diagonal blocks),
+            ``"bgc"`` and ``"gc-2l"`` (:func:`~tlgc_mp.nn.from_dense.two_level_filters`); biases are kept.
         coarse_kernel_size, coarse_init: d0 and the initial weights of two-level convolutions, as
             :class:`tlgc_mp.nn.TwoLevelConv2d` takes them; for ``init="random"``.
         coarse_channels, coarse_sum: r and whether representatives are summed, as well. With ``init="from_dense"`` the
@@ -294,12 +294,17 @@ def _fill(new: nn.Module, old: nn.Module, init: str) -> None:
 def _fit(new: nn.Module, dense: nn.Conv2d) -> None:
     """Gives ``new`` the weights that come closest to those of ``dense``."""
     assert isinstance(new, TwoLevelConv2d | nn.Conv2d)
+    weight, groups = dense.weight, new.groups
+    fitted: dict[str, Tensor]
     if isinstance(new, TwoLevelConv2d):
-        fitted = two_level_filters(dense.weight, new.groups, new.coarse_channels, new.coarse_sum)
-        for param, values in zip((new.weight, new.restriction, new.prolongation), fitted, strict=True):
-            param.copy_(values)
+        values = two_level_filters(weight, groups, new.coarse_channels, new.coarse_sum)
+        fitted = dict(zip(("weight", "restriction", "prolongation"), values, strict=True))
+    elif isinstance(new, BalancedConv2d):
+        fitted = dict(zip(("weight", "mean_weight"), balanced_filters(weight, groups), strict=True))
     else:
-        new.weight.copy_(group_filters(dense.weight, new.groups))
+        fitted = {"weight": group_filters(weight, groups)}
+    for name, value in fitted.items():
+        new.get_parameter(name).copy_(value)
     if dense.bias is not None and new.bias is not None:
         new.bias.copy_(dense.bias)
 

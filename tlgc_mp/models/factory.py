@@ -25,6 +25,7 @@ from tlgc_mp.models.names import (
 )
 from tlgc_mp.models.wide_resnet import ConvFactory, cifar_wide_resnet, imagenet_wide_resnet
 from tlgc_mp.nn import (
+    BalancedConv2d,
     FullyLearnableGroupConv2d,
     ShuffleConv2d,
     TwoLevelConv2d,
@@ -44,6 +45,7 @@ CONVOLUTION_LAYERS: dict[str, ConvFactory] = {
     "gc-2l-proto": TwoLevelPrototypeConv2d,
     "shuffle": ShuffleConv2d,
     "flgc": FullyLearnableGroupConv2d,
+    "bgc": BalancedConv2d,
 }
 """Name of a convolution -> what makes one, from arguments as torch.nn.Conv2d's."""
 
@@ -81,8 +83,8 @@ def create_model(
             ``"torchvision:<name>"`` or ``"timm:<name>"``, which :func:`~tlgc_mp.models.convert` changes unless
             ``conv`` is ``"sc"``.
         conv: ``"sc"`` (dense), ``"gc"`` (group convolution), ``"gc-2l"`` (two-level group convolution),
-            ``"gc-2l-proto"`` (its prototype), ``"shuffle"`` (group convolution with shuffled channels) or ``"flgc"``
-            (fully learnable group convolution).
+            ``"gc-2l-proto"`` (its prototype), ``"shuffle"`` (group convolution with shuffled channels), ``"flgc"``
+            (fully learnable group convolution) or ``"bgc"`` (balanced group convolution).
         groups: N, a divisor of every layer's channels; 1 for ``"sc"``. In a model of torchvision or timm, layers
             whose channels it does not divide stay dense.
         num_classes: of the classifier; where not given, 10, or 1000 for the two models for ImageNet and those of

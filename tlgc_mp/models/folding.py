@@ -1,4 +1,4 @@
-"""A model for inference: its two-level layers in plain torch, with BatchNorm folded into its convolutions.
+"""A model for inference: its two-level and balanced layers in plain torch, with BatchNorm folded into its convolutions.
 
 *Two-level Group Convolution* (https://arxiv.org/abs/2110.05060), Equation (3.5), is linear: y = (A + S R_0) x. In
 evaluation BatchNorm is a factor and a summand for each channel, which go into A, S and the bias.
@@ -10,6 +10,7 @@ import copy
 import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from tlgc_mp.errors import UsageError, told
 from tlgc_mp.models.conversion import become, has_hooks
-from tlgc_mp.nn import TwoLevelConv2d
+from tlgc_mp.nn import BalancedConv2d, TwoLevelConv2d
 from tlgc_mp.nn.arguments import check_module
 from tlgc_mp.nn.coarse_level import Window
 from tlgc_mp.nn.composed import composed
@@ -36,7 +37,7 @@ class Folding:
     """What :func:`fold` did to a model; printed, it is a table.
 
     Attributes:
-        layers: name of each two-level layer -> what it is now.
+        layers: name of each two-level or balanced layer -> what it is now.
         batch_norms: name of each BatchNorm that is folded into the convolution before it.
         left: name of each that is not -> why.
     """
@@ -48,12 +49,12 @@ class Folding:
     def __str__(self) -> str:
         rows = dict(self.layers) | {name: f"left: {reason}" for name, reason in self.left.items()}
         width = max(map(len, rows), default=0)
-        total = f"{len(self.layers)} two-level layers and {len(self.batch_norms)} of BatchNorm folded"
+        total = f"{len(self.layers)} two-level or balanced layers and {len(self.batch_norms)} of BatchNorm folded"
         return "\n".join([*(f"{name:{width}}  {text}" for name, text in rows.items()), total])
 
 
 class SumOfLevels(nn.Module):
-    """A two-level layer as three convolutions: fine(x) + prolongation(restriction(x))."""
+    """A layer as three convolutions: fine(x) + prolongation(restriction(x))."""
 
     def __init__(self, fine: nn.Conv2d, restriction: nn.Module, prolongation: nn.Conv2d) -> None:
         super().__init__()
@@ -71,7 +72,8 @@ def fold(model: nn.Module) -> nn.Module:
     """A copy of ``model`` for inference, which computes the same in evaluation mode.
 
     Every two-level layer becomes one :class:`torch.nn.Conv2d` with the filters A_k + S_k R_0 where that is about as
-    fast, else a group convolution, a restriction and a 1x1 prolongation. Each BatchNorm that takes the output of one
+    fast, else a group convolution, a restriction and a 1x1 prolongation; a balanced one likewise, the mean of the
+    groups being its restriction. Each BatchNorm that takes the output of one
     convolution, and is the only one to take it, goes into that convolution. What follows what is read from the graph
     that torch.fx makes of the model; where it makes none, BatchNorm stays.
 
@@ -92,8 +94,8 @@ def fold(model: nn.Module) -> nn.Module:
     folded = copy.deepcopy(model).eval().requires_grad_(False)
     layers = {}
     for name, module in list(folded.named_modules()):
-        if isinstance(module, TwoLevelConv2d):
-            become(module, plain := _plain(module))
+        if isinstance(module, TwoLevelConv2d | BalancedConv2d):
+            become(module, plain := _plain(module) if isinstance(module, TwoLevelConv2d) else _balanced(module))
             layers[name] = repr(plain).partition("(")[0]
     batch_norms, left = _fold_batch_norms(folded)
     folded.folding = Folding(layers, batch_norms, left)  # type: ignore[assignment]
@@ -106,14 +108,17 @@ def _check(name: str, module: nn.Module) -> None:
             "model must be on one device, got one that is split over ranks; fold what tlgc_mp.load_model makes of its "
             "exported checkpoint"
         )
-    if not isinstance(module, TwoLevelConv2d):
+    kind = next((kind for kind in (TwoLevelConv2d, BalancedConv2d) if isinstance(module, kind)), None)
+    if kind is None:
         return
     if has_hooks(module):
-        raise UsageError(f"model must have two-level layers without hooks, got some at {name!r}; remove them first")
-    if type(module).forward is not TwoLevelConv2d.forward:
         raise UsageError(
-            f"model must have two-level layers of this package, got a {type(module).__name__} with a forward of its "
-            f"own at {name!r}; put a TwoLevelConv2d in its place"
+            f"model must have {kind.__name__} layers without hooks, got some at {name!r}; remove them first"
+        )
+    if type(module).forward is not kind.forward:
+        raise UsageError(
+            f"model must have {kind.__name__} layers of this package, got a {type(module).__name__} with a forward of "
+            f"its own at {name!r}; put a {kind.__name__} in its place"
         )
 
 
@@ -136,8 +141,30 @@ def _plain(layer: TwoLevelConv2d) -> nn.Module:
         cropped = Window(coarse.kernel, coarse.stride, (0, 0), coarse.dilation)
         inner = _convolution(layer, restriction, None, cropped, coarse_groups)
         restricting = nn.Sequential(nn.ZeroPad2d((horizontal, horizontal, vertical, vertical)), inner)
-    prolonging = _convolution(layer, prolongation[:, :, None, None], None, Window((1, 1), (1, 1), (0, 0), (1, 1)))
+    prolonging = _convolution(layer, prolongation[:, :, None, None], None, _POINT)
     return SumOfLevels(_convolution(layer, weight, bias, fine, groups), restricting, prolonging)
+
+
+@torch.no_grad()
+def _balanced(layer: BalancedConv2d) -> nn.Module:
+    """The function of a balanced layer as one convolution, or as three, whose restriction is the groups' mean."""
+    n, m, groups = layer.in_channels, layer.out_channels, layer.groups
+    window: Any = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)  # which may be padded by name
+    bias = None if layer.bias is None else layer.bias.double()
+    mean = torch.eye(n // groups, dtype=torch.float64)[:, :, None, None].repeat(1, groups, 1, 1) / groups
+    weight, of_mean = layer.weight.double(), layer.mean_weight.double()
+    if groups <= 2 or min(n, m) // groups * math.prod(layer.kernel_size) < NARROW:
+        filters = composed(
+            weight, of_mean.new_zeros(groups, *weight.shape[1:]), weight.new_zeros(m, groups), groups=groups
+        )
+        return _convolution(layer, filters + of_mean.repeat(1, groups, 1, 1) / groups, bias, window)
+    restricting = _convolution(layer, mean, None, _POINT)
+    return SumOfLevels(
+        _convolution(layer, weight, bias, window, groups), restricting, _convolution(layer, of_mean, None, window)
+    )
+
+
+_POINT = Window((1, 1), (1, 1), (0, 0), (1, 1))
 
 
 def _around(fine: Window, coarse: Window) -> Window | None:
@@ -168,7 +195,7 @@ def _levels_are_faster(layer: TwoLevelConv2d, both: Window) -> bool:
 
 
 def _convolution(
-    layer: TwoLevelConv2d, filters: Tensor, bias: Tensor | None, window: Window, groups: int = 1
+    layer: TwoLevelConv2d | BalancedConv2d, filters: Tensor, bias: Tensor | None, window: Window, groups: int = 1
 ) -> nn.Conv2d:
     """A convolution with these weights, in the type and memory format of the layer's."""
     convolution = nn.Conv2d(

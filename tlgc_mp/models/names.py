@@ -8,9 +8,9 @@ from typing import Any, TypedDict
 
 from tlgc_mp.errors import UsageError, check_installed, check_representatives, divisors, is_count, must_be, one_of
 
-CONVOLUTIONS = ("sc", "gc", "gc-2l", "gc-2l-proto", "shuffle", "flgc")
+CONVOLUTIONS = ("sc", "gc", "gc-2l", "gc-2l-proto", "shuffle", "flgc", "bgc")
 """sc: dense. gc: group convolution. gc-2l: two-level group convolution, gc-2l-proto its prototype. shuffle: group
-convolution with shuffled channels. flgc: fully learnable group convolution."""
+convolution with shuffled channels. flgc: fully learnable group convolution. bgc: balanced group convolution."""
 
 TWO_LEVEL = ("gc-2l", "gc-2l-proto")
 """Those with a coarse level."""

@@ -30,6 +30,17 @@ def group_filters(dense: Tensor, groups: int) -> Tensor:
 
 
 @torch.no_grad()
+def balanced_filters(dense: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """(m, n, d, d) -> the filters A_k and B_k of a balanced group convolution, (m, n/N, d, d) each: of least error is
+    for B_k / N the mean of the blocks W_kj off the diagonal, and for A_k what is left of W_kk."""
+    own = group_filters(dense, groups)
+    if groups == 1:
+        return own, torch.zeros_like(own)
+    mean = (dense.unflatten(1, (groups, -1)).sum(1) - own) / (groups - 1)
+    return own - mean, groups * mean
+
+
+@torch.no_grad()
 def two_level_filters(dense: Tensor, groups: int, count: int, summed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(m, n, d, d) -> weight (m, n/N, d, d), restriction (N r, n/N, d, d) and prolongation (m, N r), or (m, r) where
     representatives are summed.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tlgc_mp.errors import UsageError, must_be
 from tlgc_mp.nn.arguments import check_module
+from tlgc_mp.nn.balanced import BalancedConv2d
 from tlgc_mp.nn.fully_learnable import FullyLearnableGroupConv2d
 from tlgc_mp.nn.two_level import TwoLevelConv2d
 
@@ -124,7 +125,7 @@ def check_drawable(model: nn.Module) -> None:
 def drawn_by_blocks(module: nn.Module) -> bool:
     """Whether all that the module itself holds is drawn block by block, so that a rank can draw its share alone."""
     held = {key for key, tensor in {**module._parameters, **module._buffers}.items() if tensor is not None}
-    if isinstance(module, TwoLevelConv2d | FullyLearnableGroupConv2d):
+    if isinstance(module, TwoLevelConv2d | FullyLearnableGroupConv2d | BalancedConv2d):
         return held <= {*module.initial_deviations(), "bias"}
     if isinstance(module, nn.Conv2d | nn.Linear):
         return "weight" in module._parameters and held <= {"weight", "bias"}
@@ -141,6 +142,10 @@ def draw_by_blocks(name: str, module: Any, seed: int, shard_index: int = 0) -> N
         here = module.local_groups if isinstance(module, TwoLevelConv2d) else module.groups
         for key, std in module.initial_deviations().items():
             blocks = (here, module.groups)
+            _normal_blocks(getattr(module, key), std, blocks, seed, prefix + key, shard_index)
+    elif isinstance(module, BalancedConv2d):
+        for key, std in module.initial_deviations().items():
+            blocks = (module.weight.shape[0], module.out_channels)
             _normal_blocks(getattr(module, key), std, blocks, seed, prefix + key, shard_index)
     elif isinstance(module, nn.Conv2d):
         weight = module.weight

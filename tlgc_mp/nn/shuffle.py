@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from tlgc_mp.nn.arguments import check_device, check_dtype, check_groups, check_weights, padding_pair, positive_pair
 from tlgc_mp.nn.capture import is_captured
-from tlgc_mp.nn.fusing import NotFusedByTorch
+from tlgc_mp.nn.grouped import CheckedGroupConv2d
 
 
-class ShuffleConv2d(NotFusedByTorch, nn.Conv2d):
+class ShuffleConv2d(CheckedGroupConv2d):
     """(B, in_channels, H, W) -> (B, out_channels, h, w): a group convolution, then output channel k of the N groups one
     after the other, for k = 1, ..., m/N. The next group convolution so reads from every group of this one.
 
@@ -25,31 +24,6 @@ class ShuffleConv2d(NotFusedByTorch, nn.Conv2d):
     Raises:
         UsageError: an argument that cannot work, such as ``groups`` that does not divide both channel counts.
     """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        check_groups(groups, in_channels=in_channels, out_channels=out_channels)
-        check_device(device)
-        check_dtype(dtype)
-        kernel, steps = positive_pair("kernel_size", kernel_size), positive_pair("stride", stride)
-        check_weights((out_channels, in_channels // groups, *kernel))
-        reach = positive_pair("dilation", dilation)
-        if padding != "same" or steps != (1, 1):  # torch pads for an even kernel too
-            padding_pair(padding, kernel, steps, reach)
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
-        )
 
     def forward(self, x: Tensor) -> Tensor:
         if is_captured(x):

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_COLORS = dict(zip(CONVOLUTIONS, ("#000000", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7"), strict=True))
-_MARKERS = dict(zip(CONVOLUTIONS, "*so^Dv", strict=True))
+_COLORS = dict(
+    zip(CONVOLUTIONS, ("#000000", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#F0E442"), strict=True)
+)
+_MARKERS = dict(zip(CONVOLUTIONS, "*so^DvP", strict=True))
 
 
 Curve = tuple[str, str, Callable[[Row], dict[int, float]]]

@@ -26,6 +26,7 @@ LABELS = {
     "gc-2l-proto": "GC-2L prototype",
     "shuffle": "Shuffle",
     "flgc": "FLGC",
+    "bgc": "BGC",
 }
 
 

@@ -1,8 +1,8 @@
 """The parallel layers by kind of placement, and a model of such layers.
 
-Two-level and shuffled group convolutions run on plain shares, with collectives of their own. Others compute by the rule
-of each operator, unless a model says that its code between layers leaves channels apart (``channels_apart``), as this
-package's own do: then shares go from layer to layer as plain tensors.
+Two-level, balanced and shuffled group convolutions run on plain shares, with collectives of their own. Others compute
+by the rule of each operator, unless a model says that its code between layers leaves channels apart
+(``channels_apart``), as this package's own do: then shares go from layer to layer as plain tensors.
 """
 
 from __future__ import annotations
@@ -75,6 +75,20 @@ class ParallelTwoLevel(LocalLayer):
             layer.exchange = CoarseSum(ranks.group_name)
         else:
             layer.exchange = CoarseExchange(ranks.size, ranks.group_name, self.tlgc_region.over_network)
+
+
+class ParallelBalanced(LocalLayer):
+    """G = N / P groups of a balanced group convolution; the sum over all groups is a collective, and so is that of its
+    gradient."""
+
+    def _tlgc_adjust(self) -> None:
+        self.groups //= self.tlgc_region.ranks.size  # type: ignore[attr-defined]
+
+    def mean_of_groups(self, x: Tensor) -> Tensor:
+        ranks, channels_last = self.tlgc_region.ranks, x.is_contiguous(memory_format=torch.channels_last)
+        own = super().mean_of_groups(x) / ranks.size  # type: ignore[misc]
+        mean: Tensor = copy_to_ranks(sum_partials(own, ranks.group_name), ranks.group_name)
+        return mean.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 class ParallelShuffle(LocalLayer):
@@ -232,6 +246,7 @@ LAYERS: dict[str, type[ShardedLayer]] = {
     "grouped": ParallelGroupConv,
     "two-level": ParallelTwoLevel,
     "prototype": ParallelTwoLevel,
+    "balanced": ParallelBalanced,
     "shuffle": ParallelShuffle,
     "gathered": GatheredConv,
     "channels": ShardedLayer,

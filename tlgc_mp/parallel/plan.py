@@ -12,6 +12,7 @@ without a process group, and it refuses nothing but layers that have no shapes y
     grouped     group (and depthwise) convolution: local
     two-level   two-level group convolution: local, but for the coarse gather
     prototype   its prototype: the same
+    balanced    balanced group convolution: local, but for a sum of n/N feature maps
     shuffle     group convolution with shuffled channels: local, but for an all-to-all of its output
     channels    normalization, PReLU: a value a channel; local, or a sum a position
     synchronized  SyncBatchNorm: the same, with statistics over the replicas
@@ -31,7 +32,13 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from tlgc_mp.errors import UsageError, is_count
-from tlgc_mp.nn import FullyLearnableGroupConv2d, ShuffleConv2d, TwoLevelConv2d, TwoLevelPrototypeConv2d
+from tlgc_mp.nn import (
+    BalancedConv2d,
+    FullyLearnableGroupConv2d,
+    ShuffleConv2d,
+    TwoLevelConv2d,
+    TwoLevelPrototypeConv2d,
+)
 from tlgc_mp.parallel.layout import WHOLE, Layout
 
 
@@ -93,6 +100,7 @@ def plan(model: nn.Module, tensor_parallel: int) -> dict[str, Placement]:
 _LEAVES = (
     *(nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.Dropout, nn.Identity, nn.Flatten, nn.ReLU, nn.ReLU6, nn.Sequential),
     *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, TwoLevelConv2d, TwoLevelPrototypeConv2d, ShuffleConv2d),
+    BalancedConv2d,
 )
 
 
@@ -138,8 +146,8 @@ def unsplit_class(module: nn.Module) -> type:
 
 def _placement(module: nn.Module, ranks: int, name: str) -> Placement | None:
     held = set(_held(module))
-    if isinstance(module, TwoLevelConv2d | ShuffleConv2d):
-        kind = "shuffle"
+    if isinstance(module, TwoLevelConv2d | ShuffleConv2d | BalancedConv2d):
+        kind = "shuffle" if isinstance(module, ShuffleConv2d) else "balanced"
         if isinstance(module, TwoLevelConv2d):
             kind = "prototype" if isinstance(module, TwoLevelPrototypeConv2d) else "two-level"
         if module.groups % ranks:
@@ -260,7 +268,7 @@ def _keep_ties_whole(model: nn.Module, placements: dict[str, Placement]) -> None
             placements[name] = Placement(placement.kind, kept, reason, placement.segments)
 
 
-_LOCAL = ("two-level", "prototype", "shuffle")
+_LOCAL = ("two-level", "prototype", "balanced", "shuffle")
 
 
 def parameter_counts(model: nn.Module, tensor_parallel: int) -> dict[str, int]:
