@@ -189,7 +189,7 @@ def flops(model: nn.Module, images: Tensor) -> int:
         assert isinstance(module, nn.Conv2d | TwoLevelConv2d)
         needed = module.weight.numel()
         if isinstance(module, TwoLevelConv2d):
-            needed += module.restriction.numel() + module.out_channels * module.groups
+            needed += module.restriction.numel() + module.out_channels * module.shared_maps
         total += 2 * output.shape[0] * output.shape[2:].numel() * needed
 
     kinds = nn.Conv2d | nn.Linear | TwoLevelConv2d

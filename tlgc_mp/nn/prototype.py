@@ -24,9 +24,8 @@ class TwoLevelPrototypeConv2d(TwoLevelConv2d):
 
     Parameters, in ``groups`` equal contiguous blocks along their first dimension, one block a group:
         weight, restriction, bias: as in the final form.
-        coarse: (N r, N r), the 1x1 convolution A_0 among the coarse channels, row k giving coarse channel k; (N r, r)
-            with ``coarse_sum``.
-        spread: (m,), the factors r_k with which a group's outputs take on its coarse channel; (m, r) where it has more.
+        coarse: (N r, N r), or (N r, r) with ``coarse_sum``, the 1x1 convolution A_0 among the coarse channels.
+        spread: (m,), or (m, r) for r > 1, the factors r_k with which a group's outputs take on its coarse channels.
     """
 
     coarse: nn.Parameter
