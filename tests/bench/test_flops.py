@@ -21,8 +21,11 @@ def test_flops_of_the_dense_network_are_those_that_torch_counts(name: str) -> No
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("conv", ["gc", "gc-2l", "shuffle"])
-def test_flops_of_groups_are_those_of_the_formulas(conv: str, groups: int) -> None:
+@pytest.mark.parametrize(
+    ("conv", "dial"),
+    [("gc", ()), ("gc-2l", ()), ("gc-2l", (3, False)), ("gc-2l", (2, True)), ("shuffle", ()), ("bgc", ())],
+)
+def test_flops_of_groups_are_those_of_the_formulas(conv: str, dial: tuple[int, bool], groups: int) -> None:
     """WRN-10-2, by hand: (n, m, d, h = w) of its convolutions."""
     layers = [
         *((16, 32, 3, 32), (32, 32, 3, 32), (16, 32, 1, 32)),
@@ -31,9 +34,12 @@ def test_flops_of_groups_are_those_of_the_formulas(conv: str, groups: int) -> No
     ]
     multiplications = 3 * 128 * 10 + 2 * 9 * 3 * 16 * 32 * 32  # head; stem, without the gradient of the images
     for n, m, d, side in layers:
-        coarse = d * d * n + m * groups if conv == "gc-2l" else 0  # R_0 and S_k of Equation (3.5)
+        count, summed = dial or (1, False)
+        # R_0 and S_k of Equation (3.5)
+        coarse = count * (d * d * n + m * (1 if summed else groups)) if conv == "gc-2l" else 0
+        coarse += d * d * n * m // groups if conv == "bgc" else 0
         multiplications += 3 * (d * d * n * m // groups + coarse) * side * side
-    assert sum(layer_flops("wrn-10-2", conv, groups, BATCH).values()) == 2 * BATCH * multiplications
+    assert sum(layer_flops("wrn-10-2", conv, groups, BATCH, *dial).values()) == 2 * BATCH * multiplications
 
 
 def test_layers_go_by_their_names() -> None:

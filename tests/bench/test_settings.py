@@ -18,7 +18,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "strategy": (
         ["--strategies", "gc2l"],
         [
-            "--strategies must be one of gc-2l, gc, shuffle, naive-mp, pipeline, channel-parallel, zero3",
+            "--strategies must be one of gc-2l, gc, shuffle, bgc, naive-mp, pipeline, channel-parallel, zero3",
             "@P, got 'gc2l'",
         ],
     ),
@@ -98,6 +98,8 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "micro-batches zero": (["--micro-batches", "0"], ["--micro-batches must be 1 or more, got 0", "1 or more"]),
     "rounds": (["--rounds", "0"], ["--rounds must be 1 or more, got 0", "1 or more"]),
     "steps": (["--steps", "-1"], ["--steps must be 1 or more, got -1", "1 or more"]),
+    "representatives": (["--coarse-channels", "0"], ["coarse_channels must be 1 to 10000", "got 0"]),
+    "representatives of none": (["--strategies", "gc", "--coarse-sum"], ["--coarse-sum must be left out", "gc-2l"]),
     "hosts": (["--hosts", "a", "b", "--strategies", "naive-mp@3"], ["--hosts", "2 hosts", "3 ranks", "1, 3"]),
     "dtype": (["--dtype", "fp16"], ["--dtype must be one of fp32, bf16, got 'fp16'", "fp32, bf16"]),
     "ranks beyond a machine": (["--strategies", "zero3@257"], ["--tp must be 1 to 256 ranks, got 257"]),
@@ -191,17 +193,32 @@ def test_quick_covers_every_strategy_and_yields_to_other_flags(tmp_path: Path) -
 def test_activation_checkpointing_is_of_the_strategies_it_applies_to(tmp_path: Path) -> None:
     settings = _settle(tmp_path, "--quick", "--activation-checkpointing")
     checkpointed = [case.strategy for case in settings.cases if case.activation_checkpointing]
-    assert checkpointed == ["gc-2l", "gc", "shuffle", "channel-parallel"]
+    assert checkpointed == ["gc-2l", "gc", "shuffle", "bgc", "channel-parallel"]
     assert not any(case.activation_checkpointing for case in _settle(tmp_path, "--quick").cases)
     plain, less = (Case("gc-2l", 28, 40, 2, 2, 64, activation_checkpointing=on) for on in (False, True))
     assert capacity.needed_bytes(less, True) < 0.6 * capacity.needed_bytes(plain, True)
 
 
-@pytest.mark.parametrize(("conv", "groups"), [("sc", 1), ("gc", 4), ("gc-2l", 4)])
+@pytest.mark.parametrize(
+    ("conv", "groups", "dial"),
+    [("sc", 1, ()), ("gc", 4, ()), ("bgc", 4, ()), ("gc-2l", 4, ()), ("gc-2l", 4, (3, False)), ("gc-2l", 4, (2, True))],
+)
 @pytest.mark.parametrize("model", [(10, 1), (16, 2), (28, 10)])
-def test_parameters_are_counted_without_torch(conv: str, groups: int, model: tuple[int, int]) -> None:
-    built = create_model("wrn-{}-{}".format(*model), conv=conv, groups=groups, device="meta")
-    assert capacity.parameter_count(*model, conv, groups) == sum(p.numel() for p in built.parameters())
+def test_parameters_are_counted_without_torch(
+    conv: str, groups: int, dial: tuple[int, bool], model: tuple[int, int]
+) -> None:
+    arguments = dict(zip(("coarse_channels", "coarse_sum"), dial, strict=False))
+    built = create_model("wrn-{}-{}".format(*model), conv=conv, groups=groups, device="meta", **arguments)
+    assert capacity.parameter_count(*model, conv, groups, *dial) == sum(p.numel() for p in built.parameters())
+
+
+def test_the_dial_is_of_two_level_networks(tmp_path: Path) -> None:
+    flags = ("--strategies", "gc-2l", "gc", "--coarse-channels", "3", "--coarse-sum")
+    cases = _settle(tmp_path, "--widths", "1", *flags).cases
+    assert [(case.strategy, case.coarse_channels, case.coarse_sum) for case in cases] == [
+        ("gc-2l", 3, True),
+        ("gc", 1, False),
+    ]
 
 
 def test_the_dense_network_of_width_80_needs_28_gb() -> None:

@@ -132,7 +132,8 @@ _COMPARISON = (
 
 def _comparison(row: Row, rows: list[Row]) -> list[str]:
     printed = None
-    if row["strategy"] == "gc-2l" and row["groups"] == row["tp"] and row["depth"] == 28:
+    of_paper = row["coarse_channels"] == 1 and not row["coarse_sum"] and row["depth"] == 28
+    if row["strategy"] == "gc-2l" and row["groups"] == row["tp"] and of_paper:
         printed = row["groups"]
     elif row["strategy"] == "naive-mp" and row["depth"] == 28:
         printed = 1
@@ -202,7 +203,10 @@ def _head(row: Row) -> list[str]:
 def _name(row: Row) -> str:
     if row["strategy"] == "pipeline":
         return f"pipeline, {row['micro_batches']} micro-batches"
-    return f"{row['strategy']}, activation checkpointing" if row["activation_checkpointing"] else row["strategy"]
+    words = [row["strategy"]]
+    words += [f"r = {row['coarse_channels']}"] if row["coarse_channels"] != 1 else []
+    words += ["summed"] if row["coarse_sum"] else []
+    return ", ".join([*words, *(["activation checkpointing"] if row["activation_checkpointing"] else [])])
 
 
 def _number(value: float | None, digits: int, unit: float = 1.0) -> str:

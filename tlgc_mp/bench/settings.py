@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import ClassVar, TypedDict
 
 from tlgc_mp.bench.ranks.launch import Request
-from tlgc_mp.errors import UsageError, divisors, must_be, one_of
+from tlgc_mp.errors import UsageError, check_representatives, divisors, must_be, one_of
 from tlgc_mp.models.names import check_model, check_split
 
 STRATEGIES: dict[str, str] = {
     "gc-2l": "gc-2l",
     "gc": "gc",
     "shuffle": "shuffle",
+    "bgc": "bgc",
     "naive-mp": "sc",
     "pipeline": "sc",
     "channel-parallel": "sc",
@@ -28,10 +29,10 @@ STRATEGIES: dict[str, str] = {
 
 gc-2l: two-level group convolution. gc-2l-overlapped, gc-2l-fused, gc-2l-dense: the same with every layer in that coarse
 mode, where gc-2l leaves each its own; the last on one rank only. gc: group convolution. shuffle: group convolution, its
-output channels shuffled over all ranks. naive-mp: the dense network split by layers, one rank busy at a time; on one
-rank it is the dense network on one device. pipeline: the same with micro-batches. channel-parallel: the dense network,
-input channels gathered and output channels split. zero3: the dense network, data-parallel, parameters split (ZeRO stage
-3).
+output channels shuffled over all ranks. bgc: balanced group convolution. naive-mp: the dense network split by layers,
+one rank busy at a time; on one rank it is the dense network on one device. pipeline: the same with micro-batches.
+channel-parallel: the dense network, input channels gathered and output channels split. zero3: the dense network,
+data-parallel, parameters split (ZeRO stage 3).
 """
 
 CHECKPOINTED = tuple(name for name, conv in STRATEGIES.items() if conv != "sc" or name == "channel-parallel")
@@ -63,6 +64,7 @@ class Case:
         batch_size: images a step, over all ranks.
         micro_batches: numbers of micro-batches to choose from; ``(1,)`` for all but ``pipeline``.
         activation_checkpointing: whether residual units keep only their input for backward.
+        coarse_channels, coarse_sum: r of a two-level network, and whether its representatives are summed.
     """
 
     strategy: str
@@ -73,6 +75,8 @@ class Case:
     batch_size: int
     micro_batches: tuple[int, ...] = (1,)
     activation_checkpointing: bool = False
+    coarse_channels: int = 1
+    coarse_sum: bool = False
 
     @property
     def conv(self) -> str:
@@ -88,6 +92,8 @@ class Case:
             groups=self.groups,
             batch_size=self.batch_size,
             activation_checkpointing=self.activation_checkpointing,
+            coarse_channels=self.coarse_channels,
+            coarse_sum=self.coarse_sum,
             dtype=dtype,
             momentum=momentum,
             update_in_backward=update_in_backward,
@@ -163,6 +169,8 @@ class Steps(Request[StepFigures]):
     groups: int
     batch_size: int
     activation_checkpointing: bool
+    coarse_channels: int
+    coarse_sum: bool
     dtype: str
     momentum: bool
     update_in_backward: bool
@@ -226,6 +234,8 @@ def resolve(options: Namespace) -> BenchSettings:
             for count in ranks:
                 case = make_case(strategy, depth, width, count, batch_size, options)
                 cases[case] = None
+    if (options.coarse_channels != 1 or options.coarse_sum) and not any(case.conv == "gc-2l" for case in cases):
+        raise UsageError("--coarse-channels and --coarse-sum must be left out without a strategy gc-2l; add gc-2l")
     hosts = tuple(options.hosts or ())
     for case in cases:
         if hosts and case.ranks % len(hosts):
@@ -268,13 +278,15 @@ def parse_strategy(name: str, ranks: list[int]) -> tuple[str, list[int]]:
 
 
 def make_case(strategy: str, depth: int, width: int, ranks: int, batch_size: int, options: Namespace) -> Case:
-    """A case that can be measured; ``options`` have its ``groups``, ``micro_batches`` and ``activation_checkpointing``.
+    """A case that can be measured; ``options`` have its ``groups``, ``micro_batches``, ``activation_checkpointing``,
+    ``coarse_channels`` and ``coarse_sum``.
 
     Raises:
         UsageError: it cannot.
     """
     conv = STRATEGIES[strategy]
     check_ranks("--tp", ranks)
+    check_representatives(options.coarse_channels, options.coarse_sum)
     if conv == "sc" and ranks == 1 and strategy != "naive-mp":
         raise must_be("--tp", f"2 or more for {strategy}", ranks, f"use {strategy}@2, or leave it out")
     if strategy == "gc-2l-dense" and ranks > 1:
@@ -305,7 +317,8 @@ def make_case(strategy: str, depth: int, width: int, ranks: int, batch_size: int
                 f"use {one_of(divisors(batch_size))}"
             )
     checkpointed = options.activation_checkpointing and strategy in CHECKPOINTED
-    return Case(strategy, depth, width, groups, ranks, batch_size, micro_batches, checkpointed)
+    dial = (options.coarse_channels, options.coarse_sum) if conv == "gc-2l" else ()
+    return Case(strategy, depth, width, groups, ranks, batch_size, micro_batches, checkpointed, *dial)
 
 
 def check_counts(flags: dict[str, int | None]) -> None:

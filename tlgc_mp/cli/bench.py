@@ -35,6 +35,10 @@ def add_bench_parser(commands: Commands) -> None:
     )
     scaling.add_argument("--groups", type=int, metavar="N", help="of gc-2l and gc (default: as many as ranks)")
     scaling.add_argument(
+        "--coarse-channels", type=int, default=1, metavar="R", help="of gc-2l: representatives (default: %(default)s)"
+    )
+    scaling.add_argument("--coarse-sum", action="store_true", help="of gc-2l: they are summed over the groups")
+    scaling.add_argument(
         "--batch-sizes", nargs="+", type=int, metavar="B", help="one for all widths, or one for each (default: 8 4 2)"
     )
     scaling.add_argument(
@@ -89,6 +93,7 @@ def add_bench_parser(commands: Commands) -> None:
     _add_time_limit(bandwidth, "of one measurement; one that must take longer is left out", 120.0)
     bandwidth.add_argument("--output", metavar="DIR", help="default: runs/bandwidth-DATE")
     bandwidth.set_defaults(run=_bandwidth, micro_batches=None, activation_checkpointing=False)
+    bandwidth.set_defaults(coarse_channels=1, coarse_sum=False)
     zero = benchmarks.add_parser(
         "zero",
         help="memory of a rank at each ZeRO stage beside tensor parallelism, against what the stage promises",

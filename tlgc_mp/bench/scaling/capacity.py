@@ -20,12 +20,16 @@ SAVED_MAPS = 8
 """Feature maps of its output's size that a residual unit keeps for backward or works with, at most."""
 
 
-def parameter_count(depth: int, width: int, conv: str, groups: int) -> int:
-    """Parameters of WideResNet-``depth``-``width``: ``conv`` is ``"sc"``, ``"gc"`` or ``"gc-2l"``, in N groups."""
+def parameter_count(
+    depth: int, width: int, conv: str, groups: int, coarse_channels: int = 1, coarse_sum: bool = False
+) -> int:
+    """Parameters of WideResNet-``depth``-``width``: ``conv`` is ``"sc"``, ``"gc"``, ``"bgc"`` or ``"gc-2l"``, in N
+    groups; with r representatives each, which may be summed."""
+    shared = coarse_channels * (1 if coarse_sum else groups)
 
     def layer(channels_in: int, channels_out: int, kernel: int) -> int:
-        coarse = kernel**2 * channels_in + channels_out * groups if conv == "gc-2l" else 0
-        return kernel**2 * channels_in * channels_out // groups + coarse
+        coarse = kernel**2 * channels_in * coarse_channels + channels_out * shared if conv == "gc-2l" else 0
+        return (2 if conv == "bgc" else 1) * kernel**2 * channels_in * channels_out // groups + coarse
 
     total = 3 * 9 * 16
     channels = 16
@@ -55,7 +59,7 @@ def needed_bytes(case: Case, momentum: bool, update_in_backward: bool = False) -
         momentum: whether SGD keeps momentum.
         update_in_backward: whether each gradient is let go as soon as its parameter has been stepped.
     """
-    count = parameter_count(case.depth, case.width, case.conv, case.groups)
+    count = parameter_count(case.depth, case.width, case.conv, case.groups, case.coarse_channels, case.coarse_sum)
     activations = activation_bytes(case.depth, case.width, case.batch_size, case.activation_checkpointing)
     held = (4 + 4 * momentum + 4 * (not update_in_backward)) * count
     held += FILTER_COPIES * 4 * 9 * (64 * case.width) ** 2 // case.groups

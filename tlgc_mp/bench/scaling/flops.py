@@ -13,14 +13,16 @@ from tlgc_mp.bench.settings import IMAGE_SIZE
 from tlgc_mp.models import create_model
 
 
-def layer_flops(name: str, conv: str, groups: int, batch_size: int) -> dict[str, int]:
+def layer_flops(
+    name: str, conv: str, groups: int, batch_size: int, coarse_channels: int = 1, coarse_sum: bool = False
+) -> dict[str, int]:
     """Name of each convolution and linear layer -> FLOPs of a training step over ``batch_size`` images.
 
     A multiplication and an addition are two. The gradients of weights and of inputs take as many as the forward pass;
     nobody asks for that of the images.
 
     Args:
-        name, conv, groups: of the model, as :func:`tlgc_mp.create_model` takes them.
+        name, conv, groups, coarse_channels, coarse_sum: of the model, as :func:`tlgc_mp.create_model` takes them.
     """
     # Convolutions of all kinds are in the same places, and only the dense one is torch's own throughout.
     dense = create_model(name, conv="sc", device="meta")
@@ -35,7 +37,8 @@ def layer_flops(name: str, conv: str, groups: int, batch_size: int) -> dict[str,
             needed = module.in_features * module.out_features
         else:
             assert isinstance(module, nn.Conv2d)
-            needed = _multiplications(module, "sc" if module is stem else conv, groups)
+            shared = coarse_channels * (1 if coarse_sum else groups)
+            needed = _multiplications(module, "sc" if module is stem else conv, groups, coarse_channels, shared)
         passes = 2 if module is stem else 3
         flops[layers[module]] = passes * 2 * batch_size * output.shape[2:].numel() * needed
 
@@ -49,11 +52,17 @@ def layer_flops(name: str, conv: str, groups: int, batch_size: int) -> dict[str,
     return flops
 
 
-def _multiplications(dense: nn.Conv2d, conv: str, groups: int) -> int:
-    """For one output position of one image, of a convolution of kind ``conv`` in the place of ``dense``."""
+def _multiplications(dense: nn.Conv2d, conv: str, groups: int, coarse_channels: int, shared: int) -> int:
+    """For one output position of one image, of a convolution of kind ``conv`` in the place of ``dense``.
+
+    Args:
+        shared: how many maps each group of a two-level convolution reads of the others.
+    """
     window = dense.kernel_size[0] * dense.kernel_size[1]
     n, m = dense.in_channels, dense.out_channels
     if conv == "sc":
         return window * n * m
     fine = window * n * m // groups  # all A_k
-    return fine + window * n + m * groups if conv == "gc-2l" else fine  # and R_0, S_k of Equation (3.5)
+    if conv == "bgc":
+        return 2 * fine  # and all B_k
+    return fine + window * n * coarse_channels + m * shared if conv == "gc-2l" else fine  # and R_0, S_k

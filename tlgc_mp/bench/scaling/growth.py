@@ -16,12 +16,12 @@ from tlgc_mp.host import Machine
 _BYTES_A_PARAMETER = 12  # itself, its gradient, its momentum, in float32
 
 
-def coarse_bytes(depth: int, batch_size: int, groups: int) -> int:
-    """What the coarse level of a step brings to a rank on one host, in float32: of every two-level layer, N
-    representatives of all groups forward and as many gradients back."""
+def coarse_bytes(depth: int, batch_size: int, shared: int) -> int:
+    """What the coarse level of a step brings to a rank on one host, in float32: of every two-level layer, ``shared``
+    maps forward, N r or the r sums, and as many gradients back."""
     units = (depth - 4) // 6
     positions = sum((2 * units + 1) * (IMAGE_SIZE >> stage) ** 2 for stage in range(3))
-    return 2 * 4 * groups * batch_size * positions
+    return 2 * 4 * shared * batch_size * positions
 
 
 def curves(rows: list[Row]) -> dict[int, list[Row]]:
@@ -37,11 +37,13 @@ def curves(rows: list[Row]) -> dict[int, list[Row]]:
 def formulas(row: Row) -> dict[str, float]:
     """CPU seconds of a step at the best rate, MB of parameters, gradients and momentum, and MB of the coarse level, of
     a rank."""
-    parameters = capacity.parameter_count(row["depth"], row["width"], "gc-2l", row["groups"]) / row["tp"]
+    dial = row["coarse_channels"], row["coarse_sum"]
+    parameters = capacity.parameter_count(row["depth"], row["width"], "gc-2l", row["groups"], *dial) / row["tp"]
+    shared = dial[0] * (1 if dial[1] else row["groups"])
     return {
         "seconds": row["flops_per_rank"] / row["best_flops_per_second"],
         "memory": _BYTES_A_PARAMETER * parameters / 1e6,
-        "bytes": coarse_bytes(row["depth"], row["batch_size"], row["groups"]) / 1e6 if row["tp"] > 1 else 0.0,
+        "bytes": coarse_bytes(row["depth"], row["batch_size"], shared) / 1e6 if row["tp"] > 1 else 0.0,
     }
 
 

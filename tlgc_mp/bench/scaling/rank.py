@@ -91,7 +91,7 @@ def _instrumented_step(work: Workload) -> InstrumentedFigures:
         "collectives": collectives,
         "collective_seconds": clock.seconds(),
         "collective_bytes": sum(traffic["bytes"] for traffic in collectives.values()),
-        "coarse_seconds": clock.seconds(("all_gather", "reduce_scatter", "send", "receive"), work.coarse_groups),
+        "coarse_seconds": clock.seconds(work.coarse_kinds, work.coarse_groups),
         "activation_bytes": saved.peak_bytes,
         **held[0],
     }

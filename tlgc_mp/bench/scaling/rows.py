@@ -14,6 +14,8 @@ says otherwise.
     momentum                              of SGD; 0.0 where it keeps none
     micro_batches                         of a step of pipeline, the fastest number tried; 1 for all others
     activation_checkpointing              whether residual units keep only their input for backward
+    coarse_channels                       r of a two-level network; 1 for all others
+    coarse_sum                            whether its representatives are summed
     micro_batch_seconds        s          number of micro-batches -> median step, of those tried in the first round
     median_step_seconds        s          over all samples
     images_per_second          images/s   at the median step
@@ -36,7 +38,8 @@ says otherwise.
     network_bytes              bytes      of a step, that the host sent to others; all its ranks and processes count
     collectives                           kind -> {calls, seconds, bytes}
     accounting                 s          kind of work -> seconds of a profiled step, which they add up to
-    coarse_seconds             s          of these, gathers and reduce-scatters of the coarse level
+    coarse_seconds             s          of these, gathers and reduce-scatters of the coarse level, or its sums and
+                                          that of the logits
     activation_bytes           bytes      the most kept for backward; as the next four, of the rank of largest peak
     parameter_bytes            bytes
     gradient_bytes             bytes
@@ -129,6 +132,8 @@ def make_row(record: Record, dtype: str, best_flops_per_second: float | None, co
         "momentum": MOMENTUM if record.momentum else 0.0,
         "micro_batches": record.micro_batches or case.micro_batches[0],
         "activation_checkpointing": case.activation_checkpointing,
+        "coarse_channels": case.coarse_channels,
+        "coarse_sum": case.coarse_sum,
         "micro_batch_seconds": {str(count): seconds for count, seconds in record.micro_batch_seconds.items()},
         "samples": [],
         "note": record.note,

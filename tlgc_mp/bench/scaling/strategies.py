@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,7 @@ class Workload:
             backward and the optimizer's step all are as large as they get.
         flops: that a step needs on this rank.
         coarse_groups: names of the process groups of the coarse level.
+        coarse_kinds: of the collectives there that are its own.
     """
 
     step: Callable[[], object]
@@ -57,14 +58,16 @@ class Workload:
     memory: Callable[[], Memory]
     flops: int
     coarse_groups: frozenset[str]
+    coarse_kinds: tuple[str, ...] = ("all_gather", "reduce_scatter", "send", "receive")
 
 
 def build(request: Steps, ranks: int, rank: int, device: torch.device) -> Workload:
     """The workload of one of ``ranks`` ranks of a measurement; ``torch.distributed`` is up. Collective."""
     name = f"wrn-{request.depth}-{request.width}"
     conv, groups = STRATEGIES[request.strategy], request.groups
-    model = create_model(name, conv=conv, groups=groups, num_classes=NUM_CLASSES, device="meta")
-    flops = layer_flops(name, conv, groups, request.batch_size)
+    dial: dict[str, Any] = {"coarse_channels": request.coarse_channels, "coarse_sum": request.coarse_sum}
+    model = create_model(name, conv=conv, groups=groups, num_classes=NUM_CLASSES, device="meta", **dial)
+    flops = layer_flops(name, conv, groups, request.batch_size, **dial)
     generator = torch.Generator().manual_seed(SEED)
     batch_size = request.batch_size
     images = torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
@@ -148,9 +151,12 @@ def _engine(
         }
 
     coarse = {m.tlgc_region.ranks.group_name for m in engine.module.modules() if isinstance(m, ShardedLayer)}
-    return Workload(
+    work = Workload(
         step, engine.module, memory, flops, frozenset(coarse if STRATEGIES[request.strategy] == "gc-2l" else ())
     )
+    if request.coarse_sum:
+        work.coarse_kinds = ("all_reduce",)
+    return work
 
 
 def _bytes(tensors: Iterable[Tensor | None]) -> int:
