@@ -41,14 +41,16 @@ def declared(extras: bool) -> set[str]:
 
 
 def imports(folder: Path, at_import: bool) -> Iterator[tuple[str, Path]]:
-    """(top-level module of another project, file that imports it); ``at_import`` leaves out those in functions."""
+    """(top-level module of another project, file that imports it); ``at_import`` leaves out those in functions and
+    those for types alone."""
     for path in folder.rglob("*.py"):
         tree = ast.parse(path.read_text())
         inner = {
             node
-            for function in ast.walk(tree)
-            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-            for node in ast.walk(function)
+            for block in ast.walk(tree)
+            if isinstance(block, ast.FunctionDef | ast.AsyncFunctionDef)
+            or (isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING")
+            for node in ast.walk(block)
         }
         for node in ast.walk(tree):
             if at_import and node in inner:

@@ -71,5 +71,5 @@ def test_it_has_twice_the_filters_and_their_initial_spread() -> None:
 
 
 def test_groups_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"^groups=3 does not divide in_channels=8; use one of 1, 2, 4$"):
+    with pytest.raises(UsageError, match=r"^groups must be a divisor of in_channels=8, got 3; use one of 1, 2, 4$"):
         BalancedConv2d(8, 12, 3, groups=3)
