@@ -392,6 +392,10 @@ def calls_of(entry: Any, size: int, quick: bool) -> Iterator[Call]:
                 yield Call(size, entry, tree, placements, mode, form)
         if entry.supports_autograd:
             yield Call(size, entry, tree, placements, "function", "crossed")
-            entered = [p if p.dim is not None else Placement(None, entered=True) for p in placements]
-            entered[first : first + 1] = [Placement(None, entered=True)] if placements else []
+            entered = [
+                Placement(None, entered=True)
+                if _may_split(tensor) and (i == first or placement.dim is None)
+                else placement
+                for i, (tensor, placement) in enumerate(zip(tensors, placements, strict=True))
+            ]
             yield Call(size, entry, tree, entered, "function", "crossed")
