@@ -7,9 +7,11 @@ left out, a branch not taken or a layer that was skipped, would be stepped by it
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from torch import Tensor
 
 from tlgc_mp.errors import UsageError
 
@@ -21,17 +23,18 @@ class _Forgetting:
     tlgc_reduced = False
     """Whether the gradients of a step have been put together since the last one."""
 
-    def step(self, *args: Any, **kwargs: Any) -> Any:
+    def step(self, *args: object, **kwargs: object) -> object:
         if _is_offloaded(self):
             # Of what the last micro-batch left out, those of the batches before it would stay behind.
             self.finalize_gradient_accumulation_boundary()  # type: ignore[attr-defined]
         self.tlgc_stepping = True
         try:
-            return super().step(*args, **kwargs)  # type: ignore[misc]
+            done: object = super().step(*args, **kwargs)  # type: ignore[misc]
+            return done
         finally:
             self.tlgc_stepping = False
 
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+    def zero_grad(self, *args: object, **kwargs: object) -> None:
         super().zero_grad(*args, **kwargs)  # type: ignore[misc]
         if self.tlgc_stepping:  # ZeRO 3 calls it before it uses what it keeps
             return
@@ -39,15 +42,15 @@ class _Forgetting:
         for gradient in _kept(self):
             gradient.zero_()
         if _is_offloaded(self):
-            self.norm_for_param_grads: dict[int, Any] = {}
+            self.norm_for_param_grads: dict[int, Tensor] = {}
             self._offload_accumulated_param_ids: set[int] = set()
 
 
-def _is_offloaded(zero: Any) -> bool:
+def _is_offloaded(zero: object) -> bool:
     return bool(getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False))
 
 
-def _kept(zero: Any) -> list[Any]:
+def _kept(zero: object) -> list[Tensor]:
     """Where the ZeRO optimizer ``zero`` keeps gradients: of ZeRO 3, and of one whose state is offloaded."""
     kept = [getattr(zero, "grad_partitions_flat_buffer", None), *getattr(zero, "accumulated_grads_in_cpu", {}).values()]
     masters = (
@@ -60,22 +63,22 @@ def _kept(zero: Any) -> list[Any]:
 
 def forget_gradients(engine: Any) -> None:
     """Has the ZeRO optimizer of ``engine`` forget gradients when torch's do, at ``zero_grad`` and after a step."""
-    if isinstance(engine.optimizer, ZeROOptimizer):
-        kind: Any = type(engine.optimizer)
+    kind: type = type(engine.optimizer)
+    if issubclass(kind, ZeROOptimizer):
         engine.optimizer.__class__ = _forgetting(kind)
 
 
 @functools.cache
-def _forgetting(kind: Any) -> Any:
+def _forgetting(kind: type) -> type:
     return type(kind.__name__, (_Forgetting, kind), {"__module__": kind.__module__})
 
 
-def once_a_step(epilogue: Any) -> Any:
+def once_a_step(epilogue: Callable[..., object]) -> Callable[..., object]:
     """An engine's ``_backward_epilogue`` that refuses to put the gradients of a step together a second time: at ZeRO 1
     and 2, DeepSpeed's forgets those of the first."""
 
     @functools.wraps(epilogue)
-    def checked(engine: Any, *args: Any, **kwargs: Any) -> Any:
+    def checked(engine: Any, *args: object, **kwargs: object) -> object:
         if _is_last_of_step(engine):
             if engine.optimizer.tlgc_reduced:
                 raise UsageError(

@@ -111,7 +111,7 @@ def _in_own_groups(engine_class: type[Engine]) -> type[Engine]:
     entries: dict[str, object] = {
         name: _entry(getattr(engine_class, name)) for name in _ENTRIES if hasattr(engine_class, name)
     }
-    entries["_backward_epilogue"] = once_a_step(entries["_backward_epilogue"])
+    entries["_backward_epilogue"] = once_a_step(_entry(engine_class._backward_epilogue))  # type: ignore[attr-defined]
     entries["_take_model_step"] = take_model_step(engine_class._take_model_step)
     return type(engine_class.__name__, (engine_class,), {**entries, "__module__": engine_class.__module__})
 

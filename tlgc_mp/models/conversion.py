@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tlgc_mp.errors import UsageError, divisors, must_be, one_of
 from tlgc_mp.models.factory import CONVOLUTION_LAYERS, convolution
-from tlgc_mp.models.names import COARSE_INITS, COARSE_LEVEL, check_coarse_level
+from tlgc_mp.models.names import COARSE_INITS, COARSE_LEVEL, CoarseLevel, check_coarse_level
 from tlgc_mp.models.wide_resnet import ConvFactory
 from tlgc_mp.nn import BalancedConv2d, FullyLearnableGroupConv2d, PermutedGroupConv2d, TwoLevelConv2d
 from tlgc_mp.nn.arguments import check_module
@@ -119,7 +119,7 @@ def convert(
     """
     check_module("model", model)
     _check_arguments(conv, groups, where, init)
-    coarse = {
+    coarse: CoarseLevel = {
         "coarse_kernel_size": coarse_kernel_size,
         "coarse_init": coarse_init,
         "coarse_channels": coarse_channels,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,10 +15,10 @@ from tlgc_mp.models.names import (
     IMAGENET_WIDE_RESNET,
     MOBILENET_V2,
     TWO_LEVEL,
+    CoarseLevel,
     ModelArguments,
     check_coarse_level,
     check_model,
-    coarse_level_of,
     default_classes,
     library_model,
     parse_model,
@@ -50,9 +50,10 @@ CONVOLUTION_LAYERS: dict[str, ConvFactory] = {
 """Name of a convolution -> what makes one, from arguments as torch.nn.Conv2d's."""
 
 
-def convolution(conv: str, groups: int, coarse: dict[str, Any]) -> ConvFactory:
+def convolution(conv: str, groups: int, coarse: CoarseLevel) -> ConvFactory:
     """What makes a convolution of that name with N groups, and the coarse level described if it has one."""
-    return functools.partial(CONVOLUTION_LAYERS[conv], groups=groups, **(coarse if conv in TWO_LEVEL else {}))
+    make = functools.partial(CONVOLUTION_LAYERS[conv], groups=groups)
+    return functools.partial(make, **coarse) if conv in TWO_LEVEL else make
 
 
 def create_model(
@@ -101,7 +102,7 @@ def create_model(
             (B, 3, H, W) in training, a detector, say.
     """
     check_device(device)
-    coarse = {
+    coarse: CoarseLevel = {
         "coarse_kernel_size": coarse_kernel_size,
         "coarse_init": coarse_init,
         "coarse_channels": coarse_channels,
@@ -161,13 +162,13 @@ def _of_library(
     groups: int,
     num_classes: int | None,
     coarse_everywhere: bool,
-    **coarse: Any,
+    **coarse: Unpack[CoarseLevel],
 ) -> nn.Module:
     """What ``build`` makes of (name, classes), with its convolutions replaced unless ``conv`` is ``"sc"``."""
     from tlgc_mp.models.conversion import convert  # which loads this module
 
     check_model(name, conv, groups, num_classes, coarse_everywhere)
-    check_coarse_level(conv, coarse_level_of(coarse))
+    check_coarse_level(conv, coarse)
     model = build(name, default_classes(name) if num_classes is None else num_classes)
     if conv == "sc":
         return model

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, TypedDict
+from collections.abc import Mapping
+from typing import TypedDict, cast
 
 from tlgc_mp.errors import UsageError, check_installed, check_representatives, divisors, is_count, must_be, one_of
 
@@ -18,13 +19,23 @@ TWO_LEVEL = ("gc-2l", "gc-2l-proto")
 COARSE_INITS = ("zero", "scaled", "he")
 """What :class:`tlgc_mp.nn.TwoLevelConv2d` takes as ``coarse_init``, the default first."""
 
-COARSE_LEVEL: dict[str, Any] = {
+
+class CoarseLevel(TypedDict):
+    """The coarse level of a two-level convolution, as :class:`tlgc_mp.nn.TwoLevelConv2d` takes it."""
+
+    coarse_kernel_size: int | None
+    coarse_init: str
+    coarse_channels: int
+    coarse_sum: bool
+
+
+COARSE_LEVEL: CoarseLevel = {
     "coarse_kernel_size": None,
     "coarse_init": COARSE_INITS[0],
     "coarse_channels": 1,
     "coarse_sum": False,
 }
-"""What describes the coarse level of a convolution that has one -> its default, that of the paper."""
+"""The default, which is the paper's."""
 
 FLGC_ACROSS_RANKS = (
     "cannot be split over ranks: its groups are learned, so from step to step any filter may come to read any channel, "
@@ -151,16 +162,20 @@ def check_model(
         )
 
 
-def coarse_level_of(source: Any) -> dict[str, Any]:
-    """What ``source`` says of the coarse level, by name: options, or a dict that may leave some at their defaults."""
-    if isinstance(source, dict):
-        return {name: source.get(name, default) for name, default in COARSE_LEVEL.items()}
-    return {name: getattr(source, name) for name in COARSE_LEVEL}
+def coarse_level_of(source: object) -> CoarseLevel:
+    """What ``source`` says of the coarse level: options, or a mapping that may leave some at their defaults."""
+    of_mapping = isinstance(source, Mapping)
+    found = {
+        name: source.get(name, default) if of_mapping else getattr(source, name)  # type: ignore[attr-defined]
+        for name, default in COARSE_LEVEL.items()
+    }
+    return cast(CoarseLevel, found)
 
 
-def check_coarse_level(conv: str, coarse: dict[str, Any]) -> None:
+def check_coarse_level(conv: str, coarse: CoarseLevel) -> None:
     """Raises :class:`UsageError` unless the model's convolutions have a coarse level as described, or nothing is."""
-    given = [f"{name}={coarse[name]!r}" for name, default in COARSE_LEVEL.items() if coarse[name] != default]
+    default: Mapping[str, object] = COARSE_LEVEL
+    given = [f"{name}={value!r}" for name, value in coarse.items() if value != default[name]]
     if conv not in TWO_LEVEL and given:
         raise UsageError(f"conv must be {one_of(TWO_LEVEL)} with {given[0]}, got {conv!r}, which has no coarse level")
     check_representatives(coarse["coarse_channels"], coarse["coarse_sum"])

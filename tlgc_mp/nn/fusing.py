@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -17,7 +16,7 @@ class NotFusedByTorch(nn.Module):
     :func:`torch.nn.utils.fuse_conv_bn_eval` scales nothing else, and would return another function without a word.
     """
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name == "weight":
             frame = inspect.currentframe()
             while frame is not None and frame.f_code.co_name == "__setattr__":  # of subclasses, too
@@ -27,4 +26,4 @@ class NotFusedByTorch(nn.Module):
                     f"conv must be a layer whose outputs follow its weight alone, got a {type(self).__name__}; "
                     "use tlgc_mp.fold(model), which folds BatchNorm into it as well"
                 )
-        super().__setattr__(name, value)
+        super().__setattr__(name, value)  # type: ignore[arg-type]

@@ -103,7 +103,8 @@ def _check(row: object, path: str) -> None:
     if not isinstance(row.get("departures", {}), dict):
         raise UsageError(f"departures of a row in {path!r} must be an object, got {shown(row['departures'])}")
     try:
-        check_representatives(*(coarse_level_of(row)[name] for name in ("coarse_channels", "coarse_sum")))
+        coarse = coarse_level_of(row)
+        check_representatives(coarse["coarse_channels"], coarse["coarse_sum"])
     except UsageError as error:
         raise UsageError(f"the coarse level of a row in {path!r} is not one: {error}") from None
     if not _PERHAPS_COUNT[0](row.get("effective_parameters")):

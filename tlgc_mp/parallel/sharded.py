@@ -85,11 +85,6 @@ class ShardedLayer:
         def forward(self, *args: Any, **kwargs: Any) -> Tensor:
             """That of the class behind."""
 
-    if TYPE_CHECKING:
-
-        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-            """That of the class behind."""
-
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)  # type: ignore[misc]
         own = self.__dict__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -65,9 +65,16 @@ def build(request: Steps, ranks: int, rank: int, device: torch.device) -> Worklo
     """The workload of one of ``ranks`` ranks of a measurement; ``torch.distributed`` is up. Collective."""
     name = f"wrn-{request.depth}-{request.width}"
     conv, groups = STRATEGIES[request.strategy], request.groups
-    dial: dict[str, Any] = {"coarse_channels": request.coarse_channels, "coarse_sum": request.coarse_sum}
-    model = create_model(name, conv=conv, groups=groups, num_classes=NUM_CLASSES, device="meta", **dial)
-    flops = layer_flops(name, conv, groups, request.batch_size, **dial)
+    model = create_model(
+        name,
+        conv=conv,
+        groups=groups,
+        num_classes=NUM_CLASSES,
+        device="meta",
+        coarse_channels=request.coarse_channels,
+        coarse_sum=request.coarse_sum,
+    )
+    flops = layer_flops(name, conv, groups, request.batch_size, request.coarse_channels, request.coarse_sum)
     generator = torch.Generator().manual_seed(SEED)
     batch_size = request.batch_size
     images = torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
