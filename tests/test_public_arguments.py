@@ -83,7 +83,7 @@ def permuted(**changes: Any) -> Callable[[], Any]:
 REFUSED: list[tuple[Callable[[], Any], str]] = [
     (create(5), "got 5; use e.g. wrn-28-10"),
     (create(["wrn-10-1"]), "got ['wrn-10-1']; use e.g. wrn-28-10"),
-    (create(conv=None), "conv must be one of sc, gc, gc-2l, gc-2l-proto, shuffle, flgc, got None"),
+    (create(conv=None), "conv must be one of sc, gc, gc-2l, gc-2l-proto, shuffle, flgc, bgc, got None"),
     (create(groups="4"), "groups must be a divisor of the stem's 16 channels, got '4'; use one of 1, 2, 4, 8, 16"),
     (create(groups=4.0), "got 4.0; use one of"),
     (create(groups=True), "got True; use one of"),
@@ -94,7 +94,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (create(device="gpu"), "device must be a device that torch knows, got 'gpu'"),
     (create(device=[5]), "device must be a device that torch knows, got [5]"),
     (convert("network"), "model must be a torch.nn.Module, got str"),
-    (convert(conv=[]), "conv must be one of gc, gc-2l, gc-2l-proto, shuffle, flgc, got []"),
+    (convert(conv=[]), "conv must be one of gc, gc-2l, gc-2l-proto, shuffle, flgc, bgc, got []"),
     (convert(init=[]), "init must be one of random, from_dense, got []"),
     (convert(where=5), "where must be a function of (name, layer), or a pattern, got 5"),
     (convert(where=lambda: True), "where must be a function of (name, layer), got <function"),

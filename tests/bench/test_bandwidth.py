@@ -136,7 +136,7 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path: Path, monkeypatch: pyt
         ),
         (
             ["--strategies", "faster"],
-            "--strategies must be one of gc-2l, gc, shuffle, naive-mp, pipeline, channel-parallel, zero3",
+            "--strategies must be one of gc-2l, gc, shuffle, bgc, naive-mp, pipeline, channel-parallel, zero3",
         ),
         (["--rounds", "0"], "--rounds must be 1 or more, got 0"),
         (["--depth", "11"], "model must be of a depth 6 u + 4, got 'wrn-11-4'; use one of 10, 16, 22, 28, 34, 40"),

@@ -86,7 +86,7 @@ def test_an_interrupt_ends_all_ranks(ranks: Ranks, monkeypatch: pytest.MonkeyPat
 def test_an_error_on_a_real_rank_is_told() -> None:
     outcome = launch.measure(dataclasses.replace(REQUEST, depth=11), 2, time_limit=100.0)
     assert outcome.error is not None and not outcome.out_of_memory
-    assert re.match(r"rank [01]: UsageError: model='wrn-11-1': depth 11 is not 6 u \+ 4", outcome.error)
+    assert re.match(r"rank [01]: UsageError: model must be of a depth 6 u \+ 4, got 'wrn-11-1'", outcome.error)
 
 
 def test_ranks_on_hosts_are_started_through_ssh(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
