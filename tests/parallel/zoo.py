@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.parallel.against_one_device import (
     SEED,
@@ -133,14 +134,29 @@ def _one_device(network: Network, result: Result, measure: bool) -> Step:
     return step
 
 
+class _Narrow(TorchDispatchMode):
+    """Whether something is computed in float32."""
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        leaves = torch.utils._pytree.tree_leaves(result)
+        self.found |= any(isinstance(leaf, Tensor) and leaf.dtype == torch.float32 for leaf in leaves)
+        return result
+
+
 def _rounding(network: Network, step: Step) -> float:
-    """How far the step on one device moves where the last bit of each weight is another."""
+    """How far the step on one device moves where the last bit of each weight is another; that of float32, where the
+    network computes in it whatever its own type is, as some norms do."""
     model, arguments = _built(network)
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
+        with _Narrow() as narrow:
+            _built(network)[0](*arguments)
         for param in model.parameters():
             bits = torch.randint(-1, 2, param.shape, generator=generator).to(param.dtype)
-            param.mul_(1 + bits * torch.finfo(param.dtype).eps)
+            param.mul_(1 + bits * torch.finfo(torch.float32 if narrow.found else param.dtype).eps)
     moved = train_step(model, arguments, lr=step.lr, evaluate=True)
     return worst(moved, step)[0]
 
