@@ -108,6 +108,23 @@ def test_state_of_the_whole_is_refused_with_its_reason() -> None:
     assert "must hold no state of the whole parameters, got a _BuffersFromTheStart that does" in buffers
 
 
+def _refusal_of_a_foreign_parameter(stage: int) -> str:
+    from tlgc_mp.engine import initialize
+
+    network = _network()
+    centers = nn.Parameter(torch.zeros(7, 5))  # as a loss may have, of its own
+    optimizer = torch.optim.SGD([*network.parameters(), centers], lr=0.1)
+    with pytest.raises(UsageError) as refused:
+        initialize(model=network, optimizer=optimizer, config=_config(stage=stage))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_an_optimizer_over_parameters_that_are_not_the_models_is_refused(stage: int) -> None:
+    said = run_ranks(1, _refusal_of_a_foreign_parameter, stage)[0]
+    assert said.startswith("optimizer must be over parameters of the model alone, got one of shape (7, 5)")
+
+
 # Errors, prints and warnings
 
 
