@@ -139,7 +139,8 @@ def pointwise_in_place(func: Operator, args: Args, kwargs: Kwargs) -> object:
     target = args[0]
     if type(target) is not SplitTensor or target.cut.dim is None:
         return NotImplemented
-    _broadcast(func, args, kwargs, target)
+    if _broadcast(func, args, kwargs, target) is NotImplemented:
+        return NotImplemented
     return written(target)
 
 
@@ -202,6 +203,13 @@ def argument(func: Operator, args: Args, kwargs: Kwargs, name: str) -> Any:
                 return args[index]
             return kwargs.get(name, described.default_value)
     return None
+
+
+def dimension(dim: int, count: int) -> int:
+    """``dim`` as a non-negative one of a tensor of ``count``, where torch would not look at it itself."""
+    if not -count <= dim < count:
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-count}, {count - 1}], but got {dim})")
+    return dim % count
 
 
 def dims_of(value: int | Iterable[int], count: int) -> list[int]:
@@ -275,7 +283,7 @@ _SCANS = {aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin
 def softmax_backward(func: Operator, args: Args, kwargs: Kwargs) -> object:
     grad, output, dim = args[0], args[1], args[2]
     lead = output if type(output) is SplitTensor and output.cut.dim is not None else _first(args)
-    if lead is None or lead.cut.dim == dim % max(lead.dim(), 1):
+    if lead is None or grad.shape != output.shape or lead.cut.dim == dim % max(lead.dim(), 1):
         return NotImplemented
     shares = [share_in(t, lead.cut, lead.ranks) for t in (grad, output)]
     return wrap(func(*shares, *args[2:], **kwargs), lead.cut, lead)

@@ -91,8 +91,9 @@ def convolution(func: Operator, args: Args, kwargs: Kwargs) -> object:
     if type(x) is not SplitTensor and type(weight) is not SplitTensor:
         return NotImplemented
     kind, inputs, outputs = _convolution_kind(x, weight, transposed, groups)
-    if kind == "whole":
-        return NotImplemented
+    fits = bias is None or bias.shape == (weight.shape[1] * groups if transposed else weight.shape[0],)
+    if kind == "whole" or not fits:
+        return NotImplemented  # where it does not fit, torch complains of the whole
     ranks = ranks_of(x, weight)
     own = share_in(weight, _weight_layout(kind, transposed, inputs, outputs), ranks)
     geometry = (stride, padding, dilation, transposed, output_padding)

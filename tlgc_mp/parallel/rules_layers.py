@@ -191,6 +191,10 @@ def layer_norm(func: Operator, args: Args, kwargs: Kwargs) -> object:
         return NotImplemented
     dim, ranks, first = cut_dim(x), x.ranks, x.dim() - len(shape)
     assert dim is not None
+    if any(
+        tuple(own) != tuple(shape) for own in (x.shape[first:], *[t.shape for t in (weight, bias) if t is not None])
+    ):
+        return NotImplemented  # torch complains of the whole
     if dim < first:
         affine = [optional(t, WHOLE, ranks) for t in (weight, bias)]
         y, mean, inverse = func(x.share, shape, *affine, eps)

@@ -22,6 +22,8 @@ def _plan(a: Tensor, b: Tensor, batched: int) -> tuple[Layout, Layout, Layout, b
     """
     ranks = ranks_of(a, b)
     rows, inner, columns = batched, 1 + batched, 1 + batched
+    if a.shape[:batched] != b.shape[:batched] or a.shape[inner] != b.shape[rows]:
+        return None  # torch complains of the whole
     left, right = cut_dim(a), cut_dim(b)
     if batched and 0 in (left, right):
         layout = _layout(a) if left == 0 else _layout(b)
@@ -73,6 +75,9 @@ def bmm(func: Operator, args: Args, kwargs: Kwargs) -> object:
 def addmm(func: Operator, args: Args, kwargs: Kwargs) -> object:
     bias, a, b = args
     if type(a) is not SplitTensor and type(b) is not SplitTensor:
+        return NotImplemented
+    fits = zip(reversed(bias.shape), (b.shape[1], a.shape[0]), strict=False)
+    if bias.dim() > 2 or any(own not in (1, length) for own, length in fits):
         return NotImplemented
     found = _plan(a, b, 0)
     if found is None:

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from tlgc_mp.parallel.concatenation import MOST_SEGMENTS, joined_layout
+from tlgc_mp.parallel.families import Family
 from tlgc_mp.parallel.layout import WHOLE, Layout
-from tlgc_mp.parallel.rules import _first, aten, operators, rule, unfilled, wrap
+from tlgc_mp.parallel.rules import _first, aten, dimension, operators, rule, unfilled, wrap
 from tlgc_mp.parallel.signatures import Args, Kwargs, Operator
-from tlgc_mp.parallel.split_tensor import Family, SplitTensor, as_view, made_as_view, share_in
-
-MOST_SEGMENTS = 256
+from tlgc_mp.parallel.split_tensor import SplitTensor, as_view, made_as_view, share_in
 
 
 @rule(aten.detach, aten.alias)
@@ -47,7 +47,7 @@ def permute(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x, dims = args
     if x.cut.dim is None:
         return NotImplemented
-    order = [dim % x.dim() for dim in dims]
+    order = [dimension(dim, x.dim()) for dim in dims]
     return as_view(func(x.share, dims), Layout(order.index(x.cut.dim), x.cut.segments), x)
 
 
@@ -56,7 +56,7 @@ def transpose(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x = args[0]
     if x.cut.dim is None:
         return NotImplemented
-    first, second = [dim % x.dim() for dim in args[1:]] if len(args) == 3 else (0, x.dim() - 1)
+    first, second = [dimension(dim, x.dim()) for dim in args[1:]] if len(args) == 3 else (0, x.dim() - 1)
     dim = {first: second, second: first}.get(x.cut.dim, x.cut.dim)
     return as_view(func(*[x.share, *args[1:]]), Layout(dim, x.cut.segments), x)
 
@@ -66,7 +66,7 @@ def unsqueeze(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x, at = args
     if x.cut.dim is None:
         return NotImplemented
-    at %= x.dim() + 1
+    at = dimension(at, x.dim() + 1)
     return as_view(func(x.share, at), Layout(x.cut.dim + (at <= x.cut.dim), x.cut.segments), x)
 
 
@@ -77,7 +77,7 @@ def squeeze(func: Operator, args: Args, kwargs: Kwargs) -> object:
     if dim is None:
         return NotImplemented
     dims = range(x.dim()) if len(args) == 1 else [args[1]] if isinstance(args[1], int) else args[1]
-    gone = [d % x.dim() for d in dims if x.shape[d] == 1]  # never the cut one, though a share of it may be 1
+    gone = [dimension(d, x.dim()) for d in dims if x.shape[d] == 1]  # never the cut one, though a share of it may be 1
     share = aten.squeeze.dims(x.share, gone)
     return as_view(share, Layout(dim - sum(d < dim for d in gone), x.cut.segments), x)
 
@@ -180,7 +180,7 @@ def slices(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x = args[0]
     if x.cut.dim is None or kwargs:
         return NotImplemented
-    dim = (args[1] if len(args) > 1 else 0) % x.dim()
+    dim = dimension(args[1] if len(args) > 1 else 0, x.dim())
     begin, stop, step = _start_stop(args, x.shape[dim])
     offset = x.storage_offset() + begin * x.stride(dim)
     if dim != x.cut.dim:
@@ -210,7 +210,7 @@ def _between(pieces: Sequence[int], begin: int, stop: int) -> tuple[int, ...] | 
 @rule(aten.select.int)
 def select(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x, dim, index = args
-    if x.cut.dim is None or dim % x.dim() == x.cut.dim:
+    if x.cut.dim is None or dimension(dim, x.dim()) == x.cut.dim:
         return NotImplemented
     dim, index = dim % x.dim(), index % x.shape[dim] if -x.shape[dim] <= index < x.shape[dim] else index
     share = func(x.share, dim, index)
@@ -225,7 +225,7 @@ def split(func: Operator, args: Args, kwargs: Kwargs) -> object:
     if x.cut.dim is None:
         return NotImplemented
     at = 1 if func is aten.unbind.int else 2
-    dim = (args[at] if len(args) > at else kwargs.get("dim", 0)) % x.dim()
+    dim = dimension(args[at] if len(args) > at else kwargs.get("dim", 0), x.dim())
     length = x.shape[dim]
     if func is aten.unbind.int:
         if dim == x.cut.dim:
@@ -251,7 +251,7 @@ def split(func: Operator, args: Args, kwargs: Kwargs) -> object:
 @rule(aten.unfold)
 def unfold(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x, dim = args[0], args[1]
-    if x.cut.dim is None or dim % x.dim() == x.cut.dim:
+    if x.cut.dim is None or dimension(dim, x.dim()) == x.cut.dim:
         return NotImplemented
     return as_view(func(x.share, *args[1:]), x.cut, x)
 
@@ -278,27 +278,14 @@ def cat(func: Operator, args: Args, kwargs: Kwargs) -> object:
     tensors = list(args[0])
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     lead = next((t for t in tensors if type(t) is SplitTensor and t.cut.dim is not None), None)
-    if lead is None or any(t.dim() != lead.dim() for t in tensors):
+    if lead is None:
         return NotImplemented
-    dim %= lead.dim()
-    assert lead.cut.dim is not None
-    if dim != lead.cut.dim:
-        shape = [1 if i == dim else n for i, n in enumerate(lead.shape)]
-        if any([1 if i == dim else n for i, n in enumerate(t.shape)] != shape for t in tensors):
-            return NotImplemented
-        shares = [share_in(t, lead.cut, lead.ranks) for t in tensors]
-        return SplitTensor(func(shares, dim), lead.cut, lead.ranks)
-    segments: list[int] = []
-    shares = []
-    for tensor in tensors:
-        if tensor.shape[dim] == 0 or tensor.shape[dim] % lead.ranks.size:
-            return NotImplemented
-        own = tensor.cut if type(tensor) is SplitTensor and tensor.cut.dim == dim else Layout(dim, None)
-        shares.append(share_in(tensor, own, lead.ranks))
-        segments.extend(own.pieces(tensor.shape[dim]))
-    if len(segments) > MOST_SEGMENTS:
+    dim = dimension(dim, lead.dim())
+    found = joined_layout(tensors, dim, lead)
+    if found is None:
         return NotImplemented
-    layout = Layout(dim, tuple(segments) if len(segments) > 1 else None)
+    layout, own = found
+    shares = [share_in(t, of_it, lead.ranks) for t, of_it in zip(tensors, own, strict=True)]
     return SplitTensor(func(shares, dim), layout, lead.ranks)
 
 
@@ -309,7 +296,7 @@ def stack(func: Operator, args: Args, kwargs: Kwargs) -> object:
     lead = next((t for t in tensors if type(t) is SplitTensor and t.cut.dim is not None), None)
     if lead is None or any(t.shape != lead.shape for t in tensors):
         return NotImplemented
-    dim %= lead.dim() + 1
+    dim = dimension(dim, lead.dim() + 1)
     assert lead.cut.dim is not None
     shares = [share_in(t, lead.cut, lead.ranks) for t in tensors]
     layout = Layout(lead.cut.dim + (dim <= lead.cut.dim), lead.cut.segments)
@@ -323,7 +310,7 @@ def stack(func: Operator, args: Args, kwargs: Kwargs) -> object:
 @rule(*operators("index_select.default"))
 def index_select(func: Operator, args: Args, kwargs: Kwargs) -> object:
     x, dim, index = args
-    if _first(args) is None or dim % x.dim() == x.cut.dim:
+    if _first(args) is None or dimension(dim, x.dim()) == x.cut.dim:
         return NotImplemented
     plain = share_in(index, WHOLE, x.ranks) if isinstance(index, Tensor) else index
     return wrap(func(x.share, dim, plain), x.cut, x)

@@ -292,9 +292,13 @@ def _attention(*args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
     return y, weights
 
 
-def _one_hot(*args: object, **kwargs: object) -> object:
-    """Contiguous, as of a plain tensor; torch computes it otherwise of a subclass."""
-    return through_torch(F.one_hot, args, kwargs).contiguous()
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> object:
+    """Contiguous, and of classes that are there: torch looks neither to the one nor to the other of a subclass."""
+    if tensor.dtype is torch.int64 and tensor.numel() and not tensor.is_meta:
+        low, high = tensor.amin().item(), tensor.amax().item()
+        if low < 0 or (num_classes != -1 and num_classes <= high):
+            return F.one_hot(whole(tensor), num_classes)  # which raises
+    return through_torch(F.one_hot, (tensor, num_classes), None).contiguous()
 
 
 _TENSOR: Any = Tensor

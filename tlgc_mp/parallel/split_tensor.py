@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.containers import map_leaves
+from tlgc_mp.parallel.families import Family, family_of, refresh
 from tlgc_mp.parallel.layout import WHOLE, Layout, Ranks, change_segments, dense_share, gather_shares, whole_geometry
 from tlgc_mp.parallel.signatures import Args, Context, Function, Geometry, Kwargs, Offset, Operator, Rule
 
@@ -37,69 +38,6 @@ _make = torch.Tensor._make_wrapper_subclass
 _NO_MEMORY = "a split tensor has no memory of its own; use tlgc_mp.parallel.split_tensor.whole(tensor) first"
 
 
-class Family:
-    """Tensors that share memory, as far as this module must know: a view that holds data of its own, its local views,
-    and the split tensor that it is a view of. A write on either side shows on the other at its next use."""
-
-    __slots__ = ("base", "local", "seen", "share", "version", "viewed")
-    linked = 0  # how many families have a base: none, mostly, and then nothing is looked at
-
-    def __init__(self) -> None:
-        self.version = 0
-        self.base: SplitTensor | None = None
-        self.share: Tensor | None = None
-        self.viewed: Callable[[Tensor], Tensor] | None = None
-        self.local = False
-        self.seen = 0
-
-    def link(self, base: SplitTensor, viewed: Callable[[Tensor], Tensor], share: Tensor, local: bool = False) -> None:
-        """Makes this the family of ``share``, which is ``viewed`` of a whole copy of ``base``; or, where ``local``, of
-        its share, and then the other way round, too."""
-        self.base = SplitTensor(base.share, base.cut, base.ranks, (base.shape, base.stride()))  # as it is now
-        self.base.family = _family(base)
-        self.viewed, self.share, self.local = viewed, share, local
-        self.seen = self.base.family.version
-        Family.linked += 1
-
-    def __del__(self) -> None:
-        if self.base is not None:
-            Family.linked -= 1
-
-    def refresh(self) -> None:
-        """Brings data up to date with its base."""
-        if self.base is None:
-            return
-        base_family = _family(self.base)
-        base_family.refresh()
-        if base_family.version != self.seen:
-            assert self.share is not None and self.viewed is not None
-            self.share.copy_(self.viewed(self.base.share if self.local else gather_shares(self.base)))
-            self.seen = base_family.version
-            self.version += 1
-
-    def written(self) -> None:
-        """Carries a write to a member over to the base."""
-        self.version += 1
-        base = self.base
-        if base is None:
-            return
-        assert self.share is not None and self.viewed is not None
-        if self.local:
-            base.share.copy_(self.viewed(self.share))
-        else:
-            data = gather_shares(base)
-            self.viewed(data).copy_(self.share)
-            base.share.copy_(dense_share(data, base.cut, base.ranks))
-        _family(base).written()
-        self.seen = _family(base).version
-
-
-def _family(tensor: SplitTensor) -> Family:
-    if tensor.family is None:
-        tensor.family = Family()
-    return tensor.family
-
-
 class SplitTensor(Tensor):
     """A whole tensor to all code that uses it, of which this rank holds its share.
 
@@ -109,6 +47,7 @@ class SplitTensor(Tensor):
         ranks: the tensor-parallel ranks.
         held: the plain parameter or buffer, this rank's share, that code has read from a layer as this tensor. What is
             asked of the tensor itself, its gradient, its hooks, is asked of that (``split_functions.py``).
+        entered: version, share and plain share with which this tensor was last joined (``concatenation.py``).
     """
 
     share: Tensor
@@ -116,6 +55,7 @@ class SplitTensor(Tensor):
     ranks: Ranks
     family: Family | None = None
     held: Tensor | None = None
+    entered: tuple[int, Tensor, Tensor] | None = None
 
     @staticmethod
     def __new__(
@@ -157,7 +97,7 @@ class SplitTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Operator, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
-        _refresh(args, kwargs)
+        refresh((args, kwargs))
         rule = RULES.get(func) or _resolve(func)
         try:
             with torch._C.DisableTorchFunctionSubclass():  # autograd's thread has it enabled
@@ -230,14 +170,6 @@ def _holds_plain(tree: object) -> bool:
     return any(type(t) is not SplitTensor and isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(tree))
 
 
-def _refresh(args: Args, kwargs: Kwargs | None) -> None:
-    if not Family.linked:
-        return
-    for tensor in tree_leaves((args, kwargs)):
-        if type(tensor) is SplitTensor and tensor.family is not None:
-            tensor.family.refresh()
-
-
 def _resolve(func: Operator) -> Rule:
     """The rule of ``func``, looked up at its first use."""
     from tlgc_mp.parallel import rules
@@ -251,7 +183,7 @@ def as_view(
 ) -> SplitTensor:
     """A view of ``base`` whose ``share`` is a view of its share: they share memory, and their family."""
     made = made_as_view(share, layout, base, base.storage_offset() if offset is None else offset, geometry)
-    made.family = _family(base)
+    made.family = family_of(base)
     return made
 
 
@@ -295,7 +227,7 @@ class _Leave(torch.autograd.Function):
     def forward(ctx: Context, tensor: SplitTensor) -> Tensor:  # type: ignore[override]
         ctx.ranks = tensor.ranks
         ctx.set_materialize_grads(False)
-        _refresh((tensor,), None)
+        refresh(tensor)
         return gather_shares(tensor).detach()
 
     @staticmethod
@@ -326,12 +258,14 @@ class _ToShare(torch.autograd.Function):
     def forward(ctx: Context, tensor: Tensor, layout: Layout, ranks: Ranks) -> Tensor:  # type: ignore[override]
         ctx.layout, ctx.ranks = layout, ranks
         ctx.set_materialize_grads(False)
-        _refresh((tensor,), None)
+        refresh(tensor)
         return share_in(tensor, layout, ranks).detach()
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
-        return None if grad is None else _FromShare.apply(grad, ctx.layout, ctx.ranks), None, None
+        if grad is None or torch.is_grad_enabled():
+            return None if grad is None else _FromShare.apply(grad, ctx.layout, ctx.ranks), None, None
+        return SplitTensor(grad.detach(), ctx.layout, ctx.ranks), None, None
 
 
 def share_in(tensor: Tensor, layout: Layout, ranks: Ranks) -> Tensor:
@@ -358,7 +292,7 @@ def from_share(share: Tensor, layout: Layout, ranks: Ranks) -> SplitTensor:
 def to_share(tensor: Tensor, layout: Layout, ranks: Ranks) -> Tensor:
     """This rank's share of ``tensor``, split or plain and whole, in ``layout``. Differentiable."""
     if not torch.is_grad_enabled() and type(tensor) is SplitTensor:  # as every parameter's gradient is
-        _refresh((tensor,), None)
+        refresh(tensor)
         return share_in(tensor, layout, ranks).detach()
     return _ToShare.apply(tensor, layout, ranks)  # type: ignore[no-any-return]
 
@@ -397,4 +331,4 @@ def whole(tree: T) -> T:
     return map_leaves(lambda leaf: _Leave.apply(leaf) if type(leaf) is SplitTensor else leaf, tree)
 
 
-from tlgc_mp.parallel import split_functions, whole_tensors  # noqa: E402  (they need what stands above)
+from tlgc_mp.parallel import concatenation, split_functions, whole_tensors  # noqa: E402, F401  (they need what stands above)

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tlgc_mp.parallel.families import Family
 from tlgc_mp.parallel.layout import WHOLE, Ranks, gather_shares, take_share
 from tlgc_mp.parallel.signatures import Args, Kwargs, Operator
 from tlgc_mp.parallel.split_functions import set_data
-from tlgc_mp.parallel.split_tensor import Family, SplitTensor, as_view, made_as_view
+from tlgc_mp.parallel.split_tensor import SplitTensor, as_view, made_as_view
 
 
 class _Facts(NamedTuple):
