@@ -288,6 +288,20 @@ def test_what_would_take_a_share_for_the_whole_is_refused() -> None:
         assert all(" of a split Conv2d must " in text and "before" in text for text in said.values()), said
 
 
+def _buffer_of_another_length() -> str:
+    model = shard(nn.Sequential(nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12)))
+    with pytest.raises(UsageError) as refused:
+        model[1].running_mean = torch.zeros(24)
+    return str(refused.value)
+
+
+def test_a_buffer_of_another_length_is_refused() -> None:
+    assert run_ranks_once(2, _buffer_of_another_length)[0] == (
+        "running_mean of a split BatchNorm2d must be of shape (12,), got a tensor of shape (24,); change the model "
+        "before it is split"
+    )
+
+
 def test_clipping_says_what_it_takes() -> None:
     model = _network()
     with pytest.raises(UsageError, match="norm_type must be positive, got 0"):

@@ -81,6 +81,17 @@ def uses_state_dicts(place: Place) -> Any:
     return list(missing.missing_keys), model.eval()(x), alone.eval()(x), train(model.train(), place)
 
 
+def uses_a_state_that_is_assigned(place: Place) -> Any:
+    """Its tensors take the place of the network's own, and an optimizer over them trains it."""
+    model = place.model(Classifier)
+    train(model, place)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    train(model, place)
+    model.load_state_dict(state, assign=True)
+    assert model.norm._buffers["running_mean"] is state["norm.running_mean"]
+    return place.state(model), train(model, place), model.eval()(place.images()), place.state(model)
+
+
 # Changes after the split.
 
 

@@ -132,11 +132,26 @@ class ShardedLayer:
             return
         if name in own["_buffers"]:
             # A buffer that forward code replaces is stored as the one before it was.
-            if name in own["tlgc_placement"].dims:
-                value = share_in(value, own["tlgc_placement"].layout(name), own["tlgc_region"].ranks).clone()
-            else:
-                value = whole(value)
+            value = self._tlgc_share_of(name, value) if name in own["tlgc_placement"].dims else whole(value)
         super().__setattr__(name, value)
+
+    def _tlgc_share_of(self, name: str, value: Tensor) -> Tensor:
+        """What is held of ``value`` as the cut buffer ``name``.
+
+        Forward code gives the whole, and ``load_state_dict(assign=True)`` this rank's share.
+        """
+        layout, ranks = self.tlgc_placement.layout(name), self.tlgc_region.ranks
+        shape = list(self.tlgc_shapes.setdefault(name, value.shape))
+        if list(value.shape) == shape:
+            return share_in(value, layout, ranks).clone()
+        assert layout.dim is not None
+        shape[layout.dim] //= ranks.size
+        if type(value) is SplitTensor or list(value.shape) != shape:
+            raise UsageError(
+                f"{name} of a split {type(self).__name__} must be of shape {tuple(self.tlgc_shapes[name])}, got a "
+                f"tensor of shape {tuple(value.shape)}; change the model before it is split"
+            )
+        return value
 
     def _tlgc_as_held(self, name: str, value: Tensor) -> nn.Parameter:
         """The share that ``value`` stands for, to be held as the cut parameter ``name``: as after ``weight -= x``, or
