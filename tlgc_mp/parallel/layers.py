@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.collectives import coarse_gather, copy_to_ranks, exchange_channels, sum_partials
@@ -269,6 +270,7 @@ class SplitModel:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         if not torch.compiler.is_compiling():
             check_not_transformed()
+            _check_not_averaged(region)
         if region.channels_apart and not _is_watched(self):  # type: ignore[arg-type]
             with region.set_plain(True):
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -284,6 +286,24 @@ class SplitModel:
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph of split tensors would lose gradients
 def _run_eagerly(forward: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> object:
     return whole(forward(*args, **kwargs))
+
+
+def _check_not_averaged(region: Region) -> None:
+    """Refuses DistributedDataParallel over ranks that share a replica: it gives all of them the first one's shares.
+
+    Raises:
+        UsageError: within the forward pass of such a wrapper.
+    """
+    wrapper = DistributedDataParallel._active_ddp_module
+    if wrapper is None:
+        return
+    averaged = dist.get_process_group_ranks(wrapper.process_group)
+    members = dist.get_process_group_ranks(region.tp_ranks.group)
+    if len(set(averaged) & set(members)) > 1:
+        raise UsageError(
+            f"process_group of DistributedDataParallel must be ranks that hold the same share, got {averaged}; leave "
+            f"out all but one of {members}, and split the model again"
+        )
 
 
 _HOOKS_OF_ALL_MODULES = (
