@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel import checksums
 from tlgc_mp.parallel.collectives import start_all_gather
+from tlgc_mp.parallel.equal_shares import LOOKED_AT, EqualShares
 from tlgc_mp.parallel.layout import Ranks, new_group
 
 CHECK_EVERY = 16
@@ -33,8 +34,9 @@ _ELEMENTS = 1 << 19
 """... and how many of their elements. The next check goes on where this one stopped."""
 
 _HEAD = 9
-_SLOTS = _HEAD + 2 * _TENSORS
-CHECK_BYTES = 8 * _SLOTS
+_COMPARED = _HEAD + 2 * _TENSORS
+"""Slots that the ranks must agree in; those of shares, in which they must not, come after them."""
+CHECK_BYTES = 8 * (_COMPARED + LOOKED_AT)
 """What a rank sends for a check."""
 Slot: TypeAlias = int | Tensor
 """A number that is sent, or a tensor of shape () that holds one."""
@@ -135,7 +137,8 @@ def watch_replicas(model: nn.Module, ranks: Ranks, timeout: datetime.timedelta |
         return
     members = dist.get_process_group_ranks(ranks.group)
     group = new_group(members, timeout)
-    watch = ReplicaWatch(Ranks(group), held_whole, CHECK_EVERY)
+    shares = EqualShares(model, Ranks(group), _device_of(group))
+    watch = ReplicaWatch(Ranks(group), held_whole, CHECK_EVERY, shares)
     model.register_forward_pre_hook(watch.before, with_kwargs=True)
     model.register_forward_hook(watch.after)
 
@@ -183,11 +186,18 @@ class ReplicaWatch:
         ranks: of the replica, over a group used for nothing else.
         whole: from the model to the tensors that every rank holds whole, by name.
         every: passes from one check to the next.
+        shares: what the first check is to find beside that.
     """
 
-    def __init__(self, ranks: Ranks | None, whole: Callable[[nn.Module], list[tuple[str, Tensor]]], every: int) -> None:
+    def __init__(
+        self,
+        ranks: Ranks | None,
+        whole: Callable[[nn.Module], list[tuple[str, Tensor]]],
+        every: int,
+        shares: EqualShares | None = None,
+    ) -> None:
         self.ranks = ranks
-        self.whole, self.every = whole, every
+        self.whole, self.every, self.shares = whole, every, shares
         self.passes = 0
         self.place = 0, 0
         self.begun: list[Slot] | None = None
@@ -199,7 +209,7 @@ class ReplicaWatch:
         return copied
 
     def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "ranks": None, "begun": None, "check": None}
+        return {**vars(self), "ranks": None, "shares": None, "begun": None, "check": None}
 
     def before(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Begins a forward pass: judges a check that is under way, and begins the next when it is time."""
@@ -231,7 +241,8 @@ class ReplicaWatch:
             slots = [self.passes, *begun, drew[0] + 2 * drew[1], _digest("\n".join(names))]
             for piece in pieces:
                 slots += _of_tensor(piece.elements)
-            slots += [0] * (_SLOTS - len(slots))
+            slots += [0] * (_COMPARED - len(slots))
+            slots += [0] * LOOKED_AT if self.shares is None else self.shares.slots(module)
             packed = _packed(slots, _device_of(self.ranks.group))
             gathered = start_all_gather(packed, self.ranks, of_pass=False)
             self.check = _Check(self.passes, names, gathered if packed.device.type == "cpu" else _to_host(gathered))
@@ -260,6 +271,10 @@ class ReplicaWatch:
         check, self.check = self.check, None
         table = check.gathered()
         rows, values = table.tolist(), table.view(torch.float64).tolist()
+        if self.shares is not None:
+            shares, self.shares = self.shares, None
+            shares.check([row[_COMPARED:] for row in rows])
+        rows = [row[:_COMPARED] for row in rows]
         if all(row == rows[0] for row in rows):
             return
         members = dist.get_process_group_ranks(self.ranks.group)
