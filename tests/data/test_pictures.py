@@ -95,6 +95,96 @@ def test_damaged_exif_is_no_damaged_image(tmp_path: Path) -> None:
     assert read_image(str(tmp_path / "0.png")).getpixel((0, 0)) == (9, 9, 9)
 
 
+RED, BLUE, WHITE = (200, 30, 30), (3, 4, 250), (255, 255, 255)
+
+
+def _saved(image: Image.Image, path: Path, **options: object) -> np.ndarray:
+    """What is read of a picture, after it was saved."""
+    image.save(path, **options)
+    return np.asarray(read_image(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [("png", {}), ("webp", {"lossless": True}), ("tif", {}), ("tga", {}), ("jp2", {}), ("gif", {})],
+)
+def test_what_is_transparent_lies_on_white(suffix: str, options: dict[str, object], tmp_path: Path) -> None:
+    """Whatever its colour is: below it is black, and so is the picture."""
+    image = Image.new("RGBA", (12, 8), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (3, 2, 9, 6))
+    expected = np.full((8, 12, 3), 255, np.uint8)
+    expected[2:6, 3:9] = 0
+    assert (_saved(image, tmp_path / f"0.{suffix}", **options) == expected).all()
+
+
+def test_partly_transparent(tmp_path: Path) -> None:
+    values = np.random.default_rng(SEED).integers(0, 256, (8, 12, 2))
+    image = Image.fromarray(values.astype(np.uint8), "LA")
+    grey, opaque = values[..., 0], values[..., 1] / 255
+    expected = grey * opaque + 255 * (1 - opaque)
+    got = _saved(image, tmp_path / "0.png").astype(int)
+    assert np.abs(got - expected[..., None]).max() <= 1, SEED
+    assert (got[values[..., 1] == 255] == grey[values[..., 1] == 255, None]).all()
+
+
+@pytest.mark.parametrize("transparency", [0, bytes([0, 255])])
+def test_a_palette_with_a_transparent_colour(transparency: object, tmp_path: Path) -> None:
+    image = Image.new("P", (12, 8), 1)
+    image.putpalette([0, 0, 0, *RED, *[0] * 762])
+    image.paste(0, (0, 0, 6, 8))
+    got = _saved(image, tmp_path / "0.png", transparency=transparency)
+    assert (got[:, :6] == WHITE).all() and (got[:, 6:] == RED).all()
+    grey = _saved(Image.fromarray(np.array([[7, 8]], np.uint8)), tmp_path / "grey.png", transparency=7)
+    assert grey[0].tolist() == [[255] * 3, [8] * 3]
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "suffix", "expected"),
+    [
+        ("CMYK", (255, 0, 0, 0), "jpg", (0, 255, 255)),
+        ("CMYK", (255, 0, 0, 0), "tif", (0, 255, 255)),
+        ("YCbCr", (128, 128, 128), "tif", (128, 128, 128)),
+        ("LAB", (128, 128, 128), "tif", (119, 119, 119)),  # of which A is no transparency
+        ("1", 1, "png", WHITE),
+        ("1", 1, "bmp", WHITE),
+    ],
+)
+def test_other_kinds_of_colour(
+    mode: str, colour: int | tuple[int, ...], suffix: str, expected: tuple[int, ...], tmp_path: Path
+) -> None:
+    assert np.abs(_saved(Image.new(mode, (16, 16), colour), tmp_path / f"0.{suffix}") - np.array(expected)).max() <= 1
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])
+def test_the_first_of_several(suffix: str, tmp_path: Path) -> None:
+    more = {"save_all": True, "append_images": [Image.new("RGB", (16, 16), BLUE)]}
+    more |= {"lossless": True} if suffix == "webp" else {}
+    assert (_saved(Image.new("RGB", (16, 16), RED), tmp_path / f"0.{suffix}", **more) == RED).all()
+
+
+def _cut(path: Path, share: float, **options: object) -> Path:
+    Image.fromarray(np.random.default_rng(SEED).integers(0, 256, (64, 64, 3), np.uint8)).save(path, **options)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    return path
+
+
+def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
+    (tmp_path / "page.jpg").write_text("<html>404")
+    Image.new("L", (4000, 2)).save(tmp_path / "strip.png")
+    said = [
+        ("page.jpg", r"page.jpg \(what it holds is no image of a format that is read\); replace or remove it"),
+        ("strip.png", r"strip.png \(4000 x 2 pixels: one side is over 200 times the other\)"),
+        (_cut(tmp_path / "half.jpg", 0.5).name, "half.jpg .image file is truncated"),
+        (_cut(tmp_path / "end.jpg", 0.9, progressive=True).name, "end.jpg .image file is truncated"),
+        (_cut(tmp_path / "half.png", 0.5).name, "half.png .image file is truncated"),
+    ]
+    for name, reason in said:
+        with pytest.raises(UsageError, match=reason):
+            read_image(str(tmp_path / name))
+    Image.new("L", (4000, 20)).save(tmp_path / "long.png")
+    assert read_image(str(tmp_path / "long.png")).size == (4000, 20)
+
+
 def test_in_a_data_set(make_folders: MakeFolders) -> None:
     root = make_folders({"train/cat": 1, "test/cat": 1})
     ramp = np.tile(np.linspace(0, 65535, 16).astype(np.uint16), (16, 1))

@@ -95,8 +95,8 @@ def load_datasets(
             ``cifar10``, ``cifar100``: pad 4, random crop, flip; downloaded if ``data_dir`` does not hold them.
             ``imagenet``: random resized crop to 224, flip. ``imagefolder``: as CIFAR if the images are small (at
             most 64 pixels), else as ImageNet. ``synthetic``: noise around a pattern for each class. Images in folders
-            are turned as their EXIF orientation says, and those of 16 bits or in floating point (0..1) keep their
-            range; hidden files and folders are not data.
+            are turned as their EXIF orientation says, those of 16 bits or in floating point (0..1) keep their range,
+            and what is transparent lies on white; hidden files and folders are not data.
         data_dir: as :func:`~tlgc_mp.data.catalog.check_dataset` wants it.
         seed: of the ``synthetic`` images; the other sets do not depend on it.
         image_size: side in pixels. Default: the set's own; for ``imagefolder`` the shorter side of the first
