@@ -266,14 +266,26 @@ class _Rule:
     """What a schedule may hold and pickle would have to run."""
 
 
-def save_an_odd_schedule(folder: str) -> str:
+class _Stateless:
+    """A schedule of one's own that trains, and that no checkpoint can hold."""
+
+    def step(self) -> None:
+        pass
+
+
+def save_odd_schedules(folder: str) -> list[str]:
+    """What is said of each when it is to be saved, and before anything is trained."""
     engine = engine_of(Shape(1, 1, 0))
-    engine.lr_scheduler.rule = _Rule()
-    try:
-        save_checkpoint(engine, folder)
-    except UsageError as error:
-        return str(error)
-    return ""
+    scheduler, said = engine.lr_scheduler, []
+    for rule in (_Rule(), lambda step: 0.5**step, None):
+        scheduler.rule = rule
+        engine.lr_scheduler = _Stateless() if rule is None else scheduler
+        for refused in (lambda: save_checkpoint(engine, folder), lambda: CheckpointSaver(engine, folder)):
+            try:
+                refused()
+            except UsageError as error:
+                said.append(str(error))
+    return said
 
 
 # What saving asks of the ranks' store.

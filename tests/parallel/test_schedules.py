@@ -4,12 +4,14 @@ gives the batch size to one that raises a TypeError."""
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from tests.parallel.common import SEED, batches
@@ -123,6 +125,114 @@ def test_a_plateau_that_the_loop_steps(stage: int) -> None:
     assert rates == expected_rates and rates[-1] == 0.1 / 2**4
     for got, right in zip(parameters, expected, strict=True):
         torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-6)
+
+
+class _Own:
+    """A user's, of no base class; it has the momentum and the decay fall, too."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.steps = optimizer, 0
+
+    def step(self) -> None:
+        self.steps += 1
+        for group in self.optimizer.param_groups:
+            group.update(lr=0.1 / self.steps, momentum=0.9 - 0.02 * self.steps, weight_decay=0.01 / self.steps)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.steps = state["steps"]
+
+
+def _chained(optimizer: torch.optim.Optimizer) -> LRScheduler:
+    return lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ExponentialLR(optimizer, 0.9), lr_scheduler.ConstantLR(optimizer, 0.5, 4)]
+    )
+
+
+def _sequential(optimizer: torch.optim.Optimizer) -> LRScheduler:
+    rising = lr_scheduler.LinearLR(optimizer, 0.1, total_iters=4)
+    return lr_scheduler.SequentialLR(optimizer, [rising, lr_scheduler.CosineAnnealingLR(optimizer, 8)], [4])
+
+
+SCHEDULES: dict[str, Any] = {
+    "cyclic": lambda optimizer: lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, step_size_up=3),
+    "lambda": lambda optimizer: LambdaLR(optimizer, lambda step: 0.9**step),
+    "one cycle": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, epochs=3, steps_per_epoch=4),
+    "restarts": lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 3, 2),
+    "chained": _chained,
+    "sequential": _sequential,
+    "own": _Own,
+}
+
+Scheduled = tuple[list[list[float]], list[torch.Tensor]]
+"""What each step is taken with, and the parameters at the end."""
+
+
+def _with_momentum(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def _settings_of(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [optimizer.param_groups[0][key] for key in ("lr", "momentum", "weight_decay")]
+
+
+def _scheduled_by_torch(name: str) -> Scheduled:
+    network = _network()
+    optimizer = _with_momentum(network.parameters())
+    scheduler, taken = SCHEDULES[name](optimizer), []
+    for images, labels in batches(STEPS, 4, torch.float32):
+        taken.append(_settings_of(optimizer))
+        optimizer.zero_grad()
+        F.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+        scheduler.step()
+    return taken, [param.detach().clone() for param in network.parameters()]
+
+
+def _scheduled(folder: str, stage: int) -> dict[str, Scheduled]:
+    """Each schedule, by a callable below ZeRO 1 and as an instance else; half the steps come after a resume."""
+    from tlgc_mp.checkpoint import load_checkpoint, save_checkpoint
+    from tlgc_mp.engine import initialize
+    from tlgc_mp.parallel.sharding import gather_state_dict
+
+    def engine_of(name: str) -> Any:
+        if stage == 0:
+            return initialize(
+                model=_network(), optimizer=_with_momentum, lr_scheduler=SCHEDULES[name], config=_config(stage)
+            )[0]
+        network = _network()
+        optimizer = _with_momentum(network.parameters())
+        scheduler = SCHEDULES[name](optimizer)
+        return initialize(model=network, optimizer=optimizer, lr_scheduler=scheduler, config=_config(stage))[0]
+
+    found = {}
+    for name in SCHEDULES:
+        engine, taken = engine_of(name), []
+        for number, (images, labels) in enumerate(batches(STEPS, 4, torch.float32)):
+            if number == STEPS // 2:
+                save_checkpoint(engine, f"{folder}/{name}")
+                engine = engine_of(name)
+                load_checkpoint(engine, f"{folder}/{name}")
+            taken.append(_settings_of(engine.optimizer))
+            engine.backward(F.cross_entropy(engine(images), labels))
+            engine.step()
+        state = gather_state_dict(engine.module)
+        found[name] = taken, [state[key].clone() for key, _ in _network().named_parameters()]
+    return found
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_as_torch_steps_it_and_after_a_resume(stage: int, tmp_path: Path) -> None:
+    (found,) = run_ranks(1, _scheduled, str(tmp_path), stage)
+    for name in SCHEDULES:
+        (taken, parameters), (expected, right) = found[name], _scheduled_by_torch(name)
+        for step, settings in enumerate(expected):
+            assert taken[step] == pytest.approx(settings, rel=1e-12), (name, step)
+        for got, value in zip(parameters, right, strict=True):
+            torch.testing.assert_close(got, value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 class _FailsAtThree(LRScheduler):

@@ -335,6 +335,12 @@ CONFIGURATIONS: dict[str, tuple[int, str, list[str], list[str]]] = {
         ["--tp", "1"],
         ["--tp must be tensor_parallel.autotp_size of the DeepSpeed configuration, 2, got 1"],
     ),
+    "switch as text": (
+        1,
+        '{"bf16": {"enabled": "no"}}',
+        [],
+        ['bf16.enabled in the DeepSpeed configuration must be true or false, got "no"; write it without quotes'],
+    ),
     "batch contradicts": (
         1,
         '{"train_batch_size": 32}',

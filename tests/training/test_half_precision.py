@@ -9,6 +9,8 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.training.runs import metrics, train
+from tlgc_mp.engine.config import dtype_of
+from tlgc_mp.json_types import JsonObject
 
 
 def _run(folder: Path, ranks: int, config: dict[str, object], *options: str) -> list[float]:
@@ -47,6 +49,49 @@ def test_a_resumed_run_goes_on_as_it_was(kind: str, tmp_path: Path) -> None:
     stopped = run_ranks(1, _stopped, str(tmp_path / "again" / "run"), *flags)[0]
     assert stopped == 128 + 15
     assert _run(tmp_path / "again", 1, config, "--resume") == straight
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"bf16": {"enabled": True}}, "got FP16_UnfusedOptimizer at ZeRO 0; in bf16 or fp16 use ZeRO 1, 2 or 3"),
+        ({"fp16": {"enabled": True}}, "got FP16_UnfusedOptimizer at ZeRO 0; in bf16 or fp16 use ZeRO 1, 2 or 3"),
+        (
+            {
+                **{"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+                "zero_optimization": {"stage": 1},
+            },
+            "got BF16_Optimizer at ZeRO 1; in bf16 or fp16 use ZeRO 1, 2 or 3, and leave out data_types.grad_accum",
+        ),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "deepspeed_config must be one that DeepSpeed accepts"),
+        ({"amp": {"enabled": True}}, "deepspeed_config must be one that DeepSpeed accepts"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_first_step(
+    config: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (outcome,) = run_ranks(
+        1, train, str(tmp_path / "run"), "--deepspeed_config", str(tmp_path / "config.json"), "--log-interval", "1"
+    )
+    (line,) = outcome.stderr.splitlines()
+    assert outcome.status == 2 and line.startswith("tlgc-mp: error: ") and said in line, outcome.stderr
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({}, "float32"),
+        ({"bfloat16": {"enabled": True}}, "bfloat16"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": False}}, "float16"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "float32 with autocast to float16"),
+        ({"bf16": {"enabled": True}, "torch_autocast": {"enabled": True}}, "bfloat16 with autocast to bfloat16"),
+    ],
+)
+def test_the_type_is_said(config: JsonObject, said: str) -> None:
+    assert dtype_of(config) == said
 
 
 def _stopped(output_dir: str, *options: str) -> int:

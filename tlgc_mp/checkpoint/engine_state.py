@@ -7,7 +7,9 @@ state is a number of *holders*, the tensors that the optimizer steps on, in whic
 
 from __future__ import annotations
 
+import io
 import math
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +28,14 @@ from tlgc_mp.parallel.sharded import ShardedLayer, extra_state
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 """What an engine counts, by the names of its attributes."""
+
+_MASTERS = {
+    0: "param_groups",
+    1: "single_partition_of_fp32_groups",
+    2: "single_partition_of_fp32_groups",
+    3: "fp32_partitioned_groups_flat",
+}
+"""Where the engine's optimizer keeps the master weights, at each ZeRO stage."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +80,10 @@ class EngineState:
         self.stage = int(engine.zero_optimization_stage())
         optimizer = engine.optimizer
         inner = optimizer if self.stage == 0 else getattr(optimizer, "optimizer", None)
-        if not isinstance(inner, torch.optim.Optimizer):
+        if not isinstance(inner, torch.optim.Optimizer) or not hasattr(optimizer, _MASTERS[self.stage]):
             raise UsageError(
-                f"the engine's optimizer must be a torch or DeepSpeed optimizer in fp32 or under torch_autocast, got "
-                f"{type(optimizer).__name__} at ZeRO {self.stage}, whose state cannot be saved"
+                f"the engine's optimizer must be one whose state can be saved, got {type(optimizer).__name__} at ZeRO "
+                f"{self.stage}; in bf16 or fp16 use ZeRO 1, 2 or 3, and leave out data_types.grad_accum_dtype"
             )
         self.optimizer = inner
         self.replicas = int(engine.dp_world_size)
@@ -111,6 +121,24 @@ class EngineState:
     def extra_states(self) -> dict[str, object]:
         """Name of a module -> its extra state, of those that have one."""
         return {name: extra for name, part in self.module.named_modules() for extra in extra_state(part).values()}
+
+    def schedule(self) -> bytes | None:
+        """The state of the learning-rate schedule, for a file; ``None`` where there is none.
+
+        Raises:
+            UsageError: it has no state, or one that cannot be loaded safely.
+        """
+        scheduler = self.engine.lr_scheduler
+        if scheduler is None:
+            return None
+        kind = type(scheduler).__name__
+        for method in ("state_dict", "load_state_dict"):
+            if not callable(getattr(scheduler, method, None)):
+                raise UsageError(
+                    f"lr_scheduler must have state_dict() and load_state_dict() to be saved, got {kind} without "
+                    f"{method}; add it, or leave it out and step it in your own loop"
+                )
+        return saved_safely(kind, scheduler.state_dict())
 
     def states(self, slot: Slot) -> dict[str, Tensor]:
         """Key -> the part of the optimizer's state that belongs to a slot, as views of the same shape as its values."""
@@ -242,3 +270,17 @@ class EngineState:
             )
         values = holder.data.narrow(0, offset, numel)
         yield Slot(name, part, start, numel, holder, values, offset, optimizer.sub_group_to_group_id[subgroup])
+
+
+def saved_safely(owner: str, state: object) -> bytes:
+    """``state`` as torch saves it, where torch loads it again without running code of its."""
+    content = io.BytesIO()
+    try:
+        torch.save(state, content)
+        torch.load(io.BytesIO(content.getvalue()), weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError):  # a function inside another has no name to load it by
+        raise UsageError(
+            f"the state of {owner} must be numbers, tensors and containers, got Python objects, which would run code "
+            "when they are loaded; have its state_dict() leave them out"
+        ) from None
+    return content.getvalue()

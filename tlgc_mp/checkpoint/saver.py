@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import io
 import json
 import os
-import pickle
 import threading
 import time
 import uuid
@@ -27,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tlgc_mp.checkpoint import folder as folders
-from tlgc_mp.checkpoint.engine_state import COUNTERS, EngineState
+from tlgc_mp.checkpoint.engine_state import COUNTERS, EngineState, saved_safely
 from tlgc_mp.checkpoint.reader import INDEX, Index, Part, Piece
 from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.errors import UsageError, is_count, must_be, told
@@ -68,7 +66,7 @@ class CheckpointSaver:
             host memory: as much again as this rank's weights and optimizer state.
 
     Raises:
-        UsageError: an argument is of another kind, or how the engine's optimizer keeps its state is not known.
+        UsageError: an argument is of another kind, or the state of the engine's optimizer or schedule cannot be saved.
     """
 
     def __init__(self, engine: Engine, folder: str, *, keep: int = 3, background: bool = True) -> None:
@@ -76,6 +74,7 @@ class CheckpointSaver:
             raise must_be("keep", "1 or more", keep)
         self.folder, self.keep, self.background = as_path("folder", folder), keep, background
         self._state = EngineState(engine)
+        self._state.schedule()  # so that what cannot be saved is refused before it is trained
         self._store = _store_to_wait_on()
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._saved_by = describe_run() if self._rank == 0 else None
@@ -179,11 +178,10 @@ class CheckpointSaver:
             "saved_by": self._saved_by,
         }
         others = {}
-        if engine.lr_scheduler is not None:
-            schedule = engine.lr_scheduler.state_dict()
-            others[folders.SCHEDULER] = _saved_safely(type(engine.lr_scheduler).__name__, schedule)
+        if (schedule := state.schedule()) is not None:
+            others[folders.SCHEDULER] = schedule
         if extra := state.extra_states():
-            others[folders.EXTRA_STATE] = _saved_safely(", ".join(extra), extra)
+            others[folders.EXTRA_STATE] = saved_safely(", ".join(extra), extra)
         return description, others
 
     def _write(
@@ -346,20 +344,6 @@ def _check_saved(tag: str, client_state: JsonObject) -> None:
         raise UsageError(
             f"client_state must be what JSON can hold, got an error: {error}; give numbers, text and lists"
         ) from None
-
-
-def _saved_safely(owner: str, state: object) -> bytes:
-    """``state`` as torch saves it, where torch loads it again without running code of its."""
-    content = io.BytesIO()
-    torch.save(state, content)
-    try:
-        torch.load(io.BytesIO(content.getvalue()), weights_only=True)
-    except pickle.UnpicklingError:
-        raise UsageError(
-            f"the state of {owner} must be numbers, tensors and containers, got Python objects, which would run code "
-            "when they are loaded"
-        ) from None
-    return content.getvalue()
 
 
 def _pieces(state: EngineState, replica_state: dict[str, Tensor]) -> Iterator[tuple[str, Piece, Tensor]]:

@@ -82,12 +82,23 @@ def check_values(settings: Mapping[str, object]) -> None:
             'scheduler.type in the DeepSpeed configuration must be one that needs no metric, got "ReduceLROnPlateau"; '
             "use WarmupLR or WarmupDecayLR, or leave it out"
         )
+    for name in (*_HALVES, "torch_autocast"):
+        kind = settings.get(name)
+        enabled = kind.get("enabled") if isinstance(kind, Mapping) else None
+        if isinstance(enabled, str):  # which is true, whatever it says
+            raise UsageError(
+                f"{name}.enabled in the DeepSpeed configuration must be true or false, got {shown(enabled)}; write it "
+                "without quotes"
+            )
     for key, least, what in _NUMBERS:
         value = settings.get(key)
         whole = key == "steps_per_print"
         if value is not None and not (is_number(value, whole) and least <= value < float("inf")):
             raise UsageError(f"{key} in the DeepSpeed configuration must be {what}, got {shown(value)}; leave it out")
 
+
+_HALVES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16"}
+"""The sections that have DeepSpeed keep the weights in another type: -> that type."""
 
 _OF_WHOLE_PARAMETERS = ("lamb", "onebitlamb", "muon", "adafactor")
 
@@ -142,10 +153,6 @@ def zero_stage(settings: Mapping[str, object]) -> int:
 
 def dtype_of(config: Mapping[str, Json]) -> str:
     """In what the network computes."""
+    kept = next((dtype for name, dtype in _HALVES.items() if section(config, name).get("enabled")), "float32")
     autocast = section(config, "torch_autocast")
-    if autocast.get("enabled"):
-        return f"float32 with autocast to {autocast.get('dtype', 'bfloat16')}"
-    for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        if section(config, name).get("enabled"):
-            return dtype
-    return "float32"
+    return f"{kept} with autocast to {autocast.get('dtype', 'bfloat16')}" if autocast.get("enabled") else kept

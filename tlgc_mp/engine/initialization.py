@@ -82,7 +82,6 @@ def initialize(
     import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
     from tlgc_mp.engine import memory_format
     from tlgc_mp.engine.arguments import (
@@ -175,7 +174,7 @@ def initialize(
                 )
         except UsageError:
             raise
-        except (ZeRORuntimeException, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except _refusals() as error:
             if is_own_error(error, own_optimizer, own_scheduler):
                 raise
             raise _refused(error) from error
@@ -239,8 +238,16 @@ def _check_settings(settings: JsonObject, mpu: ModuleType | None) -> None:
     with quiet_start():
         try:
             DeepSpeedConfig(dict(settings), mpu)
-        except (AssertionError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except _refusals() as error:
             raise _refused(error) from None
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What DeepSpeed raises for a configuration that it does not take."""
+    from deepspeed.runtime.config import DeepSpeedConfigError
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+    return DeepSpeedConfigError, ZeRORuntimeException, AssertionError, AttributeError, KeyError, TypeError, ValueError
 
 
 def _refused(error: Exception) -> UsageError:
