@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +138,25 @@ def test_a_file_says_how_its_images_are_prepared(pictures: Path) -> None:
     assert told["classes"] == sorted(COLOURS)
     assert (told["image_size"], told["resize"]) == (12, 12)
     assert (told["mean"], told["std"]) == (MEAN.tolist(), STD.tolist())
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_of_any_bytes_take_a_line_each(pictures: Path, tmp_path: Path, encoding: str) -> None:
+    """The end of a line, bytes that are no text, and letters that the output cannot hold."""
+    names = ["two\nlines.png", os.fsdecode(b"caf\xe9.png"), "\u732b.png"]
+    for name in names:
+        shutil.copy(pictures / "data/test/red/0.png", tmp_path / name)
+    words = ["predict", str(pictures / "colours.safetensors"), *(str(tmp_path / name) for name in names)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tlgc_mp", *words],
+        **{"capture_output": True, "timeout": 100, "check": False, "cwd": Path(__file__).parents[1]},
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == 0, done.stderr
+    shown = [r"two\nlines.png", r"caf\udce9.png", "\u732b.png" if encoding == "utf-8" else r"\u732b.png"]
+    lines = done.stdout.decode(encoding).splitlines()
+    assert [line.partition(": red ")[0] for line in lines] == [f"{tmp_path}/{name}" for name in shown]
 
 
 @pytest.mark.parametrize(

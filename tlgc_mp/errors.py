@@ -24,7 +24,12 @@ class UsageError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """``text`` in one line: what does not print, such as the end of a line in the name of a file, is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def must_be(argument: str, need: str, got: object, hint: str = "") -> UsageError:

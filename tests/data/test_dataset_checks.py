@@ -108,6 +108,13 @@ def test_splits_with_different_classes(extra: str, message: str, make_folders) -
     assert message in refusal("imagefolder", make_folders({**GOOD, extra: 1}))
 
 
+def test_a_single_class_is_none(make_folders) -> None:
+    """As where the class folders lie one level deeper: any network would be right in all of them."""
+    root = make_folders({"train/images/cat": 1, "train/images/dog": 1, "test/images/cat": 1, "test/images/dog": 1})
+    said = f"--data-dir {root}: train/ must hold two class folders or more, got images alone; put the images of each"
+    assert refusal("imagefolder", root).startswith(said)
+
+
 def test_imagenet_has_a_thousand_classes(make_folders) -> None:
     root = make_folders({"train/n01": 1, "train/n02": 1, "val/n01": 1, "val/n02": 1})
     assert "holds 2 class folders, ImageNet has 1000" in refusal("imagenet", root)

@@ -184,7 +184,7 @@ def test_image_size(shape: tuple[int, int], asked: int | None, side: int, make_f
 def test_small_images_are_read_once_within_a_limit(make_folders, monkeypatch: pytest.MonkeyPatch) -> None:
     held = 4 * 20 * 30 + 1024  # resized to 20 x 30, four bytes a pixel, and what an image object takes
     monkeypatch.setattr("tlgc_mp.data.datasets._KEPT_BYTES", 2 * held)
-    root = make_folders({"train/cat": 3, "test/cat": 2}, size=(40, 60))
+    root = make_folders({"train/cat": 3, "train/dog": 1, "test/cat": 2, "test/dog": 1}, size=(40, 60))
     datasets = load_datasets("imagefolder", str(root), seed=0, image_size=20)
     before = [datasets.test[i][0] for i in range(2)]
     for i in range(3):

@@ -131,6 +131,7 @@ def test_what_is_left_out_is_said(make_folders: MakeFolders) -> None:
 # Which folder is tested on
 
 TWO = {**GOOD, "val/cat": 3, "val/dog": 3}
+UNLABELLED = {"train/cat": 2, "train/dog": 2, "val/cat": 1, "val/dog": 1}
 
 
 @pytest.mark.parametrize(
@@ -138,9 +139,9 @@ TWO = {**GOOD, "val/cat": 3, "val/dog": 3}
     [
         (TWO, None, "test"),
         (TWO, "val", "val"),
-        ({"train/cat": 2, "val/cat": 1, "test": 3}, None, "val"),
-        ({"train/cat": 2, "val/cat": 1, "test/unknown": 3}, None, "val"),
-        ({"train/cat": 2, "valid/cat": 1, "test": 3}, "valid", "valid"),
+        ({**UNLABELLED, "test": 3}, None, "val"),
+        ({**UNLABELLED, "test/unknown": 3}, None, "val"),
+        ({"train/cat": 2, "train/dog": 2, "valid/cat": 1, "valid/dog": 1, "test": 3}, "valid", "valid"),
     ],
 )
 def test_the_folder_to_test_on(

@@ -186,7 +186,7 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
 
 
 def test_in_a_data_set(make_folders: MakeFolders) -> None:
-    root = make_folders({"train/cat": 1, "test/cat": 1})
+    root = make_folders({"train/cat": 1, "train/dog": 1, "test/cat": 1, "test/dog": 1})
     ramp = np.tile(np.linspace(0, 65535, 16).astype(np.uint16), (16, 1))
     Image.fromarray(ramp).save(root / "test/cat/0.png")
     image = load_datasets("imagefolder", str(root), seed=0).test[0][0]

@@ -40,7 +40,7 @@ def test_batches_do_not_depend_on_the_workers_and_the_workers_stay() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_image_reaches_the_caller_as_one_line(workers: int, make_folders) -> None:
-    root = make_folders({"train/cat": 1, "test/cat": 2})
+    root = make_folders({"train/cat": 1, "train/dog": 1, "test/cat": 2, "test/dog": 1})
     path = root / "test" / "cat" / "1.png"
     path.write_bytes(b"not an image")
     test = load_datasets("imagefolder", str(root), seed=0).test

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.resources
+import io
 import json
 import os
 import sys
@@ -23,7 +24,7 @@ from tlgc_mp.cli.options import DataOfRun, Parser, add_options, add_train_parser
 from tlgc_mp.cli.plan import add_plan_parser
 from tlgc_mp.data.catalog import DATASETS, check_dataset
 from tlgc_mp.engine.config import zero_stage
-from tlgc_mp.errors import UsageError, check_installed, one_of
+from tlgc_mp.errors import UsageError, check_installed, one_of, printable
 from tlgc_mp.host import keep_freed_memory, replace_file, use_huge_pages
 from tlgc_mp.models.names import check_split
 from tlgc_mp.parallel.topology import Launch
@@ -185,6 +186,8 @@ def entry() -> NoReturn:
     A rank that fails leaves without the usual farewell: waiting at exit for ranks that wait for this one (MPI's does)
     would hang the job, where a launcher that sees a non-zero status ends it.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not fit the encoding, or be text
     try:
         status = main()
     except Exception:
@@ -266,7 +269,7 @@ def _evaluate(options: Namespace, launch: Launch) -> int:
         val_split=val_split,
         seed=same.get("seed", 0),
     )
-    accuracies = found["class_accuracy_percent"]
+    accuracies = {printable(name): value for name, value in found["class_accuracy_percent"].items()}
     width = max(len(name) for name in ("top-5 error", *accuracies)) + 2
     rows = [("images", f"{found['images']:,}"), ("loss", f"{found['loss']:.4f}")]
     rows += [("top-1 error", f"{found['error_percent']:.2f} %")]
@@ -291,7 +294,8 @@ def _predict(options: Namespace, launch: Launch) -> int:
     from tlgc_mp.training import inference
 
     for picture, classes in inference.label(options.network, options.pictures, options.top):
-        print(f"{picture}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in classes), flush=True)
+        line = f"{picture}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in classes)
+        print(printable(line), flush=True)
     return 0
 
 

@@ -17,6 +17,7 @@ from tlgc_mp.engine.compiled import compile_training
 from tlgc_mp.engine.config import dtype_of
 from tlgc_mp.engine.monitors import leave_to_the_main_thread
 from tlgc_mp.engine.start import start_distributed
+from tlgc_mp.errors import printable
 from tlgc_mp.host import usable_cores
 from tlgc_mp.parallel.plan import parameter_counts
 from tlgc_mp.parallel.sharding import effective_parameters
@@ -68,7 +69,7 @@ def train(options: Namespace, settings: TrainSettings, launch: Launch, watchdog:
     settings = replace(settings, fingerprint=data.fingerprint)
     check_data(settings)
     for note in data.notes:
-        say(note, speaks)
+        say(printable(note), speaks)
     share = {
         "rank": settings.topology.dp_rank,
         "replicas": settings.topology.data_parallel,

@@ -124,6 +124,12 @@ def _check_image_folders(name: str, data_dir: Path, val_split: str | None) -> No
         raise UsageError(f"--data-dir {data_dir} {problem}; --dataset {name} needs {_NEEDED_FOLDER[name]}")
     train, test = split_folders(name, data_dir, val_split)
     train_classes, test_classes = _classes(train), _classes(test)
+    if len(train_classes) == 1:
+        (only_class,) = train_classes
+        raise UsageError(
+            f"--data-dir {data_dir}: {train.name}/ must hold two class folders or more, got {only_class} alone; put "
+            f"the images of each class in {train.name}/<class>/"
+        )
     for only, here, there in (
         (train_classes - test_classes, train, test),
         (test_classes - train_classes, test, train),
