@@ -22,6 +22,7 @@ from tlgc_mp.data.streams import global_stream
 from tlgc_mp.errors import UsageError
 from tlgc_mp.models import create_model
 from tlgc_mp.parallel.topology import Launch
+from tlgc_mp.training.headline import average_note
 from tlgc_mp.training.settings import TrainSettings, resolve
 
 SEED = 5
@@ -170,6 +171,20 @@ def test_the_average_at_each_zero_stage(world: int, ranks: int, stage: int) -> N
     for expected, state in ((judged, found[2]), (weights, found[3])):
         for name, value in expected.items():
             torch.testing.assert_close(state[name].double(), value.detach(), rtol=1e-2, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize(("decay", "share", "better"), [("0.999", 67, "0.97"), ("0.99", 2, "0.97"), ("0.97", 0, "")])
+def test_an_average_of_the_beginning_is_told(decay: str, share: int, better: str) -> None:
+    """After 400 steps: a run as short as that is judged by what it began with."""
+    said = average_note(_settings(("--ema", decay)), 100)
+    assert share == round(100 * float(decay) ** 400)
+    assert said == (
+        f"Of the average that is tested, {share} % will be the weights it began with when all 400 steps are done; "
+        f"--ema {better} forgets them sooner"
+        if share
+        else ""
+    )
+    assert average_note(_settings(()), 100) == ""
 
 
 @pytest.mark.timeout(240)

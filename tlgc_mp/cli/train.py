@@ -29,7 +29,7 @@ from tlgc_mp.training import optimization
 from tlgc_mp.training.changes import check_data
 from tlgc_mp.training.console import say
 from tlgc_mp.training.evaluation import EVALUATION_BATCH, reduced
-from tlgc_mp.training.headline import headline
+from tlgc_mp.training.headline import average_note, headline
 from tlgc_mp.training.metrics import peak_memory_bytes, print_summary
 from tlgc_mp.training.model import check_library, model_of
 from tlgc_mp.training.protocols import steps_of
@@ -93,6 +93,8 @@ def train(options: Namespace, settings: TrainSettings, launch: Launch, watchdog:
             checkpoint_activations(model)
         counts = parameter_counts(model, settings.topology.tensor_parallel)
         say(headline(settings, counts, data, steps), speaks)
+        if note := average_note(settings, steps):
+            say(note, speaks)
         engine, _, _, _ = initialize(
             model=model,
             optimizer=None if "optimizer" in config else optimization.make_optimizer(settings),

@@ -55,6 +55,17 @@ def headline(settings: TrainSettings, counts: dict[str, int], data: Datasets, st
     )
 
 
+def average_note(settings: TrainSettings, steps: int) -> str:
+    """What is to be known of an average that reaches back to where it began; empty where that is forgotten."""
+    decay, total = settings.method.ema, settings.epochs * steps
+    if decay is None or decay**total < 0.01:
+        return ""
+    return (
+        f"Of the average that is tested, {100 * decay**total:.0f} % will be the weights it began with when all "
+        f"{count_of(total, 'step')} are done; --ema {max(0.5, 1 - 10 / total):.2g} forgets them sooner"
+    )
+
+
 def count_of(number: int, what: str) -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
