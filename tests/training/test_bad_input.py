@@ -335,6 +335,19 @@ CONFIGURATIONS: dict[str, tuple[int, str, list[str], list[str]]] = {
         ["--tp", "1"],
         ["--tp must be tensor_parallel.autotp_size of the DeepSpeed configuration, 2, got 1"],
     ),
+    "monitor that is not installed": (
+        1,
+        '{"comet": {"enabled": true}}',
+        [],
+        ["comet in the DeepSpeed configuration needs comet_ml, which is not installed; pip install comet_ml"],
+    ),
+    "name mistyped": (
+        1,
+        '{"zero_optimisation": {"stage": 2}}',
+        [],
+        ["must have no 'zero_optimisation', which means nothing; use zero_optimization"],
+    ),
+    "another name mistyped": (1, '{"gradient_cliping": 1.0}', [], ["'gradient_cliping'", "use gradient_clipping"]),
     "switch as text": (
         1,
         '{"bf16": {"enabled": "no"}}',

@@ -66,6 +66,10 @@ def test_a_resumed_run_goes_on_as_it_was(kind: str, tmp_path: Path) -> None:
         ),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "deepspeed_config must be one that DeepSpeed accepts"),
         ({"amp": {"enabled": True}}, "deepspeed_config must be one that DeepSpeed accepts"),
+        (
+            {"tensorboard": {"enabled": True, "output_path": "/dev/null"}},
+            "must be one that DeepSpeed accepts, got an error: [Errno 20] Not a directory: '/dev/null/",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_the_first_step(

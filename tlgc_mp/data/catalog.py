@@ -124,7 +124,7 @@ def _check_image_folders(name: str, data_dir: Path, val_split: str | None) -> No
         raise UsageError(f"--data-dir {data_dir} {problem}; --dataset {name} needs {_NEEDED_FOLDER[name]}")
     train, test = split_folders(name, data_dir, val_split)
     train_classes, test_classes = _classes(train), _classes(test)
-    if len(train_classes) == 1:
+    if len(train_classes) == 1 and name == "imagefolder":
         (only_class,) = train_classes
         raise UsageError(
             f"--data-dir {data_dir}: {train.name}/ must hold two class folders or more, got {only_class} alone; put "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import importlib.util
 import os
 from collections.abc import Mapping
 from typing import TypeAlias, cast
@@ -62,12 +64,12 @@ def _unique(pairs: list[tuple[str, Json]]) -> JsonObject:
 
 
 def check_values(settings: Mapping[str, object]) -> None:
-    """Refuses what DeepSpeed takes unseen and then fails on, in the first step.
+    """Refuses what DeepSpeed passes over, or takes unseen and then fails on.
 
     Raises:
         UsageError: ``gradient_clipping``, ``gradient_predivide_factor`` or ``steps_per_print`` is not such a number, or
             ``scheduler.type`` is one that wants a metric, or ``optimizer.type`` one that takes norms of whole
-            parameters where P > 1.
+            parameters where P > 1, a name is mistyped, a switch is text, or a monitor's library is not installed.
     """
     optimizer = settings.get("optimizer")
     kind = optimizer.get("type") if isinstance(optimizer, Mapping) else None
@@ -82,6 +84,16 @@ def check_values(settings: Mapping[str, object]) -> None:
             'scheduler.type in the DeepSpeed configuration must be one that needs no metric, got "ReduceLROnPlateau"; '
             "use WarmupLR or WarmupDecayLR, or leave it out"
         )
+    for key in settings.keys() - _NAMES:
+        near = difflib.get_close_matches(str(key), _NAMES, n=1, cutoff=0.85)
+        if near:
+            raise UsageError(f"the DeepSpeed configuration must have no {key!r}, which means nothing; use {near[0]}")
+    for name, package in (("wandb", "wandb"), ("comet", "comet_ml")):
+        monitor = settings.get(name)
+        if isinstance(monitor, Mapping) and monitor.get("enabled") and importlib.util.find_spec(package) is None:
+            raise UsageError(
+                f"{name} in the DeepSpeed configuration needs {package}, which is not installed; pip install {package}"
+            )
     for name in (*_HALVES, "torch_autocast"):
         kind = settings.get(name)
         enabled = kind.get("enabled") if isinstance(kind, Mapping) else None
@@ -99,6 +111,16 @@ def check_values(settings: Mapping[str, object]) -> None:
 
 _HALVES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16"}
 """The sections that have DeepSpeed keep the weights in another type: -> that type."""
+
+_NAMES = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print"),
+    *("optimizer", "scheduler", "gradient_clipping", "prescale_gradients", "gradient_predivide_factor"),
+    *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "tensor_parallel"),
+    *("fp16", "bf16", "bfloat16", "torch_autocast", "data_types", "communication_data_type", "sparse_gradients"),
+    *("tensorboard", "csv_monitor", "wandb", "comet", "comms_logger", "flops_profiler", "wall_clock_breakdown"),
+    *("activation_checkpointing", "checkpoint", "compile", "aio", "dataloader_drop_last", "memory_breakdown"),
+}
+"""What a configuration says at its head: a name that is nearly one of them is a slip, which DeepSpeed passes over."""
 
 _OF_WHOLE_PARAMETERS = ("lamb", "onebitlamb", "muon", "adafactor")
 

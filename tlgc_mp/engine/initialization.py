@@ -247,7 +247,9 @@ def _refusals() -> tuple[type[Exception], ...]:
     from deepspeed.runtime.config import DeepSpeedConfigError
     from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
-    return DeepSpeedConfigError, ZeRORuntimeException, AssertionError, AttributeError, KeyError, TypeError, ValueError
+    of_paths = FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError  # of a monitor, say
+    of_values = AssertionError, AttributeError, KeyError, TypeError, ValueError
+    return DeepSpeedConfigError, ZeRORuntimeException, *of_paths, *of_values
 
 
 def _refused(error: Exception) -> UsageError:
