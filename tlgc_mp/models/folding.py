@@ -20,8 +20,8 @@ from tlgc_mp.errors import UsageError, told
 from tlgc_mp.models.conversion import become, has_hooks
 from tlgc_mp.nn import BalancedConv2d, TwoLevelConv2d
 from tlgc_mp.nn.arguments import check_module
-from tlgc_mp.nn.coarse_level import Window
 from tlgc_mp.nn.composed import composed
+from tlgc_mp.nn.window import Window
 
 NARROW = 256
 """min(n, m) / N * d * d, below which one convolution is preferred: there is little to gain with three for it."""
@@ -195,11 +195,13 @@ def _levels_are_faster(layer: TwoLevelConv2d, both: Window) -> bool:
 
 
 def _convolution(
-    layer: TwoLevelConv2d | BalancedConv2d, filters: Tensor, bias: Tensor | None, window: Window, groups: int = 1
+    layer: TwoLevelConv2d | BalancedConv2d, filters: Tensor, bias: Tensor | None, window: Any, groups: int = 1
 ) -> nn.Conv2d:
     """A convolution with these weights, in the type and memory format of the layer's."""
+    channels = (filters.shape[1] * groups, filters.shape[0])
+    kernel, stride, padding, dilation = window
     convolution = nn.Conv2d(
-        filters.shape[1] * groups, filters.shape[0], *window, groups, bias is not None, device="meta"
+        *channels, kernel, stride, padding, dilation, groups=groups, bias=bias is not None, device="meta"
     )
     last = layer.weight.is_contiguous(memory_format=torch.channels_last) and not layer.weight.is_contiguous()
     memory_format = torch.channels_last if last else torch.contiguous_format

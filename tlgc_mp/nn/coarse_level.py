@@ -7,6 +7,7 @@ A third is in :mod:`tlgc_mp.nn.composed`.
 Shape letters: B images, n input channels, m output channels, N groups, G groups held here (G = N on one device), r
 representatives a group, H x W input and h x w output positions, L = B * h * w. Where representatives are summed over
 the groups, all channels are one group of the coarse level: it has C groups here, G or 1, and C' on all ranks, N or 1.
+Shapes are those of images; volumes have a dimension more.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol, TypeVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+from tlgc_mp.nn.window import Window, from_last, memory_format_of, to_last
 
 Method = TypeVar("Method", bound=Callable[..., object])
 
@@ -75,65 +77,14 @@ class WholeExchange:
         return lambda: full
 
 
-def memory_format_of(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-
-
 def rows_of(x: Tensor) -> Tensor:
     """(B, C, h, w), channels_last -> (L, C), a view."""
-    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
+    return to_last(x).view(-1, x.shape[1])
 
 
 def _image(rows: Tensor, like: Tensor) -> Tensor:
     """(L, C) -> (B, C, h, w), channels_last, with the batch and positions of ``like``."""
-    batch, _, height, width = like.shape
-    return rows.view(batch, height, width, rows.shape[1]).permute(0, 3, 1, 2)
-
-
-class Window(NamedTuple):
-    """Where a convolution kernel reads: (vertical, horizontal) kernel size, stride, padding and dilation."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-
-    def output_size(self, rows: int, columns: int) -> tuple[int, int]:
-        """(h, w) of a convolution of rows x columns positions."""
-        height, width = (
-            (length + 2 * padding - step * (kernel - 1) - 1) // stride + 1
-            for length, kernel, stride, padding, step in zip((rows, columns), *self, strict=True)
-        )
-        return height, width
-
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
-        """torch's convolution of ``x`` in this window."""
-        padding = self.padding
-        if min(padding) < 0:
-            x, padding = self.pad(x, 1), (0, 0)
-        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
-
-    def views(self, planes: Tensor, height: int, width: int) -> Tensor:
-        """Padded (G, d * d, B, H, W), a plane a tap -> a view (G, d, d, B, h, w): what each tap reads, or writes."""
-        groups, _, batch, rows, columns = planes.shape
-        (kernel_h, kernel_w), (stride_h, stride_w), (step_h, step_w) = self.kernel, self.stride, self.dilation
-        plane = batch * rows * columns
-        return planes.as_strided(
-            (groups, kernel_h, kernel_w, batch, height, width),
-            (
-                kernel_h * kernel_w * plane,
-                kernel_w * plane + step_h * columns,
-                plane + step_w,
-                rows * columns,
-                stride_h * columns,
-                stride_w,
-            ),
-        )
-
-    def pad(self, planes: Tensor, sign: int) -> Tensor:
-        """``planes`` with (sign = 1) or without (-1) the padding; a negative padding crops."""
-        vertical, horizontal = sign * self.padding[0], sign * self.padding[1]
-        return F.pad(planes, (horizontal, horizontal, vertical, vertical)) if vertical or horizontal else planes
+    return from_last(rows.view(like.shape[0], *like.shape[2:], rows.shape[1]))
 
 
 def autocasts(tensor: Tensor) -> bool:
@@ -172,34 +123,37 @@ def without_autocast(method: Method) -> Method:
 
 def taps_of(restriction: Tensor, groups: int) -> Tensor:
     """(C r, n/C, d0, d0) -> (C, r * d0 * d0, n/C); a view where it is channels_last."""
-    taps: Tensor = restriction.permute(0, 2, 3, 1).unflatten(0, (groups, -1))
-    return taps.flatten(1, 3)
+    taps: Tensor = to_last(restriction).unflatten(0, (groups, -1))
+    return taps.flatten(1, -2)
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
     """(B, n, H, W), channels_last -> (G, B * H * W, n/N), a view."""
-    batch, channels, rows, columns = x.shape
+    channels = x.shape[1]
     width = channels // groups
-    return x.as_strided((groups, batch * rows * columns, width), (width, channels, 1))
+    return x.as_strided((groups, x.numel() // channels, width), (width, channels, 1))
 
 
-def _restrict(x: Tensor, restriction: Tensor, window: Window, height: int, width: int) -> Tensor:
+_KERNEL = {2: (1, 2), 3: (1, 2, 3)}
+"""The dimensions of the kernel in what :meth:`Window.views` gives."""
+
+
+def _restrict(x: Tensor, restriction: Tensor, window: Window, sizes: Sequence[int]) -> Tensor:
     """The representatives (C r, B * h * w) of ``x``, whose (C, r * d0 * d0) taps are one matrix product.
 
     A convolution with one output channel a group would cost what one with 16 costs.
     """
-    groups, (batch, _, rows, columns) = x.shape[1] // restriction.shape[1], x.shape
+    groups = x.shape[1] // restriction.shape[1]
     planes = taps_of(restriction, groups) @ _grouped(x, groups).transpose(1, 2)  # C, r * d0 * d0, B * H * W
-    planes = planes.view(restriction.shape[0], math.prod(window.kernel), batch, rows, columns)
-    return window.views(window.pad(planes, 1), height, width).sum((1, 2)).flatten(1)
+    planes = planes.view(restriction.shape[0], math.prod(window.kernel), x.shape[0], *x.shape[2:])
+    return window.views(window.pad(planes, 1), sizes).sum(_KERNEL[len(sizes)]).flatten(1)
 
 
-def _restrict_transposed(grad: Tensor, x: Tensor, groups: int, window: Window, height: int, width: int) -> Tensor:
+def _restrict_transposed(grad: Tensor, x: Tensor, groups: int, window: Window, sizes: Sequence[int]) -> Tensor:
     """(C r, B * h * w) -> (C, r * d0 * d0, B * H * W): by tap and position it read, the gradient of the outcome."""
-    batch, _, rows, columns = x.shape
-    (vertical, horizontal), (kernel_h, kernel_w) = window.padding, window.kernel
-    planes = grad.new_zeros(len(grad), kernel_h * kernel_w, batch, rows + 2 * vertical, columns + 2 * horizontal)
-    window.views(planes, height, width).copy_(grad.view(len(grad), 1, 1, batch, height, width))
+    count, shape = len(grad), x.shape
+    planes = grad.new_zeros(count, math.prod(window.kernel), shape[0], *window.padded(shape[2:]))
+    window.views(planes, sizes).copy_(grad.view(count, *(1,) * len(sizes), shape[0], *sizes))
     by_group: Tensor = window.pad(planes, -1).flatten(2).unflatten(0, (groups, -1))
     return by_group.flatten(1, 2)
 
@@ -223,7 +177,7 @@ def convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of a group convolution's input and weight, as far as they are ``needed``."""
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, window.stride, window.padding, window.dilation, False, (0, 0), groups, (*needed, False)
+        grad, x, weight, None, *window[1:], False, (0,) * len(window.kernel), groups, (*needed, False)
     )
     return grad_x, grad_weight
 
@@ -252,11 +206,10 @@ class Overlapped(torch.autograd.Function):
         exchange: Exchange,
     ) -> Tensor:
         ctx.memory_format = memory_format_of(x)
-        x = x.contiguous(memory_format=torch.channels_last)
-        height, width = fine.output_size(x.shape[2], x.shape[3])
-        arrival = exchange.forward(_restrict(x, restriction, coarse, height, width))  # in flight
-        out = F.conv2d(x, weight, bias, fine.stride, fine.padding, fine.dilation, groups)
-        out = out.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=fine.channels_last)
+        arrival = exchange.forward(_restrict(x, restriction, coarse, fine.output_size(x.shape[2:])))  # in flight
+        out = fine.convolve(x, weight, bias, groups)
+        out = out.contiguous(memory_format=fine.channels_last)
         gathered = arrival()  # C' r, L
         rows_of(out).addmm_(gathered.t(), prolongation.t())
         ctx.save_for_backward(x, weight, restriction, prolongation, gathered)
@@ -269,7 +222,7 @@ class Overlapped(torch.autograd.Function):
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, restriction, prolongation, gathered = ctx.saved_tensors
         groups = ctx.groups
-        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad = grad.contiguous(memory_format=ctx.fine.channels_last)
         grad_rows = rows_of(grad)  # L, m
         arrival = ctx.exchange.backward(prolongation.t() @ grad_rows.t())  # in flight
         needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
@@ -277,15 +230,15 @@ class Overlapped(torch.autograd.Function):
         grad_prolongation = (gathered @ grad_rows).t() if ctx.needs_input_grad[3] else None
         grad_bias = grad_rows.sum(0) if ctx.needs_input_grad[4] else None
         coarse_groups = x.shape[1] // restriction.shape[1]
-        taps = _restrict_transposed(arrival(), x, coarse_groups, ctx.coarse, grad.shape[2], grad.shape[3])
+        taps = _restrict_transposed(arrival(), x, coarse_groups, ctx.coarse, grad.shape[2:])
         if grad_x is not None:
-            grad_x = grad_x.contiguous(memory_format=torch.channels_last)
+            grad_x = grad_x.contiguous(memory_format=ctx.fine.channels_last)
             _grouped(grad_x, coarse_groups).baddbmm_(taps.transpose(1, 2), taps_of(restriction, coarse_groups))
             grad_x = grad_x.contiguous(memory_format=ctx.memory_format)
         grad_restriction = None
         if ctx.needs_input_grad[2]:
             grad_taps = _sum_over_positions(taps, _grouped(x, coarse_groups))  # C, r * d0 * d0, n/C
-            grad_restriction = grad_taps.flatten(0, 1).unflatten(0, (-1, *ctx.coarse.kernel)).permute(0, 3, 1, 2)
+            grad_restriction = from_last(grad_taps.flatten(0, 1).unflatten(0, (-1, *ctx.coarse.kernel)))
         return grad_x, grad_weight, grad_restriction, grad_prolongation, grad_bias, None, None, None, None
 
 
@@ -310,18 +263,18 @@ class Fused(torch.autograd.Function):
         exchange: Exchange,
     ) -> Tensor:
         ctx.memory_format = memory_format_of(x)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=fine.channels_last)
         by_group = (weight.unflatten(0, (groups, -1)), restriction.unflatten(0, (groups, -1)))
         count, filters = by_group[1].shape[1], torch.cat(by_group, 1).flatten(0, 1)
-        both = F.conv2d(x, filters, None, fine.stride, fine.padding, fine.dilation, groups)
-        both = both.contiguous(memory_format=torch.channels_last)
+        both = fine.convolve(x, filters, None, groups)
+        both = both.contiguous(memory_format=fine.channels_last)
         both_rows = rows_of(both).unflatten(1, (groups, -1))  # L, G, m/N + r
         own = both_rows[:, :, -count:]
         share = own.sum(1).t() if summed else own.permute(1, 2, 0).flatten(0, 1)
         gathered = exchange.forward(share.contiguous())()  # C' r, L
         size = (both.shape[0], weight.shape[0], *both.shape[2:])
         # Not a view of its rows: an in-place activation may follow, which autograd refuses on a view made here.
-        out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=fine.channels_last)
         rows = rows_of(out)
         fine_rows, out_groups = both_rows[:, :, :-count], rows.unflatten(1, (groups, -1))
         if bias is None:
@@ -339,7 +292,7 @@ class Fused(torch.autograd.Function):
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, filters, prolongation, gathered = ctx.saved_tensors
         groups, count = ctx.groups, ctx.count
-        grad_rows = rows_of(grad.contiguous(memory_format=torch.channels_last))  # L, m
+        grad_rows = rows_of(grad.contiguous(memory_format=ctx.fine.channels_last))  # L, m
         arrival = ctx.exchange.backward(prolongation.t() @ grad_rows.t())  # in flight
         grad_prolongation = (gathered @ grad_rows).t() if ctx.needs_input_grad[3] else None
         grad_bias = grad_rows.sum(0) if ctx.needs_input_grad[4] else None

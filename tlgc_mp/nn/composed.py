@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tlgc_mp.nn.coarse_level import Context, Window, convolution_backward, memory_format_of, without_autocast
+from tlgc_mp.nn.coarse_level import Context, convolution_backward, without_autocast
+from tlgc_mp.nn.window import Window, memory_format_of
 
 
 def composed(weight: Tensor, restriction: Tensor, prolongation: Tensor, *, groups: int) -> Tensor:
     """The dense filters (m, n, d, d) of a whole layer: A_k on the diagonal, and S_k R_0 everywhere."""
     coarse_groups = groups * weight.shape[1] // restriction.shape[1]
     if len(restriction) == coarse_groups:  # one representative each
-        filters = (prolongation.view(-1, coarse_groups, 1, 1, 1) * restriction).contiguous()  # m, C, n/C, d, d
+        factors = prolongation.view(-1, coarse_groups, *[1] * (restriction.dim() - 1))
+        filters = (factors * restriction).contiguous()  # m, C, n/C, d, d
     else:
         columns = prolongation.unflatten(1, (coarse_groups, -1)).transpose(0, 1)  # C, m, r
         rows = restriction.unflatten(0, (coarse_groups, -1)).flatten(2)  # C, r, n/C * d * d
@@ -37,17 +39,15 @@ def composed_out_of_place(
     weight: Tensor, restriction: Tensor, prolongation: Tensor, groups: int, coarse_groups: int, shape: tuple[int, ...]
 ) -> Tensor:
     """The same, of ``shape`` (n, d, d) an output, where no tensor may be written in place, nor asked for its shape."""
-    coarse = prolongation @ _in_blocks(restriction, coarse_groups, shape[0]).flatten(1)
-    filters: Tensor = _in_blocks(weight, groups, shape[0]) + coarse.unflatten(1, shape)
+    coarse = prolongation @ _in_blocks(restriction, coarse_groups, shape).flatten(1)
+    filters: Tensor = _in_blocks(weight, groups, shape) + coarse.unflatten(1, shape)
     return filters
 
 
-def _in_blocks(filters: Tensor, groups: int, channels: int) -> Tensor:
+def _in_blocks(filters: Tensor, groups: int, shape: tuple[int, ...]) -> Tensor:
     """Filters that read the channels of their group -> (..., n, d, d), zero for all others."""
-    width, blocks = channels // groups, filters.unflatten(0, (groups, -1))
-    placed = [
-        F.pad(blocks[group], (0, 0, 0, 0, group * width, (groups - 1 - group) * width)) for group in range(groups)
-    ]
+    width, blocks, kernel = shape[0] // groups, filters.unflatten(0, (groups, -1)), [0, 0] * (len(shape) - 1)
+    placed = [F.pad(blocks[group], (*kernel, group * width, (groups - 1 - group) * width)) for group in range(groups)]
     return torch.cat(placed)
 
 
@@ -74,13 +74,13 @@ class Dense(torch.autograd.Function):
     ) -> Tensor:
         ctx.memory_format = memory_format_of(x)
         # On accelerators the convolution is faster in channels_last by more than reordering takes.
-        ctx.computed_in = ctx.memory_format if x.device.type == "cpu" else torch.channels_last
+        ctx.computed_in = ctx.memory_format if x.device.type == "cpu" else fine.channels_last
         x = x.contiguous(memory_format=ctx.computed_in)
         groups = x.shape[1] // weight.shape[1]
         filters = composed(weight, restriction, prolongation, groups=groups).to(x.dtype) if kept is None else kept
         filters = filters.contiguous(memory_format=ctx.computed_in)
         bias = None if bias is None else bias.to(x.dtype)
-        out = F.conv2d(x, filters, bias, fine.stride, fine.padding, fine.dilation)
+        out = fine.convolve(x, filters, bias)
         ctx.save_for_backward(x, filters, restriction, prolongation)
         ctx.fine, ctx.groups = fine, groups
         return out.contiguous(memory_format=ctx.memory_format)
@@ -107,7 +107,7 @@ class Dense(torch.autograd.Function):
             grad_restriction = torch.bmm(columns, by_group).view(restriction.shape)
         grad_bias = None
         if ctx.needs_input_grad[4]:
-            grad_bias = grad.sum((0, 2, 3), dtype=restriction.dtype)
+            grad_bias = grad.sum((0, *range(2, grad.dim())), dtype=restriction.dtype)
         return grad_x, grad_weight, grad_restriction, grad_prolongation, grad_bias, None, None
 
 

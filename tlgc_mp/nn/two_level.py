@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from tlgc_mp.errors import UsageError, check_representatives, must_be, one_of
 from tlgc_mp.nn.arguments import check_device, check_dtype, check_groups, check_weights, padding_pair, positive_pair
 from tlgc_mp.nn.capture import is_captured
-from tlgc_mp.nn.coarse_level import Exchange, Fused, Overlapped, WholeExchange, Window, autocasts, is_for_cpu
+from tlgc_mp.nn.coarse_level import Exchange, Fused, Overlapped, WholeExchange, autocasts, is_for_cpu
 from tlgc_mp.nn.composed import Dense, KeptFilters, composed_out_of_place
 from tlgc_mp.nn.fusing import NotFusedByTorch
+from tlgc_mp.nn.window import Window
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -252,7 +253,7 @@ class TwoLevelConv2d(NotFusedByTorch):
             return self.forward(x.unsqueeze(0)).squeeze(0)
         groups = self.local_groups
         channels = self.in_channels * groups // self.groups
-        if x.dim() != 4 or x.shape[1] != channels or min(self.fine_window.output_size(x.shape[2], x.shape[3])) < 1:
+        if x.dim() != 4 or x.shape[1] != channels or min(self.fine_window.output_size(x.shape[2:])) < 1:
             raise UsageError(
                 f"input must be of shape (B, {channels}, H, W), H x W at least the kernel, got {tuple(x.shape)}"
             )
