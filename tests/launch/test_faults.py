@@ -9,11 +9,18 @@ import socket
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 
 from tests.launch.forked import SHORT, figures, forked, told_once
 from tests.launch.jobs import free_port, started
+from tests.ranks import run_ranks
+from tlgc_mp.errors import UsageError
+from tlgc_mp.parallel.topology import Topology
+from tlgc_mp.resilience import watchdog
+from tlgc_mp.resilience.verdicts import Failed
 
 LAUNCHERS = ("deepspeed", "mpirun")
 OPTIONS = [
@@ -145,3 +152,22 @@ def test_mistake_is_told_once(tmp_path: Path, launcher: str) -> None:
         assert "Traceback" not in job.said()
         assert not (tmp_path / "run").exists()
         assert not job.left()
+
+
+@pytest.mark.timeout(120)
+def test_a_rank_waits_for_none_that_has_read_why_it_ends(tmp_path: Path) -> None:
+    """These live on, as for all that a rank can tell do those of other hosts."""
+    assert run_ranks(2, _refused_alike, str(tmp_path), timeout=60.0) == [2, 2]
+
+
+def _refused_alike(folder: str) -> int:
+    with (
+        mock.patch.multiple(watchdog, BEAT_SECONDS=90.0, ECHO_SECONDS=90.0),  # no beat brings it in time
+        pytest.raises(Failed) as failed,
+        watchdog.Watchdog(Topology(2, dist.get_rank(), 1), folder, rank_timeout=600.0) as watch,
+    ):
+        watch.start()
+        dist.barrier()
+        time.sleep(0.5)  # all have introduced themselves
+        raise UsageError("groups must be 1 or more, got 0")
+    return failed.value.status

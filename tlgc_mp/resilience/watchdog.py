@@ -330,9 +330,12 @@ class Watchdog:
         if self._store is None:
             return None
         try:
-            return Verdict(*json.loads(self._store.compare_set("verdict", "", json.dumps(verdict))))
+            standing = Verdict(*json.loads(self._store.compare_set("verdict", "", json.dumps(verdict))))
         except Exception:
             return None
+        with contextlib.suppress(Exception):
+            self._store.set(f"left/{self._rank}", "")  # nothing more is read here
+        return standing
 
     def _has_the_word(self) -> bool:
         """Where no store can settle it: whether this is the lowest rank that lives. Others give that one time."""
