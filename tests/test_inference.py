@@ -188,7 +188,7 @@ def test_a_preparation_that_cannot_be_is_refused(change: dict[str, Any]) -> None
         (["evaluate", "FILE", "--dataset", "imagefolder"], "--data-dir must be given with --dataset imagefolder"),
         (["evaluate", "RUN", "--output", "/nowhere/x.json"], "--output must be a file to write, got '/nowhere/x.json'"),
         (["predict", "FILE", "nowhere.png"], "IMAGE must be a file, got 'nowhere.png'"),
-        (["predict", "FILE", "FILE"], "cannot read the image "),
+        (["predict", "FILE", "FILE"], "every image must be one that can be read, got "),
         (["predict", "FILE", "FILE", "--top", "0"], "--top must be 1 or more, got 0"),
     ],
 )

@@ -32,11 +32,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def must_be(argument: str, need: str, got: object, hint: str = "") -> UsageError:
-    """The error of an argument that cannot work: ``X must be Y, got Z; HINT``. A class stands for a value of it."""
+def must_be(argument: str, need: str, got: object, hint: str = "", *, note: str = "") -> UsageError:
+    """The error of an argument that cannot work: ``X must be Y, got Z; HINT``. A class stands for a value of it.
+
+    ``note`` follows the value at once: ``, which is a file``, or ``: No such file or directory``.
+    """
     value = got.__name__ if isinstance(got, type) else repr(got)
     value = value if len(value) <= _LARGEST_SHOWN else f"{value[:_LARGEST_SHOWN]}..."
-    return UsageError(f"{argument} must be {need}, got {value}" + (f"; {hint}" if hint else ""))
+    return UsageError(f"{argument} must be {need}, got {value}{note}" + (f"; {hint}" if hint else ""))
 
 
 def divisors(number: int) -> list[int]:

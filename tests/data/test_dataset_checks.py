@@ -39,9 +39,11 @@ def test_missing_folder_argument(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["imagenet", "imagefolder"])
 def test_folder_that_is_not_there(name: str, tmp_path: Path) -> None:
-    assert f"--data-dir {tmp_path / 'absent'} does not exist" in refusal(name, tmp_path / "absent")
+    assert f"must be a folder, got '{tmp_path / 'absent'}', which does not exist; use" in refusal(
+        name, tmp_path / "absent"
+    )
     (tmp_path / "file").touch()
-    assert f"--data-dir {tmp_path / 'file'} is not a folder" in refusal(name, tmp_path / "file")
+    assert f"must be a folder, got '{tmp_path / 'file'}', which is a file; use" in refusal(name, tmp_path / "file")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -57,7 +59,9 @@ def test_cifar_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Mo
     assert f"where {tmp_path / 'file'} is a file" in refusal("cifar10", tmp_path / "file" / "below")
 
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert f"{tmp_path} cannot be written to" in refusal("cifar10", tmp_path / "absent")
+    assert f"or can be written to, got '{tmp_path / 'absent'}', where {tmp_path} cannot; use" in refusal(
+        "cifar10", tmp_path / "absent"
+    )
     (tmp_path / "cifar-10-batches-py").mkdir()
     check_dataset("cifar10", str(tmp_path))
 
@@ -78,12 +82,12 @@ def test_test_is_preferred_to_val(make_folders) -> None:
 
 def test_missing_split(make_folders) -> None:
     root = make_folders({"train/cat": 1})
-    assert "holds no test/ or val/;" in refusal("imagefolder", root)
-    assert "holds no val/;" in refusal("imagenet", root)
+    assert "that holds test/ or val/, got" in refusal("imagefolder", root)
+    assert "that holds val/, got" in refusal("imagenet", root)
 
 
 def test_missing_train(make_folders) -> None:
-    assert "holds no train/;" in refusal("imagefolder", make_folders({"test/cat": 1}))
+    assert "that holds train/, got" in refusal("imagefolder", make_folders({"test/cat": 1}))
 
 
 def test_split_without_class_folders(make_folders) -> None:
@@ -117,7 +121,7 @@ def test_a_single_class_is_none(make_folders) -> None:
 
 def test_imagenet_has_a_thousand_classes(make_folders) -> None:
     root = make_folders({"train/n01": 1, "train/n02": 1, "val/n01": 1, "val/n02": 1})
-    assert "holds 2 class folders, ImageNet has 1000" in refusal("imagenet", root)
+    assert f"a folder of 1000 classes for ImageNet, got '{root}', which holds 2; complete" in refusal("imagenet", root)
 
 
 def test_folder_without_permission(make_folders, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,4 +131,4 @@ def test_folder_without_permission(make_folders, monkeypatch: pytest.MonkeyPatch
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert f"no permission to read {root / 'train'}" in refusal("imagefolder", root)
+    assert f"got '{root}', where {root / 'train'} is not; change its permissions" in refusal("imagefolder", root)

@@ -143,7 +143,9 @@ def test_failed_download_says_what_to_put_where(name: str, tmp_path: Path, monke
         "cifar10": ("cifar-10-python.tar.gz", "cifar-10-batches-py"),
         "cifar100": ("cifar-100-python.tar.gz", "cifar-100-python"),
     }[name]
-    assert f"--data-dir {tmp_path / 'new'}" in message and archive in message and folder in message
+    assert (
+        f"for it, got '{tmp_path / 'new'}', where it cannot be" in message and archive in message and folder in message
+    )
 
 
 def test_files_already_there_are_not_downloaded(cifar10: Path) -> None:

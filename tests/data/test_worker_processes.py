@@ -47,7 +47,7 @@ def test_unreadable_image_reaches_the_caller_as_one_line(workers: int, make_fold
     with pytest.raises(UsageError) as caught:
         list(EvaluationBatches(test, batch_size=2, rank=0, replicas=1, num_workers=workers))
     message = str(caught.value)
-    assert message.startswith(f"--data-dir: cannot read the image {path}") and "\n" not in message
+    assert message.startswith(f"every image must be one that can be read, got '{path}' (") and "\n" not in message
 
 
 def _signalled(own_server: bool) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tlgc_mp.data.folders import IMAGE_SUFFIXES, class_folders, may_hold_images
-from tlgc_mp.errors import UsageError, check_installed, one_of, shown
+from tlgc_mp.errors import UsageError, check_installed, must_be, one_of, shown
 
 DATASETS: tuple[str, ...] = ("digits", "cifar10", "cifar100", "imagenet", "imagefolder", "synthetic")
 
@@ -65,12 +65,12 @@ def refusing_unreadable(name: str, data_dir: str | os.PathLike[str]) -> Iterator
     except UsageError:
         raise
     except PermissionError as error:
-        raise UsageError(f"--data-dir {data_dir}: no permission to read {error.filename}; make it readable") from error
+        note, hint = f", where {error.filename} is not", "change its permissions"
+        raise must_be("--data-dir", "a readable folder", str(data_dir), hint, note=note) from error
     except (OSError, ValueError) as error:  # a name too long, a disk that fails, no path at all
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(
-            f"--data-dir {shown(str(data_dir))} cannot be read: {reason}; use {_NEEDED_FOLDER[name]}"
-        ) from error
+        note = f": {getattr(error, 'strerror', None) or error}"
+        use = f"use {_NEEDED_FOLDER[name]}"
+        raise must_be("--data-dir", "a readable folder", str(data_dir), use, note=note) from error
 
 
 def split_folders(name: str, data_dir: Path, val_split: str | None = None) -> tuple[Path, Path]:
@@ -89,11 +89,9 @@ def split_folders(name: str, data_dir: Path, val_split: str | None = None) -> tu
     for candidates in (("train",), test_names):
         found = [data_dir / candidate for candidate in candidates if candidate and (data_dir / candidate).is_dir()]
         if not found:
-            hint = "" if candidates == ("train",) else "; --val-split NAME names another folder to test on"
-            raise UsageError(
-                f"--data-dir {data_dir} holds no {' or '.join(f'{candidate}/' for candidate in candidates)}; "
-                f"--dataset {name} needs {_NEEDED_FOLDER[name]}{hint}"
-            )
+            hint = "" if candidates == ("train",) else ", or --val-split NAME to test on another folder"
+            need = f"a folder that holds {' or '.join(f'{candidate}/' for candidate in candidates)}"
+            raise must_be("--data-dir", need, str(data_dir), f"use {_NEEDED_FOLDER[name]}{hint}")
         splits.append(found)
     train, tests = splits[0][0], splits[1]
     if len(tests) > 1:
@@ -105,23 +103,20 @@ def split_folders(name: str, data_dir: Path, val_split: str | None = None) -> tu
 def _check_download_folder(name: str, data_dir: Path) -> None:
     if (data_dir / _CIFAR_FOLDERS[name]).is_dir():
         return
+    use = f"use {_NEEDED_FOLDER[name]}"
     # The first of the folder and its parents that exists is where new files or folders would be made.
     existing = next(path for path in (data_dir.absolute(), *data_dir.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise UsageError(
-            f"--data-dir must be a folder, got {data_dir}, where {existing} is a file; use {_NEEDED_FOLDER[name]}"
-        )
+        raise must_be("--data-dir", "a folder", str(data_dir), use, note=f", where {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"--data-dir {data_dir} holds no {_CIFAR_FOLDERS[name]}/ and {existing} cannot be written to; "
-            f"use {_NEEDED_FOLDER[name]}"
-        )
+        need = f"a folder that holds {_CIFAR_FOLDERS[name]}/ or can be written to"
+        raise must_be("--data-dir", need, str(data_dir), use, note=f", where {existing} cannot")
 
 
 def _check_image_folders(name: str, data_dir: Path, val_split: str | None) -> None:
     if not data_dir.is_dir():
-        problem = "is not a folder" if data_dir.exists() else "does not exist"
-        raise UsageError(f"--data-dir {data_dir} {problem}; --dataset {name} needs {_NEEDED_FOLDER[name]}")
+        note = ", which is a file" if data_dir.exists() else ", which does not exist"
+        raise must_be("--data-dir", "a folder", str(data_dir), f"use {_NEEDED_FOLDER[name]}", note=note)
     train, test = split_folders(name, data_dir, val_split)
     train_classes, test_classes = _classes(train), _classes(test)
     if len(train_classes) == 1 and name == "imagefolder":
@@ -135,26 +130,24 @@ def _check_image_folders(name: str, data_dir: Path, val_split: str | None) -> No
         (test_classes - train_classes, test, train),
     ):
         if only:
-            raise UsageError(
-                f"--data-dir {data_dir}: class {min(only)} is in {here.name}/ but not in {there.name}/; "
-                "give both the same class folders, or test on another folder with --val-split NAME"
-            )
+            note = f", where class {min(only)} is in {here.name}/ but not in {there.name}/"
+            hint = "give both the same class folders, or test on another folder with --val-split NAME"
+            raise must_be("--data-dir", "a folder that tests the classes it trains", str(data_dir), hint, note=note)
     if name == "imagenet" and len(train_classes) != _IMAGENET_CLASSES:
-        raise UsageError(
-            f"--data-dir {data_dir} holds {len(train_classes)} class folders, ImageNet has {_IMAGENET_CLASSES}; "
-            "complete it, or use --dataset imagefolder"
+        note, hint = f", which holds {len(train_classes)}", "complete it, or use --dataset imagefolder"
+        raise must_be(
+            "--data-dir", f"a folder of {_IMAGENET_CLASSES} classes for ImageNet", str(data_dir), hint, note=note
         )
 
 
 def _classes(split: Path) -> set[str]:
     """The names of the class folders of one split, each of which holds an image."""
-    classes = class_folders(split)
+    classes, need = class_folders(split), "a folder of images by class"
     if not classes:
-        raise UsageError(f"--data-dir {split.parent}: {split} holds no class folders; put images in {split}/<class>/")
+        note = f", where {split} holds no class folders"
+        raise must_be("--data-dir", need, str(split.parent), f"put images in {split}/<class>/", note=note)
     for name in classes:
         if not may_hold_images(split / name):
-            raise UsageError(
-                f"--data-dir {split.parent}: class folder {split / name} holds no image "
-                f"({', '.join(IMAGE_SUFFIXES)}); add images or remove the folder"
-            )
+            note = f", where {split / name} holds no image ({', '.join(IMAGE_SUFFIXES)})"
+            raise must_be("--data-dir", need, str(split.parent), "add images or remove the folder", note=note)
     return set(classes)

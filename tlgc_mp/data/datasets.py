@@ -27,7 +27,7 @@ from tlgc_mp.data.folders import Images, class_folders, find_images
 from tlgc_mp.data.pictures import read_image
 from tlgc_mp.data.preparation import Preparation
 from tlgc_mp.data.streams import stream
-from tlgc_mp.errors import UsageError, is_count, must_be
+from tlgc_mp.errors import is_count, must_be
 
 Sample: TypeAlias = tuple[Tensor, int]
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
@@ -225,11 +225,11 @@ def _cifar(name: str, dataset: type[CIFAR10], data_dir: Path, statistics: Statis
             fcntl.flock(lock, fcntl.LOCK_EX)
             return load(download=True)
     except (OSError, HTTPException, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(
-            f"--data-dir {data_dir}: {name} cannot be read or downloaded ({reason}); "
+        note = f", where it cannot be read or downloaded ({' '.join(str(error).split())})"
+        hint = (
             f"put {dataset.filename}, from {dataset.url}, or the folder {dataset.base_folder} unpacked from it, there"
-        ) from error
+        )
+        raise must_be("--data-dir", f"a folder of {name}, or one for it", str(data_dir), hint, note=note) from error
 
 
 class _Folders(Dataset[Sample]):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import must_be
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".apng", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp"),
@@ -124,7 +124,8 @@ def find_images(split: Path, classes: Sequence[str]) -> Images:
     for problem, paths in wrong.items():
         what, hint = _PROBLEMS[problem]
         files_are = "1 file is" if len(paths) == 1 else f"{len(paths)} files are"
-        raise UsageError(f"--data-dir {split.parent}: {files_are} {what}, {paths[0]} first; {hint}")
+        note = f", where {files_are} {what}, {paths[0]} first"
+        raise must_be("--data-dir", "a folder of images that can be read", str(split.parent), hint, note=note)
     return Images(list(classes), samples, +passed_over, told.hexdigest())
 
 

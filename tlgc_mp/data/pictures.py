@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import must_be
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _WHITE_IS_ZERO = 0
@@ -32,8 +32,9 @@ def read_image(path: str) -> Image.Image:
             return _on_white(_in_eight_bits(image))
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         unknown = isinstance(error, UnidentifiedImageError)  # which says where, too
-        reason = "what it holds is no image of a format that is read" if unknown else " ".join(str(error).split())
-        raise UsageError(f"--data-dir: cannot read the image {path} ({reason}); replace or remove it") from error
+        note = "what it holds is no image of a format that is read" if unknown else " ".join(str(error).split())
+        one = "one that can be read"
+        raise must_be("every image", one, str(path), "replace or remove it", note=f" ({note})") from error
 
 
 def _turn_upright(image: Image.Image) -> None:

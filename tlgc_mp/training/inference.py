@@ -114,10 +114,7 @@ def label(path: str, pictures: Sequence[str], top: int) -> Iterator[tuple[str, l
     transform = preparation.transform()
     for start in range(0, len(pictures), _BATCH):
         some = pictures[start : start + _BATCH]
-        try:
-            images = torch.stack([transform(read_image(picture)) for picture in some])
-        except UsageError as error:
-            raise UsageError(str(error).removeprefix("--data-dir: ")) from None
+        images = torch.stack([transform(read_image(picture)) for picture in some])
         probabilities = model(images.to(device, memory_format=torch.channels_last)).softmax(1).cpu()
         values, numbers = probabilities.topk(min(top, len(preparation.classes)))
         for picture, row, chosen in zip(some, values.tolist(), numbers.tolist(), strict=True):
