@@ -172,11 +172,11 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     (tmp_path / "page.jpg").write_text("<html>404")
     Image.new("L", (4000, 2)).save(tmp_path / "strip.png")
     said = [
-        ("page.jpg", r"page.jpg \(what it holds is no image of a format that is read\); replace or remove it"),
-        ("strip.png", r"strip.png \(4000 x 2 pixels: one side is over 200 times the other\)"),
-        (_cut(tmp_path / "half.jpg", 0.5).name, "half.jpg .image file is truncated"),
-        (_cut(tmp_path / "end.jpg", 0.9, progressive=True).name, "end.jpg .image file is truncated"),
-        (_cut(tmp_path / "half.png", 0.5).name, "half.png .image file is truncated"),
+        ("page.jpg", r"page.jpg' \(what it holds is no image of a format that is read\); replace or remove it"),
+        ("strip.png", r"strip.png' \(4000 x 2 pixels: one side is over 200 times the other\)"),
+        (_cut(tmp_path / "half.jpg", 0.5).name, "half.jpg' .image file is truncated"),
+        (_cut(tmp_path / "end.jpg", 0.9, progressive=True).name, "end.jpg' .image file is truncated"),
+        (_cut(tmp_path / "half.png", 0.5).name, "half.png' .image file is truncated"),
     ]
     for name, reason in said:
         with pytest.raises(UsageError, match=reason):
