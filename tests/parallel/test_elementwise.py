@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from tests.ranks import run_ranks
-from tlgc_mp.engine.elementwise import check_elementwise
 from tlgc_mp.errors import UsageError
+from tlgc_mp.parallel import shard
+from tlgc_mp.parallel.elementwise import check_elementwise
 
 
 class LARS(torch.optim.SGD):
@@ -65,6 +66,7 @@ def _parameters() -> list[nn.Parameter]:
         Clipped,
         Noisy,
         torch.optim.Adafactor,
+        torch.optim.LBFGS,
         lambda params: torch.optim.Muon(nn.Linear(4, 4, bias=False).parameters()),
         lambda params: Lookahead(LARS(params)),
     ],
@@ -78,7 +80,7 @@ def test_refused(make: Any) -> None:
     "name",
     [
         *("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
-        *("SparseAdam", "LBFGS"),
+        "SparseAdam",
     ],
 )
 def test_passes(name: str) -> None:
@@ -93,6 +95,33 @@ def test_passes(name: str) -> None:
     assert {k: dict(v) for k, v in optimizer.state.items()} == before[1] and not steps
     assert all(param.grad is None and (param == 1).all() for param in parameters)
     assert optimizer.param_groups[0]["params"] == parameters and scheduler.last_epoch == 0
+
+
+def _without_an_engine() -> list[str]:
+    def trained(make: Any, of: list[str]) -> str:
+        torch.manual_seed(0)
+        model = shard(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.Flatten(), nn.Linear(6, 5)))
+        layers = [layer for layer in model if hasattr(layer, "weight")]
+        optimizer = make([getattr(layer, key) for layer in layers for key in of] or model.parameters())
+        try:
+            for _ in range(2):
+                loss = model(torch.ones(2, 3, 5, 5)).square().sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step(lambda: 0.0) if isinstance(optimizer, torch.optim.LBFGS) else optimizer.step()
+        except UsageError as error:
+            return str(error)
+        return ""
+
+    made = [functools.partial(LARS, lr=0.1), torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.AdamW]
+    return [trained(make, names) for names in ([], ["weight", "bias"]) for make in made]
+
+
+def test_without_an_engine() -> None:
+    for said in run_ranks(2, _without_an_engine):
+        for kind, message in zip(("LARS", "Adafactor", "LBFGS"), said[:3], strict=True):
+            assert f"got {kind}, which takes norms" in message and message.endswith("or give it the layers' weights")
+        assert said[3:] == [""] * 5, "element by element, or of whole weights"
 
 
 def _refusals() -> list[str]:

@@ -10,10 +10,10 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import nn
 
-from tlgc_mp.engine.elementwise import Group
 from tlgc_mp.engine.protocols import Engine
 from tlgc_mp.engine.schedules import check_steps_alone
 from tlgc_mp.errors import UsageError, is_count, must_be
+from tlgc_mp.parallel.elementwise import Group
 
 Parameters: TypeAlias = Iterable[torch.Tensor] | Iterable[Group]
 """Of an optimizer: parameters, or groups of them."""

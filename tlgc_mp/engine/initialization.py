@@ -93,7 +93,6 @@ def initialize(
         retarget,
         retarget_optimizer,
     )
-    from tlgc_mp.engine.elementwise import check_elementwise
     from tlgc_mp.engine.first_batch import check_first_batch
     from tlgc_mp.engine.gradients import forget_gradients
     from tlgc_mp.engine.groups import enter_groups, keep_groups
@@ -102,6 +101,7 @@ def initialize(
     from tlgc_mp.engine.schedules import check_steps_alone
     from tlgc_mp.nn.arguments import check_module
     from tlgc_mp.nn.init import materialize
+    from tlgc_mp.parallel.elementwise import check_elementwise
     from tlgc_mp.parallel.plan import channels_stay_apart
     from tlgc_mp.parallel.sharding import COLLECTIVE_TIMEOUT, shard
     from tlgc_mp.parallel.waiting import as_timeout

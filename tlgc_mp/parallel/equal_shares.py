@@ -13,7 +13,7 @@ from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel import checksums
 from tlgc_mp.parallel.collectives import start_all_gather
 from tlgc_mp.parallel.layout import Ranks
-from tlgc_mp.parallel.sharded import ShardedLayer
+from tlgc_mp.parallel.sharded import cut_parameters
 
 LOOKED_AT = 16
 """Of the cut parameters, how many are compared, at most: some from the first to the last."""
@@ -55,22 +55,11 @@ class EqualShares:
 
 def _sums(model: nn.Module) -> tuple[list[str], list[int]]:
     """Names of cut parameters, and :data:`LOOKED_AT` checksums of their shares: 0 of one that was not drawn."""
-    shares = _shares(model)
+    shares = cut_parameters(model)
     count = min(len(shares), LOOKED_AT)
     chosen = [shares[index * (len(shares) - 1) // max(count - 1, 1)] for index in range(count)]
     sums = [int(checksums.exact(share)) if _is_drawn(share) else 0 for _, share in chosen]
     return [name for name, _ in chosen], sums + [0] * (LOOKED_AT - count)
-
-
-def _shares(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """The parameters of which this rank holds a share, by name; none that ZeRO 3 has partitioned."""
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, ShardedLayer):
-            for key, param in module._parameters.items():
-                if param is not None and key in module.tlgc_placement.dims and not hasattr(param, "ds_id"):
-                    found.append((f"{name}.{key}" if name else key, param.detach()))
-    return found
 
 
 def _is_drawn(share: Tensor) -> bool:

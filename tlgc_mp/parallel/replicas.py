@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel import checksums
 from tlgc_mp.parallel.collectives import start_all_gather
+from tlgc_mp.parallel.elementwise import check_optimizers_over_shares
 from tlgc_mp.parallel.equal_shares import LOOKED_AT, EqualShares
 from tlgc_mp.parallel.layout import Ranks, new_group
 
@@ -137,8 +138,7 @@ def watch_replicas(model: nn.Module, ranks: Ranks, timeout: datetime.timedelta |
         return
     members = dist.get_process_group_ranks(ranks.group)
     group = new_group(members, timeout)
-    shares = EqualShares(model, Ranks(group), _device_of(group))
-    watch = ReplicaWatch(Ranks(group), held_whole, CHECK_EVERY, shares)
+    watch = ReplicaWatch(Ranks(group), held_whole, CHECK_EVERY, EqualShares(model, Ranks(group), _device_of(group)))
     model.register_forward_pre_hook(watch.before, with_kwargs=True)
     model.register_forward_hook(watch.after)
 
@@ -224,6 +224,8 @@ class ReplicaWatch:
         if not all(_can_be_read(value) for value in inputs if isinstance(value, Tensor)):
             return
         self.passes += 1
+        if self.passes == 2:  # by now there is an optimizer
+            check_optimizers_over_shares(module, self.ranks.size)
         if (self.passes - 1) % self.every == 0:
             with torch.no_grad():
                 self.begun = [*_of_inputs(inputs), *_random_states(_device(module))]

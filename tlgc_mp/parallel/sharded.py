@@ -216,6 +216,17 @@ def keep_gradient_plain(param: nn.Parameter, dim: int | None, region: Region) ->
         param.register_hook(plain_gradient)
 
 
+def cut_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of which this rank holds a share, by name; none that ZeRO 3 has partitioned."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, ShardedLayer):
+            for key, param in module._parameters.items():
+                if param is not None and key in module.tlgc_placement.dims and not hasattr(param, "ds_id"):
+                    found.append((f"{name}.{key}" if name else key, param))
+    return found
+
+
 def check_not_transformed() -> None:
     """Refuses what would run a split model on tensors that stand for others.
 

@@ -6,15 +6,17 @@ whole parameters: on a rank that holds a share they would take those of the shar
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
 
 from tlgc_mp.errors import UsageError
+from tlgc_mp.parallel.sharded import cut_parameters
 
 _SHAPES = ((32, 48), (32, 32, 3, 3), (64,))
 """As large as those that are factored."""
@@ -27,6 +29,29 @@ _TOLERANCE = 1e-3
 
 Group: TypeAlias = dict[str, Any]
 """Of an optimizer's parameters, with their settings."""
+
+
+def check_optimizers_over_shares(model: nn.Module, ranks: int) -> None:
+    """:func:`check_elementwise` of every optimizer in this process that holds a share of ``model``.
+
+    Nobody hands it over where a model is split without an engine, so it is looked for, which takes about 0.1 s.
+    """
+    shares = {id(param) for _, param in cut_parameters(model)}
+    if not shares:
+        return
+    kinds = _kinds(Optimizer)
+    found: Any
+    for found in gc.get_objects():
+        if type(found) not in kinds:
+            continue
+        groups = vars(found).get("param_groups", [])
+        if any(id(param) in shares for group in groups for param in group["params"]):
+            check_elementwise(found, ranks)
+
+
+def _kinds(kind: type[Any]) -> set[type[Any]]:
+    """``kind`` and every class that inherits from it."""
+    return {kind}.union(*(_kinds(each) for each in kind.__subclasses__()))
 
 
 def check_elementwise(optimizer: Optimizer, ranks: int) -> None:
@@ -46,11 +71,12 @@ def check_elementwise(optimizer: Optimizer, ranks: int) -> None:
     for group in optimizer.param_groups:
         for shape in _SHAPES:
             for dim in range(min(2, len(shape))):
-                if not _halves_are_updated_as_the_whole(optimizer, group, shape, dim):
+                of_whole = isinstance(optimizer, LBFGS)  # which steps with a closure alone
+                if of_whole or not _halves_are_updated_as_the_whole(optimizer, group, shape, dim):
                     raise UsageError(
                         f"optimizer must update each element by itself where {ranks} tensor-parallel ranks hold a "
                         f"share of each parameter, got {type(optimizer).__name__}, which takes norms or draws of "
-                        "whole ones; use SGD, Adam or AdamW, say, or one rank"
+                        "whole ones; use SGD, Adam or AdamW, say, or one rank, or give it the layers' weights"
                     )
 
 
