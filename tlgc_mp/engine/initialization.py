@@ -103,7 +103,7 @@ def initialize(
     from tlgc_mp.nn.init import materialize
     from tlgc_mp.parallel.elementwise import check_elementwise
     from tlgc_mp.parallel.plan import channels_stay_apart
-    from tlgc_mp.parallel.sharding import COLLECTIVE_TIMEOUT, shard
+    from tlgc_mp.parallel.sharding import COLLECTIVE_TIMEOUT, split_model
     from tlgc_mp.parallel.waiting import as_timeout
 
     given = config if config is not None else config_params
@@ -133,7 +133,7 @@ def initialize(
         replicas = mpu.get_data_parallel_group()
         group = mpu.get_tensor_model_parallel_group()
         check_names(model, ranks)
-        model = shard(
+        model = split_model(
             model,
             group,
             device=device,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from tlgc_mp.errors import UsageError
 from tlgc_mp.nn.arguments import check_module
-from tlgc_mp.parallel import collectives
+from tlgc_mp.parallel.gradient_shares import norm_over_ranks
 from tlgc_mp.parallel.sharded import Region, ShardedLayer
 
 
@@ -19,8 +18,8 @@ def clip_grad_norm_(
     """Scales the gradients of a model that :func:`tlgc_mp.shard` split, so that their norm is at most ``max_norm``, in
     place. Collective.
 
-    What :func:`torch.nn.utils.clip_grad_norm_` does on one device. That one, given ``model.parameters()``, takes the
-    norm of this rank's shares, another on every rank. A DeepSpeed engine clips by itself (``gradient_clipping``).
+    As :func:`torch.nn.utils.clip_grad_norm_` does, which takes a collective for each parameter, and this one for all.
+    A DeepSpeed engine clips by itself (``gradient_clipping``).
 
     Args:
         model: split, or on one device.
@@ -50,7 +49,7 @@ def clip_grad_norm_(
                 continue
             seen.add(id(param))
             cut = isinstance(module, ShardedLayer) and name in module.tlgc_placement.dims
-            (shares if cut else others).append(param.grad)
+            (shares if cut else others).append(param.grad.as_subclass(Tensor))
     total = _norm(others, norm_type)
     if isinstance(region, Region) and region.ranks.size > 1:
         total = _over_ranks(_norm(shares, norm_type), total, norm_type, region)
@@ -68,9 +67,7 @@ def _norm(gradients: list[Tensor], norm_type: float) -> Tensor:
 
 def _over_ranks(own: Tensor, others: Tensor, norm_type: float, region: Region) -> Tensor:
     """The norm of the shares of all ranks, of which ``own`` is that of this one's, and of what is whole."""
-    everywhere = own.to(others.device, torch.promote_types(own.dtype, others.dtype))
-    if norm_type == float("inf"):
-        everywhere = collectives.all_reduce(everywhere, region.ranks, dist.ReduceOp.MAX)
-        return torch.maximum(everywhere, others)
-    summed = collectives.all_reduce(everywhere.pow(norm_type), region.ranks)
-    return (summed + others.pow(norm_type)).pow(1 / norm_type)
+    own = own.to(others.device, torch.promote_types(own.dtype, others.dtype))
+    total = norm_over_ranks(own, norm_type, region.ranks)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([total, others.to(total.dtype)]), norm_type)
+    return norm

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tlgc_mp.errors import UsageError
+from tlgc_mp.parallel.gradient_shares import mark_gradient
 from tlgc_mp.parallel.layout import Ranks
 from tlgc_mp.parallel.plan import Placement
 from tlgc_mp.parallel.split_tensor import (
@@ -43,6 +44,7 @@ class Region:
         plain: whether shares go from layer to layer as plain tensors, now.
         replicas: the ranks that hold this share, one of each replica; ``None`` where nobody asks.
         over_network: whether the tensor-parallel ranks lie on several hosts.
+        marks_gradients: whether gradients know that they are shares (``gradient_shares.py``): outside of an engine.
         report: how each layer is held, as ``model.layout``; a model may have an attribute of its own of that name.
     """
 
@@ -60,6 +62,7 @@ class Region:
         self.plain = ranks.size == 1
         self.replicas = replicas
         self.over_network = over_network
+        self.marks_gradients = False
         self.report: LayoutReport | None = None
 
     @contextlib.contextmanager
@@ -194,6 +197,16 @@ class ShardedLayer:
         for key, param in self._parameters.items():  # type: ignore[attr-defined]
             if param is not None:
                 keep_gradient_plain(param, self.tlgc_placement.dims.get(key), self.tlgc_region)
+        if self.tlgc_region.marks_gradients:
+            self.tlgc_mark_gradients(set())
+
+    def tlgc_mark_gradients(self, marked: set[int]) -> None:
+        """Has gradients know that they are shares; of the parameters that are not among ``marked`` yet."""
+        for key in self.tlgc_placement.dims:
+            param = self._parameters.get(key)  # type: ignore[attr-defined]
+            if param is not None and id(param) not in marked:
+                marked.add(id(param))
+                mark_gradient(param, self.tlgc_placement.layout(key), self.tlgc_region.ranks)
 
     def _tlgc_adjust(self) -> None:
         """What a layer needs beside its share."""

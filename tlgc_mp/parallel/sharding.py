@@ -73,6 +73,35 @@ def shard(
             or buffers that nothing gives values. Later, in training, a forward pass raises one where the ranks have
             come to differ in their inputs, their random state or what each holds whole (``replicas.py``).
     """
+    split_model(
+        model,
+        process_group,
+        device=device,
+        seed=seed,
+        timeout=timeout,
+        data_parallel_group=data_parallel_group,
+        sample_inputs=sample_inputs,
+    )
+    region: Region = model.tlgc_region  # type: ignore[assignment]
+    region.marks_gradients = region.ranks.size > 1
+    marked: set[int] = set()
+    for module in model.modules():
+        if region.marks_gradients and isinstance(module, ShardedLayer):
+            module.tlgc_mark_gradients(marked)
+    return model
+
+
+def split_model(
+    model: nn.Module,
+    process_group: dist.ProcessGroup | None,
+    *,
+    device: torch.device | str | None,
+    seed: int | None,
+    timeout: datetime.timedelta | float,
+    data_parallel_group: dist.ProcessGroup | None,
+    sample_inputs: object,
+) -> nn.Module:
+    """:func:`shard` for an engine, which takes norms of shares and adds them up over the ranks by itself."""
     check_module("model", model)
     check_device(device)
     if seed is not None and not isinstance(seed, int):

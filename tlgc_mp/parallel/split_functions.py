@@ -185,7 +185,7 @@ def _of_held(function: Callable[..., object]) -> Callable[..., object]:
 
 
 def _get_grad(tensor: SplitTensor, held: Tensor) -> Tensor | None:
-    return None if held.grad is None else _shown(held.grad, tensor)
+    return None if held.grad is None else _shown(held.grad.as_subclass(Tensor), tensor)
 
 
 def _set_grad(tensor: Tensor, value: Tensor | None) -> object:
@@ -193,7 +193,9 @@ def _set_grad(tensor: Tensor, value: Tensor | None) -> object:
         tensor.grad = whole(value)
     elif tensor.held is not None:
         held = tensor.held
-        held.grad = None if value is None else share_in(value, tensor.cut, tensor.ranks).clone().view(held.shape)
+        share = None if value is None else share_in(value, tensor.cut, tensor.ranks).clone().view(held.shape)
+        mark = getattr(held.grad, "mark", None)  # of one that knows that it is a share
+        held.grad = share if mark is None or share is None else mark(share)
     elif value is None or type(value) is SplitTensor:
         return NotImplemented
     else:
