@@ -112,6 +112,41 @@ def uses_a_new_head(place: Place) -> Any:
     return place.state(model), [p.grad is None for p in model.features.parameters()]
 
 
+class _Scaled(torch.autograd.Function):
+    """x times a scale of each channel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, scale)
+        return x * scale[:, None, None]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, scale = ctx.saved_tensors
+        return grad * scale[:, None, None], (grad * x).sum((0, 2, 3))
+
+
+def uses_parameters_of_functions_of_their_own(place: Place) -> Any:
+    """Trained later, replaced, and assigned with a state: the gradient of each is plain as it is."""
+
+    class Calibrated(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(12), requires_grad=False)
+
+        def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+            return super().forward_head(_Scaled.apply(x, self.scale), pre_logits)
+
+    model, x = place.model(Calibrated), place.images()
+    model.scale.requires_grad_(True)
+    found = [place.step(model, model(x), x)]
+    model.scale = nn.Parameter(torch.linspace(0, 1, 12, dtype=torch.double))
+    model.zero_grad()
+    found.append(place.step(model, model(x)))
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    return *found, place.step(model, model(x))
+
+
 def uses_weights_set_by_hand(place: Place) -> Any:
     model, x = place.model(Classifier), place.images()
     with torch.no_grad():

@@ -188,6 +188,9 @@ class ShardedLayer:
                 "shares; prune, normalize or parametrize weights before the model is split"
             )
         super().register_parameter(name, param)  # type: ignore[misc]
+        own = self.__dict__
+        if isinstance(param, nn.Parameter) and "tlgc_region" in own:
+            keep_gradient_plain(param, None, own["tlgc_region"])
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Reduced:
         return reduced(self)  # type: ignore[arg-type]
@@ -225,8 +228,10 @@ class ShardedLayer:
 def keep_gradient_plain(param: nn.Parameter, dim: int | None, region: Region) -> None:
     """Sees to it that a parameter that is not cut gets a plain gradient: a function of autograd's own kind may hand a
     split one to a parameter that it was given plain. Neither copy nor pickle keeps the hook."""
-    if param.requires_grad and dim is None and not region.channels_apart:
-        param.register_hook(plain_gradient)
+    if dim is None and not region.channels_apart and (param.is_floating_point() or param.is_complex()):
+        trained = param.requires_grad
+        param.requires_grad_(True).register_hook(plain_gradient)  # also of one that is trained only later
+        param.requires_grad_(trained)
 
 
 def cut_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
