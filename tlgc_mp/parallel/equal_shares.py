@@ -32,13 +32,17 @@ class EqualShares:
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks, device: torch.device) -> None:
-        self._names, sums = _sums(model)
-        rows = start_all_gather(torch.tensor(sums, device=device), ranks, of_pass=False)().tolist()
-        self._by_right = _equal(rows)
+        names = [name for name, _ in cut_parameters(model)]
+        count = min(len(names), LOOKED_AT)
+        self._names = [names[index * (len(names) - 1) // max(count - 1, 1)] for index in range(count)]
+        sums = torch.tensor(self.slots(model), device=device)
+        self._by_right = _equal(start_all_gather(sums, ranks, of_pass=False)().tolist())
 
     def slots(self, model: nn.Module) -> list[int]:
-        """The numbers of this rank that :meth:`check` is to compare."""
-        return _sums(model)[1]
+        """The numbers of this rank that :meth:`check` is to compare: 0 of a share that was not drawn."""
+        shares = {name: param.detach() for name, param in cut_parameters(model) if name in self._names}
+        sums = [int(checksums.exact(shares[n])) if n in shares and _is_drawn(shares[n]) else 0 for n in self._names]
+        return sums + [0] * (LOOKED_AT - len(sums))
 
     def check(self, rows: list[list[int]]) -> None:
         """Raises :class:`UsageError` where the :meth:`slots` of all ranks say that a share has become the same.
@@ -51,15 +55,6 @@ class EqualShares:
                     f"{self._names[index]} must be written whole, got the same share on every tensor-parallel rank, "
                     "as of parameters() that are drawn or broadcast; write to the layer's own, or before the split"
                 )
-
-
-def _sums(model: nn.Module) -> tuple[list[str], list[int]]:
-    """Names of cut parameters, and :data:`LOOKED_AT` checksums of their shares: 0 of one that was not drawn."""
-    shares = cut_parameters(model)
-    count = min(len(shares), LOOKED_AT)
-    chosen = [shares[index * (len(shares) - 1) // max(count - 1, 1)] for index in range(count)]
-    sums = [int(checksums.exact(share)) if _is_drawn(share) else 0 for _, share in chosen]
-    return [name for name, _ in chosen], sums + [0] * (LOOKED_AT - count)
 
 
 def _is_drawn(share: Tensor) -> bool:

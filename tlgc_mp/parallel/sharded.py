@@ -235,12 +235,14 @@ def keep_gradient_plain(param: nn.Parameter, dim: int | None, region: Region) ->
 
 
 def cut_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of which this rank holds a share, by name; none that ZeRO 3 has partitioned."""
+    """The parameters of which this rank holds a share, by name: none that ZeRO 3 has partitioned, and none in place of
+    which a whole tensor stands."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, ShardedLayer):
             for key, param in module._parameters.items():
-                if param is not None and key in module.tlgc_placement.dims and not hasattr(param, "ds_id"):
+                cut = param is not None and key in module.tlgc_placement.dims and not hasattr(param, "ds_id")
+                if param is not None and cut and param.shape != module.tlgc_shapes.get(key):
                     found.append((f"{name}.{key}" if name else key, param))
     return found
 
