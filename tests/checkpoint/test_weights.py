@@ -74,10 +74,11 @@ def test_a_head_that_does_not_fit_keeps_its_own(source: tuple[Path, Path]) -> No
 @pytest.mark.timeout(120)
 def test_the_command_says_what_it_begins_with(source: tuple[Path, Path], tmp_path: Path) -> None:
     flags = ("--num-classes", "7", "--epochs", "1", "--limit-steps", "2", "--log-interval", "1")
-    outcomes = run_ranks(2, train, str(tmp_path / "run"), *flags, "--init-from", str(source[0]))
+    best = source[0] / "checkpoints" / "best"
+    outcomes = run_ranks(2, train, str(tmp_path / "run"), *flags, "--init-from", str(best))
     assert [outcome.status for outcome in outcomes] == [0, 0], outcomes[0].stderr
     (line,) = [line for line in outcomes[0].stdout.splitlines() if line.startswith("Beginning with the weights in ")]
-    assert line.startswith(f"Beginning with the weights in {source[0]}, but for ") and line.endswith(".weight")
+    assert line.startswith(f"Beginning with the weights in {best}, but for ") and line.endswith(".weight")
     resumed = run_ranks(1, tlgc_mp, "train", "--resume", "--output-dir", str(tmp_path / "run"), "--epochs", "2")
     assert resumed[0].status == 0, resumed[0].stderr
     assert "Beginning with" not in resumed[0].stdout

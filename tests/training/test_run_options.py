@@ -146,6 +146,9 @@ def test_a_run_that_goes_on_over_other_ranks(tmp_path: Path) -> None:
         ("optimiser_speed: 2", "run.yaml': unrecognized arguments: --optimiser-speed=2"),
         ("- epochs", 'run.yaml\' must hold options, as `epochs: 2`, a line each, got ["epochs"]'),
         ("epochs: [", "run.yaml' cannot be read as YAML: "),
+        ("ema: false", "run.yaml': ema must be left out where it is not wanted, got false; remove the line"),
+        ("batch_size: 1\nbatch-size: 2", "run.yaml' must have each option once, got batch_size 2 times; keep one"),
+        ("bach_size: false", "run.yaml': unrecognized arguments: --no-bach-size"),
     ],
 )
 def test_a_file_that_cannot_work_is_named(tmp_path: Path, text: str, said: str) -> None:

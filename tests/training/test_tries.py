@@ -68,3 +68,15 @@ def test_a_profile_of_some_steps(tmp_path: Path) -> None:
         assert {name for name in names if name.startswith("ProfilerStep")} == {"ProfilerStep#2", "ProfilerStep#3"}
         assert names.count("aten::cross_entropy_loss") == 2
     assert metrics(tmp_path / "run")[-1]["step"] == STEPS
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_profile_of_a_run_that_is_over_before(steps: int, tmp_path: Path) -> None:
+    flags = ("--profile", "2", "--epochs", "1", "--limit-steps", str(steps))
+    (outcome,) = run_ranks(1, train, str(tmp_path / "run"), *flags)
+    assert outcome.status == 0, outcome.stderr
+    path = tmp_path / "run/profile/rank-0.json"
+    assert path.exists() == (steps == 3)
+    told = str(path) if steps == 3 else "none: there was no step after the first 2 of this start"
+    assert f"profile      {told}\n" in outcome.stdout

@@ -109,6 +109,11 @@ class Run(TypedDict):
     departures: JsonObject
 
 
+def is_exported(path: str) -> bool:
+    """Whether ``path`` is a file of weights, and not one that names a checkpoint beside it."""
+    return os.path.isfile(path) and os.path.basename(path) not in (BEST, LATEST)
+
+
 def find_checkpoint(path: str) -> tuple[str, str]:
     """The newest checkpoint of the run in ``path``, as (folder of checkpoints, tag); its files are all there.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -40,7 +39,7 @@ def load_weights(engine: Engine, path: str) -> list[str]:
 
     def fill() -> list[str]:
         try:
-            return _fill(state, _exported(path) if os.path.isfile(path) else _saved(path), path)
+            return _fill(state, _exported(path) if folders.is_exported(path) else _saved(path), path)
         except UsageError:
             raise
         except Exception as error:  # whatever a file's contents may set off, every rank is to hear of it

@@ -351,6 +351,7 @@ def _train(options: Namespace, launch: Launch) -> int:
     use_huge_pages()
     # A rank whose peer is gone says so itself, in one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler tells of a GPU that is not there
     if launch.rank == 0:
         print("Loading torch and deepspeed ...", flush=True)
     with quiet_start():

@@ -90,6 +90,8 @@ def check_alone(command: str, launch: Launch) -> None:
 
 
 _NUMBERS = {"int": int, "float": float}
+_VALUES = {option.name for option in fields(TrainOptions) if option.type != "bool"}
+"""The options that are no switches."""
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type[ModelOptions]) -> None:
@@ -188,13 +190,17 @@ def _read(path: str) -> JsonObject:
         if not os.path.isfile(path):
             raise FileNotFoundError(2, "it is no file")
         with open(path, encoding="utf-8") as file:
-            entries = yaml.safe_load(file)
+            text = file.read()
+        entries, read = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise UsageError(f"--config must be a file of options, got {path!r}: {error.strerror}") from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"{path!r} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(entries, dict) or not all(isinstance(key, str) for key in entries):
         raise UsageError(f"{path!r} must hold options, as `epochs: 2`, a line each, got {shown(entries)}")
+    keys = [key.value.replace("-", "_") for key, _ in read.value]
+    if twice := [key for key in keys if keys.count(key) > 1]:  # YAML takes the last
+        raise UsageError(f"{path!r} must have each option once, got {twice[0]} {len(twice)} times; keep one")
     return {key.replace("-", "_"): value for key, value in entries.items() if value is not None}
 
 
@@ -207,6 +213,8 @@ def _as_words(parser: Parser, entries: JsonObject, path: str) -> list[str]:
             raise UsageError(f"{path!r}: {key} must be a number, text, true or false, got {shown(value)}")
         if key in EACH_START and key != "output_dir":
             raise UsageError(f"{path!r}: {key} must be left out; give it as a flag")
+        if value is False and key in _VALUES:
+            raise UsageError(f"{path!r}: {key} must be left out where it is not wanted, got false; remove the line")
         word = f"--no-{flag[2:]}" if value is False else flag if value is True else f"{flag}={value}"
         try:
             parser.parse_args(["train", word])

@@ -146,7 +146,7 @@ def _report(trainer: RecipeTrainer, data: Datasets, counts: dict[str, int], save
             ("peak memory", f"{int(peak) / 2**20:,.0f} MiB, the largest of {settings.topology.world} rank(s)"),
             ("checkpoint", saved),
             ("saving", f"{trainer.save_seconds:.1f} s in which training waited for {trainer.saves} checkpoint(s)"),
-            *([("profile", trainer.profiler.path)] if trainer.profiler.written else []),
+            *([("profile", trainer.profiler.told)] if settings.profile is not None else []),
             ("metrics", f"{metrics.path}, and for TensorBoard in {settings.output_dir}"),
         ]
     )

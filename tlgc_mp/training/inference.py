@@ -5,13 +5,12 @@ On one device, an accelerator where there is one. Needs no deepspeed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from tlgc_mp.checkpoint import offline
-from tlgc_mp.checkpoint.folder import BEST, LATEST
+from tlgc_mp.checkpoint.folder import is_exported
 from tlgc_mp.data import EvaluationBatches, load_datasets
 from tlgc_mp.data.pictures import read_image
 from tlgc_mp.data.preparation import Preparation
@@ -37,8 +36,7 @@ def load(path: str) -> tuple[torch.nn.Module, Preparation, torch.device]:
         UsageError: it cannot be read, or does not say how images are prepared.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    exported = os.path.isfile(path) and os.path.basename(path) not in (BEST, LATEST)
-    model, images = (offline.load_exported if exported else offline.load_saved)(path, device)
+    model, images = (offline.load_exported if is_exported(path) else offline.load_saved)(path, device)
     classes = images.get("classes") if isinstance(images, dict) else None
     try:
         preparation = Preparation.from_entry(images, len(classes) if isinstance(classes, list) else 0)

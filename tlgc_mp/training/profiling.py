@@ -24,6 +24,7 @@ class StepProfiler:
     def __init__(self, steps: int | None, folder: str, rank: int) -> None:
         self.path = os.path.join(folder, f"rank-{rank}.json")
         self.written = False
+        self._taken = 0
         self._profile: profile | None = None
         if steps is not None:
             activities = [ProfilerActivity.CPU]
@@ -32,9 +33,16 @@ class StepProfiler:
             self._profile = profile(activities=activities, schedule=phases, on_trace_ready=self._write)
 
     def _write(self, trace: profile) -> None:
+        if self._taken <= WARM_UP:  # the run is over, and what was traced is its evaluation
+            return
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         trace.export_chrome_trace(self.path)
         self.written = True
+
+    @property
+    def told(self) -> str:
+        """Where the trace is, or why there is none."""
+        return self.path if self.written else f"none: there was no step after the first {WARM_UP} of this start"
 
     def __enter__(self) -> StepProfiler:
         if self._profile is not None:
@@ -43,6 +51,7 @@ class StepProfiler:
 
     def step(self) -> None:
         """To be called after each step."""
+        self._taken += 1
         if self._profile is not None and not self.written:
             self._profile.step()
 

@@ -13,7 +13,7 @@ from argparse import Namespace
 from dataclasses import dataclass, fields
 from typing import cast
 
-from tlgc_mp.checkpoint.folder import Run, find_checkpoint, saved_run
+from tlgc_mp.checkpoint.folder import Run, find_checkpoint, is_exported, saved_run
 from tlgc_mp.data import check_dataset
 from tlgc_mp.engine.compiled import check_compiled
 from tlgc_mp.engine.config import check_values, read_config, section, tensor_parallel_size, zero_stage
@@ -264,7 +264,7 @@ def default_workers(dataset: str, ranks: int) -> int:
 
 def _check_weights(init_from: str | None) -> None:
     """Refuses what holds no weights to begin with, as far as can be seen from outside."""
-    if init_from is not None and not os.path.isfile(init_from):
+    if init_from is not None and not is_exported(init_from):
         try:
             find_checkpoint(init_from)
         except UsageError as error:
