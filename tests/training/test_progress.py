@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -12,9 +14,9 @@ from typing import Any
 import pytest
 
 from tests.ranks import run_ranks
-from tests.training.runs import STEPS, metrics, step_metrics, train, train_until
+from tests.training.runs import OPTIONS, STEPS, metrics, step_metrics, train, train_until
 from tlgc_mp.bench.scaling.flops import layer_flops
-from tlgc_mp.cli.main import _parser
+from tlgc_mp.cli.main import _parser, main
 from tlgc_mp.models.factory import create_meta_model
 from tlgc_mp.parallel.topology import Launch
 from tlgc_mp.training.meter import Meter, as_time, step_flops
@@ -60,6 +62,34 @@ def test_the_same_is_printed(run: tuple[Path, str]) -> None:
     for (_, _, loss, rate, images, *_), line in zip(printed, lines, strict=True):
         assert (float(loss), float(rate)) == (round(line["loss"], 4), pytest.approx(line["learning_rate"]))
         assert float(images.replace(",", "")) == line["images_per_second"]
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def _in_a_terminal(output_dir: str) -> str:
+    terminal = _Terminal()
+    with contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
+        assert main([*OPTIONS, "--output-dir", output_dir, "--epochs", "1", "--log-interval", "4"]) == 0
+    return terminal.getvalue()
+
+
+@pytest.mark.timeout(120)
+def test_a_terminal_has_bars(run: tuple[Path, str], tmp_path: Path) -> None:
+    """Of the steps and of the evaluation, each of which goes when a line comes; a pipe has neither."""
+    (seen,) = run_ranks(1, _in_a_terminal, str(tmp_path / "run"))
+    for bar, count in (("epoch 1/1:", "0/8 [00:00<?, ?step/s]"), ("evaluation:", "0/2 [00:00<?, ?batch/s]")):
+        (first,) = [text for text in re.split("[\r\n]+", seen) if text.startswith(f"{bar}   0%|")]
+        assert first.endswith(count)
+    lines = re.findall(r"^(?:.*\r)?(epoch 1/1  .*)$", seen, re.MULTILINE)
+    assert [line.partition("loss")[0] for line in lines] == [
+        "epoch 1/1  step 4/8  ",
+        "epoch 1/1  step 8/8  ",
+        "epoch 1/1  ",
+    ]
+    assert "\r" not in run[1] and "evaluation:" not in run[1]
 
 
 @pytest.mark.timeout(120)
