@@ -115,7 +115,7 @@ def test_splits_with_different_classes(extra: str, message: str, make_folders) -
 def test_a_single_class_is_none(make_folders) -> None:
     """As where the class folders lie one level deeper: any network would be right in all of them."""
     root = make_folders({"train/images/cat": 1, "train/images/dog": 1, "test/images/cat": 1, "test/images/dog": 1})
-    said = f"--data-dir {root}: train/ must hold two class folders or more, got images alone; put the images of each"
+    said = f"--data-dir must be a folder of two classes or more, got '{root}', where train/ holds images alone; put"
     assert refusal("imagefolder", root).startswith(said)
 
 

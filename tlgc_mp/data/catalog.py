@@ -121,10 +121,8 @@ def _check_image_folders(name: str, data_dir: Path, val_split: str | None) -> No
     train_classes, test_classes = _classes(train), _classes(test)
     if len(train_classes) == 1 and name == "imagefolder":
         (only_class,) = train_classes
-        raise UsageError(
-            f"--data-dir {data_dir}: {train.name}/ must hold two class folders or more, got {only_class} alone; put "
-            f"the images of each class in {train.name}/<class>/"
-        )
+        note, hint = f", where {train.name}/ holds {only_class} alone", f"put each class in {train.name}/<class>/"
+        raise must_be("--data-dir", "a folder of two classes or more", str(data_dir), hint, note=note)
     for only, here, there in (
         (train_classes - test_classes, train, test),
         (test_classes - train_classes, test, train),
