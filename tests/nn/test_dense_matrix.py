@@ -1,5 +1,5 @@
-"""TwoLevelConv2d is the operator A_2L of Equations (3.3) to (3.5), in values and in every gradient, and with r
-representatives a group, kept apart or summed.
+"""A two-level layer is the operator A_2L of Equations (3.3) to (3.5), in values and in every gradient, and with r
+representatives a group, kept apart or summed; of images, waveforms and volumes.
 
 The reference writes A_2L as one dense matrix from (n H W) to (m h w), block by block, in float64, and lets autograd
 differentiate the product. It uses no convolution.
@@ -7,6 +7,8 @@ differentiate the product. It uses no convolution.
 
 from __future__ import annotations
 
+import functools
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tlgc_mp.nn import TwoLevelConv2d
-from tlgc_mp.nn.two_level import COARSE_MODES
+from tlgc_mp.nn import TwoLevelConv1d, TwoLevelConv2d, TwoLevelConv3d
+from tlgc_mp.nn.two_level import COARSE_MODES, TwoLevelConvNd
 
-Pair = tuple[int, int]
+Sizes = tuple[int, ...]
 
 SEEDS = range(120)
+LAYERS = {1: TwoLevelConv1d, 2: TwoLevelConv2d, 3: TwoLevelConv3d}
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,12 @@ class Case:
     batch: int
     in_channels: int
     out_channels: int
-    size: Pair
-    kernel: Pair
-    coarse_kernel: Pair
-    stride: Pair
-    padding: Pair
-    dilation: Pair
+    size: Sizes
+    kernel: Sizes
+    coarse_kernel: Sizes
+    stride: Sizes
+    padding: Sizes
+    dilation: Sizes
     groups: int
     bias: bool
     memory_format: torch.memory_format
@@ -43,11 +47,15 @@ class Case:
     coarse_sum: bool
 
     @property
+    def dims(self) -> int:
+        return len(self.size)
+
+    @property
     def modes(self) -> list[str]:
         return list(COARSE_MODES) if self.coarse_kernel == self.kernel else ["overlapped"]
 
-    def layer(self) -> TwoLevelConv2d:
-        return TwoLevelConv2d(
+    def layer(self) -> TwoLevelConvNd:
+        return LAYERS[self.dims](
             self.in_channels,
             self.out_channels,
             self.kernel,
@@ -63,15 +71,15 @@ class Case:
         ).to(memory_format=self.weight_format)  # type: ignore[call-overload]
 
 
-def random_case(seed: int) -> Case:
+def random_case(seed: int, dims: int = 2) -> Case:
     draw = random.Random(seed)
 
-    def pair(*values: int) -> Pair:
+    def drawn(*values: int) -> Sizes:
         first = draw.choice(values)
-        return (first, first) if draw.random() < 0.5 else (first, draw.choice(values))
+        return (first,) * dims if draw.random() < 0.5 else (first, *(draw.choice(values) for _ in range(dims - 1)))
 
     groups = draw.choice((1, 2, 3, 4))
-    kernel, dilation, padding = pair(1, 2, 3), pair(1, 2), pair(0, 1, 2)
+    kernel, dilation, padding = drawn(1, 2, 3), drawn(1, 2), drawn(0, 1, 2)
     reach = [step * (d - 1) + 1 - 2 * p for step, d, p in zip(dilation, kernel, padding, strict=True)]
     coarse = [
         draw.choice([d0 for d0 in range(1, 6) if step * (d0 - d) % 2 == 0])
@@ -82,22 +90,22 @@ def random_case(seed: int) -> Case:
         batch=draw.choice((1, 2, 3)),
         in_channels=groups * draw.choice((1, 2, 3)),
         out_channels=groups * draw.choice((1, 2, 3)),
-        size=(max(reach[0], 1) + draw.randrange(5), max(reach[1], 1) + draw.randrange(5)),
+        size=tuple(max(each, 1) + draw.randrange(5 if dims < 3 else 3) for each in reach),
         kernel=kernel,
-        coarse_kernel=kernel if draw.random() < 0.5 else (coarse[0], coarse[1]),
-        stride=pair(1, 2),
+        coarse_kernel=kernel if draw.random() < 0.5 else tuple(coarse),
+        stride=drawn(1, 2),
         padding=padding,
         dilation=dilation,
         groups=groups,
         bias=draw.random() < 0.5,
-        memory_format=draw.choice((torch.channels_last, torch.contiguous_format)),
-        weight_format=draw.choice((torch.channels_last, torch.contiguous_format)),
+        memory_format=draw.choice((CHANNELS_LAST.get(dims, torch.contiguous_format), torch.contiguous_format)),
+        weight_format=draw.choice((CHANNELS_LAST.get(dims, torch.contiguous_format), torch.contiguous_format)),
         coarse_channels=draw.choice((1, 1, 2, 3)),
         coarse_sum=draw.random() < 0.4,
     )
 
 
-def drawn(case: Case) -> tuple[TwoLevelConv2d, Tensor, Callable[..., Tensor]]:
+def drawn(case: Case) -> tuple[TwoLevelConvNd, Tensor, Callable[..., Tensor]]:
     """The layer with normal parameters, a normal input, and what draws more of a shape."""
     generator = torch.Generator().manual_seed(case.seed)
 
@@ -123,10 +131,10 @@ def taps(size: int, out_size: int, kernel: int, stride: int, start: int, dilatio
     return table
 
 
-def block(filters: Tensor, case: Case, out_size: Pair) -> Tensor:
+def block(filters: Tensor, case: Case, out_size: Sizes) -> Tensor:
     """[C_d] as a matrix (rows: channel, i, j; columns: channel, p, q), its kernel centred where the fine one is."""
     tables = []
-    for axis in (0, 1):
+    for axis in range(case.dims):
         kernel = filters.shape[2 + axis]
         twice_start = case.dilation[axis] * (case.kernel[axis] - kernel) - 2 * case.padding[axis]
         assert twice_start % 2 == 0
@@ -134,34 +142,36 @@ def block(filters: Tensor, case: Case, out_size: Pair) -> Tensor:
         tables.append(
             taps(case.size[axis], out_size[axis], kernel, case.stride[axis], start, case.dilation[axis]),
         )
-    matrix = torch.einsum("ocab,iap,jbq->oijcpq", filters, *tables)
-    return matrix.reshape(filters.shape[0] * out_size[0] * out_size[1], -1)
+    products = {1: "oca,iap->oicp", 2: "ocab,iap,jbq->oijcpq", 3: "ocabe,iap,jbq,ket->oijkcpqt"}
+    matrix = torch.einsum(products[case.dims], filters, *tables)
+    return matrix.reshape(filters.shape[0] * math.prod(out_size), -1)
 
 
-def dense_matrix(layer: TwoLevelConv2d, case: Case, out_size: Pair) -> Tensor:
+def dense_matrix(layer: TwoLevelConvNd, case: Case, out_size: Sizes) -> Tensor:
     """A_2L = sum_k R~_k^T A_k R_k + R0bar^T R_0, Equation (3.5). Where representatives are summed, R0bar^T has
     the same columns for each group."""
     fine = layer.weight.unflatten(0, (case.groups, -1))  # N, m/N, n/N, d, d
     coarse = layer.restriction.unflatten(0, (case.groups, -1))  # N, r, n/N, d0, d0
     group_convolution = torch.block_diag(*[block(filters, case, out_size) for filters in fine])
     restriction = torch.block_diag(*[block(filters, case, out_size) for filters in coarse])
-    positions = torch.eye(out_size[0] * out_size[1], dtype=torch.float64)
+    positions = torch.eye(math.prod(out_size), dtype=torch.float64)
     prolongation = layer.prolongation.repeat(1, case.groups) if case.coarse_sum else layer.prolongation
     return group_convolution + torch.kron(prolongation, positions) @ restriction
 
 
-def reference(layer: TwoLevelConv2d, x: Tensor, case: Case) -> Tensor:
+def reference(layer: TwoLevelConvNd, x: Tensor, case: Case) -> Tensor:
     reach = [step * (d - 1) + 1 for step, d in zip(case.dilation, case.kernel, strict=True)]
-    height = (case.size[0] + 2 * case.padding[0] - reach[0]) // case.stride[0] + 1
-    width = (case.size[1] + 2 * case.padding[1] - reach[1]) // case.stride[1] + 1
-    y = x.flatten(1) @ dense_matrix(layer, case, (height, width)).t()
-    y = y.view(case.batch, case.out_channels, height, width)
-    return y if layer.bias is None else y + layer.bias.view(1, -1, 1, 1)
+    windows = zip(case.size, case.padding, reach, case.stride, strict=True)
+    sizes = tuple((length + 2 * padding - reached) // stride + 1 for length, padding, reached, stride in windows)
+    y = x.flatten(1) @ dense_matrix(layer, case, sizes).t()
+    y = y.view(case.batch, case.out_channels, *sizes)
+    return y if layer.bias is None else y + layer.bias.view(1, -1, *[1] * case.dims)
 
 
+@pytest.mark.parametrize("dims", LAYERS)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_output_and_gradients(seed: int) -> None:
-    case = random_case(seed)
+def test_output_and_gradients(seed: int, dims: int) -> None:
+    case = random_case(seed, dims)
     layer, x, normal = drawn(case)
     expected = reference(layer, x, case)
     inputs = {"input": x, **dict(layer.named_parameters())}
@@ -183,26 +193,26 @@ KINDS: dict[str, Callable[[Case], bool]] = {
     "more than two groups": lambda c: c.groups > 2,
     "n != m": lambda c: c.in_channels != c.out_channels,
     "d0 = d": lambda c: c.coarse_kernel == c.kernel,
-    "d0 > d": lambda c: c.coarse_kernel[0] > c.kernel[0] and c.coarse_kernel[1] > c.kernel[1],
+    "d0 > d": lambda c: all(d0 > d for d0, d in zip(c.coarse_kernel, c.kernel, strict=True)),
     "d0 < d, coarse kernel reads less than the padding": lambda c: (
         c.coarse_kernel[0] < c.kernel[0] and c.padding[0] >= c.dilation[0]
     ),
     "d0 < d, no padding": lambda c: c.coarse_kernel[0] < c.kernel[0] and c.padding[0] == 0,
     "d0 > d along one axis and d0 < d along the other": lambda c: (
-        (c.coarse_kernel[0] - c.kernel[0]) * (c.coarse_kernel[1] - c.kernel[1]) < 0
+        (c.coarse_kernel[0] - c.kernel[0]) * (c.coarse_kernel[-1] - c.kernel[-1]) < 0
     ),
     "even kernel": lambda c: c.kernel[0] == 2,
-    "1x1": lambda c: c.kernel == c.coarse_kernel == (1, 1),
-    "rectangular kernel": lambda c: c.kernel[0] != c.kernel[1],
-    "rectangular image": lambda c: c.size[0] != c.size[1],
-    "stride 2": lambda c: c.stride == (2, 2),
-    "stride by axis": lambda c: c.stride[0] != c.stride[1],
-    "dilation 2": lambda c: c.dilation == (2, 2) and c.kernel[0] > 1,
-    "no padding": lambda c: c.padding == (0, 0) and c.kernel[0] > 1,
+    "1x1": lambda c: max(c.kernel + c.coarse_kernel) == 1,
+    "rectangular kernel": lambda c: c.kernel[0] != c.kernel[-1],
+    "rectangular image": lambda c: c.size[0] != c.size[-1],
+    "stride 2": lambda c: min(c.stride) == 2,
+    "stride by axis": lambda c: c.stride[0] != c.stride[-1],
+    "dilation 2": lambda c: min(c.dilation) == 2 and c.kernel[0] > 1,
+    "no padding": lambda c: max(c.padding) == 0 and c.kernel[0] > 1,
     "bias": lambda c: c.bias,
     "no bias": lambda c: not c.bias,
-    "channels_last": lambda c: c.memory_format == torch.channels_last and c.in_channels > 1,
-    "weights channels_last": lambda c: c.weight_format == torch.channels_last and c.in_channels > c.groups,
+    "channels_last": lambda c: c.memory_format != torch.contiguous_format and c.in_channels > 1,
+    "weights channels_last": lambda c: c.weight_format != torch.contiguous_format and c.in_channels > c.groups,
     "weights contiguous": lambda c: c.weight_format == torch.contiguous_format and c.in_channels > c.groups,
     **{
         f"r = {r}, {'summed' if summed else 'apart'}": lambda c, r=r, summed=summed: (  # type: ignore[misc]
@@ -217,6 +227,16 @@ KINDS: dict[str, Callable[[Case], bool]] = {
 }
 
 
+KINDS_OF_IMAGES = {key for key in KINDS if "axis" in key or "rectangular" in key or "channels_last" in key}
+"""Waveforms have no such cases."""
+
+
+@functools.cache
+def cases(dims: int) -> list[Case]:
+    return [random_case(seed, dims) for seed in SEEDS]
+
+
+@pytest.mark.parametrize("dims", LAYERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_cases_include(kind: str) -> None:
-    assert any(KINDS[kind](random_case(seed)) for seed in SEEDS)
+def test_the_cases_include(kind: str, dims: int) -> None:
+    assert any(map(KINDS[kind], cases(dims))) is not (dims == 1 and kind in KINDS_OF_IMAGES)

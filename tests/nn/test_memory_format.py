@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from tlgc_mp.models import create_model
-from tlgc_mp.nn import TwoLevelConv2d
+from tlgc_mp.nn import TwoLevelConv2d, TwoLevelConv3d
 from tlgc_mp.nn.two_level import COARSE_MODES
 
 BATCH = 7
@@ -50,6 +50,23 @@ def test_layer_keeps_the_format(
     watch.see("gradient of the input", (grad,))
     assert watch.count == 2
     assert not watch.wrong
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last_3d, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("weight_format", [torch.channels_last_3d, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("coarse_mode", COARSE_MODES)
+@pytest.mark.parametrize("training", [True, False])
+def test_layer_of_volumes_keeps_the_format(
+    training: bool, coarse_mode: str, weight_format: torch.memory_format, memory_format: torch.memory_format
+) -> None:
+    layer = TwoLevelConv3d(8, 12, 3, padding=1, groups=4, bias=True).train(training)
+    layer.to(memory_format=weight_format)  # type: ignore[call-overload]
+    layer.coarse_mode = coarse_mode
+    x = torch.randn(BATCH, 8, 4, 6, 5).to(memory_format=memory_format).requires_grad_()
+    y = layer(x)
+    assert y.is_contiguous(memory_format=memory_format), f"output strides {y.stride()}"
+    (grad,) = torch.autograd.grad(y, x, torch.randn(y.shape))
+    assert grad.is_contiguous(memory_format=memory_format), f"strides of the gradient {grad.stride()}"
 
 
 def nodes(root: Node) -> Iterator[Node]:

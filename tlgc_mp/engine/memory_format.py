@@ -9,26 +9,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tlgc_mp.nn.window import channels_last_of, memory_format_of
+
 
 def channels_last_filters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of ``model`` that are laid out as channels_last tensors are, and are no contiguous ones."""
-    return [p for p in model.parameters() if p.dim() == 4 and p.stride() != _strides(p) and _is_channels_last(p)]
+    return [p for p in model.parameters() if p.dim() in (4, 5) and p.stride() != _strides(p) and _is_channels_last(p)]
 
 
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    return torch.empty(tensor.shape, device="meta").stride()
+def _strides(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> tuple[int, ...]:
+    return torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    return tensor.is_contiguous(memory_format=torch.channels_last)
+    return memory_format_of(tensor) == channels_last_of(tensor)
 
 
 def restore(filters: list[nn.Parameter]) -> None:
     """Gives each filter its format back, in place."""
     for filter in filters:
-        filter.data = filter.data.clone(memory_format=torch.channels_last).as_strided(
-            filter.shape, torch.empty(filter.shape, device="meta", memory_format=torch.channels_last).stride()
-        )
+        last = channels_last_of(filter)
+        filter.data = filter.data.clone(memory_format=last).as_strided(filter.shape, _strides(filter, last))
 
 
 def follow(model: nn.Module, filters: list[nn.Parameter]) -> None:
@@ -41,5 +42,6 @@ def follow(model: nn.Module, filters: list[nn.Parameter]) -> None:
 
 def _to_channels_last(module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(
-        x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x for x in inputs
+        x.contiguous(memory_format=channels_last_of(x)) if isinstance(x, Tensor) and x.dim() in (4, 5) else x
+        for x in inputs
     )

@@ -52,19 +52,22 @@ def check_groups(groups: int, **channels: int) -> None:
             raise must_be("groups", f"a divisor of {name}={count}", groups, f"use {one_of(common)}")
 
 
-def _pair(value: object) -> tuple[Any, ...]:
-    """One value for both directions, or what is given for each."""
-    return tuple(value) if isinstance(value, Iterable) else (value, value)
+_SEVERAL = {1: "", 2: " or a pair of them", 3: " or three of them"}
 
 
-def positive_pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    """(vertical, horizontal) of the argument ``name``, given as one int or as both."""
-    pair = _pair(value)
-    if len(pair) != 2 or not all(is_count(v) for v in pair):
-        raise must_be(name, "a positive int or a pair of them", value)
-    if max(pair) > _LARGEST_SIZE:
+def _by_dimension(value: object, dims: int) -> tuple[Any, ...]:
+    """One value for all dimensions, or what is given for each."""
+    return tuple(value) if isinstance(value, Iterable) else (value,) * dims
+
+
+def positive_sizes(name: str, value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    """The argument ``name`` for each of ``dims`` dimensions, given as one int or as all."""
+    sizes = _by_dimension(value, dims)
+    if len(sizes) != dims or not all(is_count(v) for v in sizes):
+        raise must_be(name, f"a positive int{_SEVERAL[dims]}", value)
+    if max(sizes) > _LARGEST_SIZE:
         raise must_be(name, f"{_LARGEST_SIZE} or less", value)
-    return tuple(pair)
+    return sizes
 
 
 def check_weights(shape: Sequence[int]) -> None:
@@ -76,21 +79,23 @@ def check_weights(shape: Sequence[int]) -> None:
         )
 
 
-def padding_pair(
-    padding: int | tuple[int, int] | str, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
-) -> tuple[int, int]:
-    """The padding in numbers: an int, a pair, ``"valid"``, or ``"same"`` where it can be centred."""
+def padding_sizes(
+    padding: int | tuple[int, ...] | str, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The padding in numbers: an int, one for each dimension, ``"valid"``, or ``"same"`` where it can be centred."""
+    dims = len(kernel)
     if padding == "valid":
-        return (0, 0)
+        return (0,) * dims
     if padding == "same":
         reach = [step * (d - 1) for step, d in zip(dilation, kernel, strict=True)]
-        if stride != (1, 1) or any(r % 2 for r in reach):
+        if max(stride) > 1 or any(r % 2 for r in reach):
             raise UsageError(
                 f"padding must be given in numbers unless stride is 1 and dilation * (kernel_size - 1) is even, got "
                 f"'same' with stride={stride}, kernel_size={kernel}, dilation={dilation}"
             )
-        return (reach[0] // 2, reach[1] // 2)
-    pair = _pair(padding)
-    if len(pair) != 2 or not all(is_count(v, 0) and v <= _LARGEST_SIZE for v in pair):
-        raise must_be("padding", "a non-negative int, a pair of them, 'same' or 'valid'", padding)
-    return tuple(pair)
+        return tuple(r // 2 for r in reach)
+    sizes = _by_dimension(padding, dims)
+    if len(sizes) != dims or not all(is_count(v, 0) and v <= _LARGEST_SIZE for v in sizes):
+        several = _SEVERAL[dims].replace(" or ", ", ")
+        raise must_be("padding", f"a non-negative int{several}, 'same' or 'valid'", padding)
+    return sizes

@@ -17,23 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tlgc_mp.nn.grouped import CheckedGroupConv2d
+from tlgc_mp.nn.grouped import CheckedGroupConvNd
 
 
-class BalancedConv2d(CheckedGroupConv2d):
-    """(B, in_channels, H, W) -> (B, out_channels, h, w): a group convolution, and a convolution of the groups' mean.
-
-    Arguments are those of :class:`torch.nn.Conv2d`; ``groups`` is N, and there is no bias unless asked for. It has
-    twice the filters of a group convolution, and across ranks sends n/N feature maps, summed.
-
-    Parameters:
-        weight: (m, n/N, d, d), the filters A_k, one group's after the other's.
-        mean_weight: (m, n/N, d, d), the filters B_k.
-        bias: (m,), optional.
-
-    Raises:
-        UsageError: an argument that cannot work, such as ``groups`` that does not divide both channel counts.
-    """
+class BalancedConvNd(CheckedGroupConvNd):
+    """What balanced group convolutions of one to three dimensions are."""
 
     def reset_parameters(self) -> None:
         """Draws the parameters (:meth:`initial_deviations`) from torch's own random state; the bias starts at zero."""
@@ -51,9 +39,45 @@ class BalancedConv2d(CheckedGroupConv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, H, W) -> (B, m, h, w), in the memory format of ``x``; (n, H, W) -> (m, h, w)."""
         mean = self.mean_of_groups(x)
-        return super().forward(x) + F.conv2d(mean, self.mean_weight, None, self.stride, self.padding, self.dilation)
+        convolve = getattr(F, f"conv{self.dims}d")
+        y: Tensor = super().forward(x) + convolve(
+            mean, self.mean_weight, None, self.stride, self.padding, self.dilation
+        )
+        return y
 
     def mean_of_groups(self, x: Tensor) -> Tensor:
         """(..., n, H, W) -> (..., n/N, H, W)."""
-        by_group: Tensor = x.movedim(-3, -1).unflatten(-1, (self.groups, -1))  # ..., H, W, N, n/N
-        return by_group.mean(-2).movedim(-1, -3)
+        channels = -1 - self.dims
+        by_group: Tensor = x.movedim(channels, -1).unflatten(-1, (self.groups, -1))  # ..., H, W, N, n/N
+        return by_group.mean(-2).movedim(-1, channels)
+
+
+class BalancedConv2d(BalancedConvNd, nn.Conv2d):
+    """(B, in_channels, H, W) -> (B, out_channels, h, w): a group convolution, and a convolution of the groups' mean.
+
+    Arguments are those of :class:`torch.nn.Conv2d`; ``groups`` is N, and there is no bias unless asked for. It has
+    twice the filters of a group convolution, and across ranks sends n/N feature maps, summed.
+
+    Parameters:
+        weight: (m, n/N, d, d), the filters A_k, one group's after the other's.
+        mean_weight: (m, n/N, d, d), the filters B_k.
+        bias: (m,), optional.
+
+    Raises:
+        UsageError: an argument that cannot work, such as ``groups`` that does not divide both channel counts.
+    """
+
+    dims = 2
+
+
+class BalancedConv1d(BalancedConvNd, nn.Conv1d):
+    """:class:`BalancedConv2d` of waveforms, (B, in_channels, L) -> (B, out_channels, l), with filters (m, n/N, d)."""
+
+    dims = 1
+
+
+class BalancedConv3d(BalancedConvNd, nn.Conv3d):
+    """:class:`BalancedConv2d` of volumes, (B, in_channels, D, H, W) -> (B, out_channels, d, h, w), with filters
+    (m, n/N, d, d, d)."""
+
+    dims = 3

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tlgc_mp.errors import UsageError
-from tlgc_mp.nn.arguments import check_device, check_dtype, check_groups, check_weights, padding_pair, positive_pair
+from tlgc_mp.nn.arguments import check_device, check_dtype, check_groups, check_weights, padding_sizes, positive_sizes
 from tlgc_mp.nn.capture import is_captured
 from tlgc_mp.nn.fusing import NotFusedByTorch
 
@@ -60,11 +60,11 @@ class FullyLearnableGroupConv2d(nn.Module):
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.groups = groups
-        self.kernel_size = positive_pair("kernel_size", kernel_size)
+        self.kernel_size = positive_sizes("kernel_size", kernel_size, 2)
         check_weights((out_channels, in_channels // groups, *self.kernel_size))
-        self.stride = positive_pair("stride", stride)
-        self.dilation = positive_pair("dilation", dilation)
-        self.padding = padding_pair(padding, self.kernel_size, self.stride, self.dilation)
+        self.stride = positive_sizes("stride", stride, 2)
+        self.dilation = positive_sizes("dilation", dilation, 2)
+        self.padding = padding_sizes(padding, self.kernel_size, self.stride, self.dilation)
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -170,9 +170,9 @@ class PermutedGroupConv2d(NotFusedByTorch):
         input_order: Tensor,
         output_order: Tensor,
         *,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
         groups: int,
     ) -> None:
         super().__init__()

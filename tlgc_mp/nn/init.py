@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from tlgc_mp.errors import UsageError, must_be
 from tlgc_mp.nn.arguments import check_module
-from tlgc_mp.nn.balanced import BalancedConv2d
+from tlgc_mp.nn.balanced import BalancedConvNd
 from tlgc_mp.nn.fully_learnable import FullyLearnableGroupConv2d
-from tlgc_mp.nn.two_level import TwoLevelConv2d
+from tlgc_mp.nn.two_level import TwoLevelConvNd
 
 
 def block_seed(seed: int, name: str, block: int) -> int:
@@ -52,7 +52,7 @@ def _normal_blocks(
     generator = torch.Generator()
     for index, block in enumerate(param.tensor_split(blocks[0], dim=dim)):
         generator.manual_seed(block_seed(seed, name, first + index))
-        for part in block if block.dim() == 4 else (block,):  # filter by filter, in whichever memory format
+        for part in block if block.dim() > 2 else (block,):  # filter by filter, in whichever memory format
             own = part.shape[0]
             drawn = torch.empty(length or own, *part.shape[1:]).normal_(0.0, std, generator=generator)
             part.copy_(drawn.narrow(0, _start(own, length or own, shard_index), own))
@@ -125,7 +125,7 @@ def check_drawable(model: nn.Module) -> None:
 def drawn_by_blocks(module: nn.Module) -> bool:
     """Whether all that the module itself holds is drawn block by block, so that a rank can draw its share alone."""
     held = {key for key, tensor in {**module._parameters, **module._buffers}.items() if tensor is not None}
-    if isinstance(module, TwoLevelConv2d | FullyLearnableGroupConv2d | BalancedConv2d):
+    if isinstance(module, TwoLevelConvNd | FullyLearnableGroupConv2d | BalancedConvNd):
         return held <= {*module.initial_deviations(), "bias"}
     if isinstance(module, nn.Conv2d | nn.Linear):
         return "weight" in module._parameters and held <= {"weight", "bias"}
@@ -138,12 +138,12 @@ def drawn_by_blocks(module: nn.Module) -> bool:
 def draw_by_blocks(name: str, module: Any, seed: int, shard_index: int = 0) -> None:
     """Draws what a module holds for which :func:`drawn_by_blocks` is true: as :func:`init_parameters`, in place."""
     prefix = f"{name}." if name else ""
-    if isinstance(module, TwoLevelConv2d | FullyLearnableGroupConv2d):
-        here = module.local_groups if isinstance(module, TwoLevelConv2d) else module.groups
+    if isinstance(module, TwoLevelConvNd | FullyLearnableGroupConv2d):
+        here = module.local_groups if isinstance(module, TwoLevelConvNd) else module.groups
         for key, std in module.initial_deviations().items():
             blocks = (here, module.groups)
             _normal_blocks(getattr(module, key), std, blocks, seed, prefix + key, shard_index)
-    elif isinstance(module, BalancedConv2d):
+    elif isinstance(module, BalancedConvNd):
         for key, std in module.initial_deviations().items():
             blocks = (module.weight.shape[0], module.out_channels)
             _normal_blocks(getattr(module, key), std, blocks, seed, prefix + key, shard_index)

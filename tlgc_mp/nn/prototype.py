@@ -16,17 +16,11 @@ import math
 
 from torch import Tensor, nn
 
-from tlgc_mp.nn.two_level import TwoLevelConv2d
+from tlgc_mp.nn.two_level import TwoLevelConv1d, TwoLevelConv2d, TwoLevelConv3d, TwoLevelConvNd
 
 
-class TwoLevelPrototypeConv2d(TwoLevelConv2d):
-    """The prototype (3.2) of :class:`TwoLevelConv2d`, with the same arguments.
-
-    Parameters, in ``groups`` equal contiguous blocks along their first dimension, one block a group:
-        weight, restriction, bias: as in the final form.
-        coarse: (N r, N r), or (N r, r) with ``coarse_sum``, the 1x1 convolution A_0 among the coarse channels.
-        spread: (m,), or (m, r) for r > 1, the factors r_k with which a group's outputs take on its coarse channels.
-    """
+class TwoLevelPrototypeConvNd(TwoLevelConvNd):
+    """What prototypes of one to three dimensions are."""
 
     coarse: nn.Parameter
     spread: nn.Parameter
@@ -46,3 +40,21 @@ class TwoLevelPrototypeConv2d(TwoLevelConv2d):
             "coarse": math.sqrt(2.0 / self.shared_maps),
             "spread": math.sqrt(gain / (2.0 * self.coarse_channels)),
         }
+
+
+class TwoLevelPrototypeConv2d(TwoLevelPrototypeConvNd, TwoLevelConv2d):
+    """The prototype (3.2) of :class:`TwoLevelConv2d`, with the same arguments.
+
+    Parameters, in ``groups`` equal contiguous blocks along their first dimension, one block a group:
+        weight, restriction, bias: as in the final form.
+        coarse: (N r, N r), or (N r, r) with ``coarse_sum``, the 1x1 convolution A_0 among the coarse channels.
+        spread: (m,), or (m, r) for r > 1, the factors r_k with which a group's outputs take on its coarse channels.
+    """
+
+
+class TwoLevelPrototypeConv1d(TwoLevelPrototypeConvNd, TwoLevelConv1d):
+    """The prototype (3.2) of :class:`TwoLevelConv1d`, with the same arguments."""
+
+
+class TwoLevelPrototypeConv3d(TwoLevelPrototypeConvNd, TwoLevelConv3d):
+    """The prototype (3.2) of :class:`TwoLevelConv3d`, with the same arguments."""

@@ -8,13 +8,34 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tlgc_mp.nn.capture import is_captured
-from tlgc_mp.nn.grouped import CheckedGroupConv2d
+from tlgc_mp.nn.grouped import CheckedGroupConvNd
+from tlgc_mp.nn.window import from_last, memory_format_of, to_last
 
 
-class ShuffleConv2d(CheckedGroupConv2d):
+class ShuffleConvNd(CheckedGroupConvNd):
+    """What shuffled group convolutions of one to three dimensions are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_captured(x):
+            channels = -1 - self.dims
+            rows: Tensor = super().forward(x).unflatten(channels, (self.groups, -1))
+            return rows.transpose(channels - 1, channels).flatten(channels - 1, channels)
+        if x.dim() == self.dims + 1:  # as torch's convolutions take it
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        return self._shuffled(super().forward(x))
+
+    def _shuffled(self, y: Tensor) -> Tensor:
+        """Channel k of group g, (g, k), moves to place (k, g)."""
+        if memory_format_of(y) == torch.contiguous_format:
+            return F.channel_shuffle(y, self.groups)
+        rows: Tensor = to_last(y).unflatten(-1, (self.groups, -1))  # B, h, w, N, m/N
+        return from_last(rows.transpose(-2, -1).flatten(-2))
+
+
+class ShuffleConv2d(ShuffleConvNd, nn.Conv2d):
     """(B, in_channels, H, W) -> (B, out_channels, h, w): a group convolution, then output channel k of the N groups one
     after the other, for k = 1, ..., m/N. The next group convolution so reads from every group of this one.
 
@@ -25,17 +46,16 @@ class ShuffleConv2d(CheckedGroupConv2d):
         UsageError: an argument that cannot work, such as ``groups`` that does not divide both channel counts.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if is_captured(x):
-            rows: Tensor = super().forward(x).unflatten(-3, (self.groups, -1))
-            return rows.transpose(-4, -3).flatten(-4, -3)
-        if x.dim() == 3:  # as Conv2d takes it
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        return self._shuffled(super().forward(x))
+    dims = 2
 
-    def _shuffled(self, y: Tensor) -> Tensor:
-        """Channel k of group g, (g, k), moves to place (k, g)."""
-        if not y.is_contiguous(memory_format=torch.channels_last):
-            return F.channel_shuffle(y, self.groups)
-        rows: Tensor = y.permute(0, 2, 3, 1).unflatten(3, (self.groups, -1))  # B, h, w, N, m/N
-        return rows.transpose(3, 4).flatten(3).permute(0, 3, 1, 2)
+
+class ShuffleConv1d(ShuffleConvNd, nn.Conv1d):
+    """:class:`ShuffleConv2d` of waveforms, (B, in_channels, L) -> (B, out_channels, l)."""
+
+    dims = 1
+
+
+class ShuffleConv3d(ShuffleConvNd, nn.Conv3d):
+    """:class:`ShuffleConv2d` of volumes, (B, in_channels, D, H, W) -> (B, out_channels, d, h, w)."""
+
+    dims = 3

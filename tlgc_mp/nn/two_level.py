@@ -21,19 +21,18 @@ device), r representatives of a group, h x w output positions, L = B * h * w.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tlgc_mp.errors import UsageError, check_representatives, must_be, one_of
-from tlgc_mp.nn.arguments import check_device, check_dtype, check_groups, check_weights, padding_pair, positive_pair
+from tlgc_mp.nn.arguments import check_device, check_dtype, check_groups, check_weights, padding_sizes, positive_sizes
 from tlgc_mp.nn.capture import is_captured
 from tlgc_mp.nn.coarse_level import Exchange, Fused, Overlapped, WholeExchange, autocasts, is_for_cpu
 from tlgc_mp.nn.composed import Dense, KeptFilters, composed_out_of_place
 from tlgc_mp.nn.fusing import NotFusedByTorch
-from tlgc_mp.nn.window import Window
+from tlgc_mp.nn.window import AXES, VolumeWindow, Window
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -66,44 +65,10 @@ of the fine one. docs/results.md compares them.
 """
 
 
-class TwoLevelConv2d(NotFusedByTorch):
-    """Two-level group convolution of (B, in_channels, H, W) to (B, out_channels, h, w), Equation (3.5).
+class TwoLevelConvNd(NotFusedByTorch):
+    """What two-level group convolutions of one to three dimensions are; :class:`TwoLevelConv2d` describes them."""
 
-    Arguments are those of :class:`torch.nn.Conv2d`; h and w are those of the convolution with ``kernel_size``.
-
-    Args:
-        in_channels: n, a multiple of ``groups``.
-        out_channels: m, a multiple of ``groups``.
-        kernel_size: d, an int or a pair (height, width).
-        padding: an int, a pair, ``"valid"``, or ``"same"`` (stride 1, a kernel that can be centred).
-        groups: N, the number of groups.
-        coarse_kernel_size: d0, the kernel of the restriction R_0; ``None`` means d. It is centred on the fine kernel,
-            so ``dilation * (d0 - d)`` must be even.
-        coarse_init: the initial weights, one of :data:`COARSE_INITS`.
-        coarse_channels: r, how many representatives a group has; 1 is the paper's layer. A layer whose r is the
-            smaller of n/N * d * d and m (N - 1)/N can have the values of any dense convolution.
-        coarse_sum: whether the representatives of all groups are summed, the first ones, the second ones and so on.
-
-    Parameters, each in ``groups`` equal contiguous blocks along its first dimension, one block a group:
-        weight: (m, n/N, d, d), the fine filters A_k.
-        restriction: (N r, n/N, d0, d0), the R_0 of each group.
-        prolongation: (m, N r), the rows of S_k; (m, r) with ``coarse_sum``.
-        bias: (m,), optional.
-
-    Attributes:
-        coarse_mode: how the coarse level is computed; the results are the same but for rounding. ``"overlapped"``:
-            the restriction on its own and first, and the collectives run under the fine convolution. ``"fused"``:
-            the restriction as one more filter of each group's fine convolution, d0 = d only. ``"dense"``: one dense
-            convolution with the composed filters A_k + S_k R_0, d0 = d and all groups on this device only; in
-            evaluation on a CPU they are composed anew only when a parameter has changed. Chosen by the layer's
-            channels, groups and kernel, whether all groups are here, and the device that its parameters are on, never
-            by a clock, so that a run can be repeated; it may be assigned, and a mode that is none raises UsageError.
-
-    Raises:
-        UsageError: a count that is not positive, ``groups`` that does not divide both channel counts, a padding or
-            coarse kernel that cannot be centred, or a ``coarse_sum`` that is no bool.
-    """
-
+    dims: ClassVar[int]
     weight: nn.Parameter
     restriction: nn.Parameter
     prolongation: nn.Parameter
@@ -113,13 +78,13 @@ class TwoLevelConv2d(NotFusedByTorch):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
         groups: int = 1,
         bias: bool = False,
-        coarse_kernel_size: int | tuple[int, int] | None = None,
+        coarse_kernel_size: int | tuple[int, ...] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -135,18 +100,18 @@ class TwoLevelConv2d(NotFusedByTorch):
         self.out_channels = out_channels
         self.groups = groups
         self.local_groups = groups
-        self.kernel_size: tuple[int, int] = positive_pair("kernel_size", kernel_size)
+        dims = self.dims
+        self.kernel_size = positive_sizes("kernel_size", kernel_size, dims)
         check_weights((out_channels, in_channels // groups, *self.kernel_size))
-        self.stride: tuple[int, int] = positive_pair("stride", stride)
-        self.dilation: tuple[int, int] = positive_pair("dilation", dilation)
-        self.padding: tuple[int, int] = padding_pair(padding, self.kernel_size, self.stride, self.dilation)
-        self.coarse_kernel_size = (
-            self.kernel_size if coarse_kernel_size is None else positive_pair("coarse_kernel_size", coarse_kernel_size)
-        )
+        self.stride = positive_sizes("stride", stride, dims)
+        self.dilation = positive_sizes("dilation", dilation, dims)
+        self.padding = padding_sizes(padding, self.kernel_size, self.stride, self.dilation)
+        coarse_kernel = self.kernel_size if coarse_kernel_size is None else coarse_kernel_size
+        self.coarse_kernel_size = positive_sizes("coarse_kernel_size", coarse_kernel, dims)
         windows = zip(self.padding, self.kernel_size, self.coarse_kernel_size, self.dilation, strict=True)
-        vertical, horizontal = (_coarse_padding(p, d, d0, step) for p, d, d0, step in windows)
-        self.fine_window = Window(self.kernel_size, self.stride, self.padding, self.dilation)
-        self.coarse_window = Window(self.coarse_kernel_size, self.stride, (vertical, horizontal), self.dilation)
+        coarse_padding = tuple(_coarse_padding(p, d, d0, step) for p, d, d0, step in windows)
+        self.fine_window = self._window(self.kernel_size, self.padding)
+        self.coarse_window = self._window(self.coarse_kernel_size, coarse_padding)
         self._assigned_mode: str | None = None
         self._kept = KeptFilters()
         check_representatives(coarse_channels, coarse_sum)
@@ -170,6 +135,14 @@ class TwoLevelConv2d(NotFusedByTorch):
         )
         self.reset_parameters()
 
+    def _window(self, kernel: tuple[int, ...], padding: tuple[int, ...]) -> Window:
+        """Where a kernel reads in what :meth:`_computed` gets."""
+        return Window(kernel, self.stride, padding, self.dilation)
+
+    def _lifted(self, filters: Tensor) -> Tensor:
+        """Filters as the autograd functions take them."""
+        return filters
+
     def _coarse_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the parameters that make the prolongation."""
         return {"prolongation": (self.out_channels, self.shared_maps)}
@@ -187,9 +160,9 @@ class TwoLevelConv2d(NotFusedByTorch):
         """The restriction as filters that give the maps to share: (G r, n/N, d0, d0), of one group each, or those of
         their sum over the groups held here, (r, G n/N, d0, d0)."""
         if not self.coarse_sum:
-            return self.restriction
+            return self._lifted(self.restriction)
         by_group: Tensor = self.restriction.unflatten(0, (self.local_groups, -1))  # G, r, n/N, d0, d0
-        return by_group.transpose(0, 1).flatten(1, 2)
+        return self._lifted(by_group.transpose(0, 1).flatten(1, 2))
 
     def initial_deviations(self) -> dict[str, float]:
         """Parameter name -> the standard deviation of its initial values, which are normal with mean 0."""
@@ -249,23 +222,28 @@ class TwoLevelConv2d(NotFusedByTorch):
         """(B, n, H, W) -> (B, m, h, w), in the memory format of ``x``; (n, H, W) -> (m, h, w)."""
         if self.local_groups == self.groups and is_captured(x):
             return self._in_torch(x)
-        if x.dim() == 3:
+        if x.dim() == self.dims + 1:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        groups = self.local_groups
-        channels = self.in_channels * groups // self.groups
-        if x.dim() != 4 or x.shape[1] != channels or min(self.fine_window.output_size(x.shape[2:])) < 1:
-            raise UsageError(
-                f"input must be of shape (B, {channels}, H, W), H x W at least the kernel, got {tuple(x.shape)}"
-            )
+        channels = self.in_channels * self.local_groups // self.groups
+        if x.dim() != self.dims + 2 or x.shape[1] != channels or min(self._output_size(x)) < 1:
+            shape, size = f"(B, {channels}, {', '.join(AXES[self.dims])})", " x ".join(AXES[self.dims])
+            raise UsageError(f"input must be of shape {shape}, {size} at least the kernel, got {tuple(x.shape)}")
+        return self._computed(x)
+
+    def _output_size(self, x: Tensor) -> tuple[int, ...]:
+        return self.fine_window.output_size(x.shape[2:])
+
+    def _computed(self, x: Tensor) -> Tensor:
+        groups, weight = self.local_groups, self._lifted(self.weight)
         mode = self.coarse_mode
         if mode == "dense":
             (x,) = _computed_in(x)
-            tensors = (self.weight, self.restriction_filters(), self.prolongation_matrix())
+            tensors = (weight, self.restriction_filters(), self.prolongation_matrix())
             kept = self._kept.filters(x, groups, *tensors) if self._keeps(x) else None
             y: Tensor = Dense.apply(x, *tensors, self.bias, self.fine_window, kept)
             return y
-        restriction = self.restriction if mode == "fused" else self.restriction_filters()
-        tensors = _computed_in(x, self.weight, restriction, self.prolongation_matrix(), self.bias)
+        restriction = self._lifted(self.restriction) if mode == "fused" else self.restriction_filters()
+        tensors = _computed_in(x, weight, restriction, self.prolongation_matrix(), self.bias)
         if mode == "fused":
             y = Fused.apply(*tensors, self.fine_window, groups, self.coarse_sum, self.exchange)
         else:
@@ -285,15 +263,16 @@ class TwoLevelConv2d(NotFusedByTorch):
 
     def _in_torch(self, x: Tensor) -> Tensor:
         """The same in torch's own functions, for tools that know no others."""
+        weight = self._lifted(self.weight)
         restriction, prolongation = self.restriction_filters(), self.prolongation_matrix()
         coarse_groups = 1 if self.coarse_sum else self.groups
         if self.coarse_mode == "dense":
-            shape = (self.in_channels, *self.kernel_size)
-            filters = composed_out_of_place(self.weight, restriction, prolongation, self.groups, coarse_groups, shape)
+            shape = (self.in_channels, *self.fine_window.kernel)
+            filters = composed_out_of_place(weight, restriction, prolongation, self.groups, coarse_groups, shape)
             return self.fine_window.convolve(x, filters, self.bias)
-        fine = self.fine_window.convolve(x, self.weight, self.bias, self.groups)
+        fine = self.fine_window.convolve(x, weight, self.bias, self.groups)
         coarse = self.coarse_window.convolve(x, restriction, None, coarse_groups)
-        return fine + F.conv2d(coarse, prolongation[:, :, None, None])
+        return fine + self.fine_window.mix(coarse, prolongation)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
@@ -307,6 +286,86 @@ class TwoLevelConv2d(NotFusedByTorch):
         if self.local_groups != self.groups:
             text += f", local_groups={self.local_groups}"
         return text + f", bias={self.bias is not None}"
+
+
+class TwoLevelConv2d(TwoLevelConvNd):
+    """Two-level group convolution of (B, in_channels, H, W) to (B, out_channels, h, w), Equation (3.5).
+
+    Arguments are those of :class:`torch.nn.Conv2d`; h and w are those of the convolution with ``kernel_size``.
+
+    Args:
+        in_channels: n, a multiple of ``groups``.
+        out_channels: m, a multiple of ``groups``.
+        kernel_size: d, an int or a pair (height, width).
+        padding: an int, a pair, ``"valid"``, or ``"same"`` (stride 1, a kernel that can be centred).
+        groups: N, the number of groups.
+        coarse_kernel_size: d0, the kernel of the restriction R_0; ``None`` means d. It is centred on the fine kernel,
+            so ``dilation * (d0 - d)`` must be even.
+        coarse_init: the initial weights, one of :data:`COARSE_INITS`.
+        coarse_channels: r, how many representatives a group has; 1 is the paper's layer. A layer whose r is the
+            smaller of n/N * d * d and m (N - 1)/N can have the values of any dense convolution.
+        coarse_sum: whether the representatives of all groups are summed, the first ones, the second ones and so on.
+
+    Parameters, each in ``groups`` equal contiguous blocks along its first dimension, one block a group:
+        weight: (m, n/N, d, d), the fine filters A_k.
+        restriction: (N r, n/N, d0, d0), the R_0 of each group.
+        prolongation: (m, N r), the rows of S_k; (m, r) with ``coarse_sum``.
+        bias: (m,), optional.
+
+    Attributes:
+        coarse_mode: how the coarse level is computed; the results are the same but for rounding. ``"overlapped"``:
+            the restriction on its own and first, and the collectives run under the fine convolution. ``"fused"``:
+            the restriction as one more filter of each group's fine convolution, d0 = d only. ``"dense"``: one dense
+            convolution with the composed filters A_k + S_k R_0, d0 = d and all groups on this device only; in
+            evaluation on a CPU they are composed anew only when a parameter has changed. Chosen by the layer's
+            channels, groups and kernel, whether all groups are here, and the device that its parameters are on, never
+            by a clock, so that a run can be repeated; it may be assigned, and a mode that is none raises UsageError.
+
+    Raises:
+        UsageError: a count that is not positive, ``groups`` that does not divide both channel counts, a padding or
+            coarse kernel that cannot be centred, or a ``coarse_sum`` that is no bool.
+    """
+
+    dims = 2
+
+
+class TwoLevelConv1d(TwoLevelConvNd):
+    """:class:`TwoLevelConv2d` of waveforms, (B, in_channels, L) -> (B, out_channels, l).
+
+    Arguments are those of :class:`torch.nn.Conv1d` and, of the coarse level, those of :class:`TwoLevelConv2d`. The fine
+    filters are (m, n/N, d), the restriction (N r, n/N, d0). It computes on images one row high.
+    """
+
+    dims = 1
+
+    def _window(self, kernel: tuple[int, ...], padding: tuple[int, ...]) -> Window:
+        return Window((1, *kernel), (1, *self.stride), (0, *padding), (1, *self.dilation))
+
+    def _lifted(self, filters: Tensor) -> Tensor:
+        return filters.unsqueeze(2)
+
+    def _output_size(self, x: Tensor) -> tuple[int, ...]:
+        return self.fine_window.output_size((1, *x.shape[2:]))
+
+    def _computed(self, x: Tensor) -> Tensor:
+        return super()._computed(x.unsqueeze(2)).squeeze(2)
+
+    def _in_torch(self, x: Tensor) -> Tensor:
+        return super()._in_torch(x.unsqueeze(-2)).squeeze(-2)
+
+
+class TwoLevelConv3d(TwoLevelConvNd):
+    """:class:`TwoLevelConv2d` of volumes or videos, (B, in_channels, D, H, W) -> (B, out_channels, d, h, w).
+
+    Arguments are those of :class:`torch.nn.Conv3d` and, of the coarse level, those of :class:`TwoLevelConv2d`. The fine
+    filters are (m, n/N, d, d, d), the restriction (N r, n/N, d0, d0, d0). The memory format of the input is kept,
+    channels_last_3d included.
+    """
+
+    dims = 3
+
+    def _window(self, kernel: tuple[int, ...], padding: tuple[int, ...]) -> Window:
+        return VolumeWindow(kernel, self.stride, padding, self.dilation)
 
 
 def _computed_in(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+AXES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
+"""By their number, the letters of the dimensions that a kernel moves along."""
+
 
 def channels_last_of(x: Tensor) -> torch.memory_format:
     """The memory format of as many dimensions as ``x`` has, in which the channels of a position lie together."""
@@ -69,6 +72,10 @@ class Window(NamedTuple):
             x, padding = self.pad(x, 1), (0, 0)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
 
+    def mix(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """A 1x1 convolution, whose filters are the rows of ``matrix``."""
+        return F.conv2d(x, matrix[:, :, None, None])
+
     def views(self, planes: Tensor, sizes: Sequence[int]) -> Tensor:
         """Padded (G, d * d, B, H, W), a plane a tap -> a view (G, d, d, B, h, w): what each tap reads, or writes."""
         groups, _, batch, rows, columns = planes.shape
@@ -107,6 +114,9 @@ class VolumeWindow(Window):
         if min(padding) < 0:
             x, padding = self.pad(x, 1), (0, 0, 0)
         return F.conv3d(x, weight, bias, self.stride, padding, self.dilation, groups)
+
+    def mix(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return F.conv3d(x, matrix[:, :, None, None, None])
 
     def views(self, planes: Tensor, sizes: Sequence[int]) -> Tensor:
         """Padded (G, d * d * d, B, D, H, W) -> a view (G, d, d, d, B, ., h, w)."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tlgc_mp.errors import UsageError
+from tlgc_mp.nn.window import AXES, memory_format_of
 from tlgc_mp.parallel.collectives import coarse_gather, copy_to_ranks, exchange_channels, sum_partials
 from tlgc_mp.parallel.exchange import CoarseExchange, CoarseSum
 from tlgc_mp.parallel.layout import Layout, take_share
@@ -46,19 +47,21 @@ class LocalLayer(ShardedLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.tlgc_region.plain:
             return super().forward(x)
-        if x.dim() == 3:
+        layer: Any = self
+        channels, dims = layer.in_channels, layer.dims
+        if x.dim() == dims + 1:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        channels = self.in_channels  # type: ignore[attr-defined]
-        if x.dim() != 4 or x.shape[1] != channels:
-            raise UsageError(f"input must be of shape (B, {channels}, H, W), got {tuple(x.shape)}")
+        if x.dim() != dims + 2 or x.shape[1] != channels:
+            axes = ", ".join(AXES[dims])
+            raise UsageError(f"input must be of shape (B, {channels}, {axes}), got {tuple(x.shape)}")
         return self._tlgc_on_shares(x)
 
     def _tlgc_on_shares(self, x: Tensor) -> Tensor:
-        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        memory_format = memory_format_of(x)
         if not isinstance(x, SplitTensor):
             x = enter_ranks(x, self.tlgc_region.ranks)  # its gradient is plain, too
         share = to_share(x, CHANNELS, self.tlgc_region.ranks)  # of a whole tensor, a view with gaps
-        share = share.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        share = share.contiguous(memory_format=memory_format)
         with self.tlgc_region.set_plain(True):
             y = super().forward(share)
         return from_share(y, CHANNELS, self.tlgc_region.ranks)
@@ -86,10 +89,10 @@ class ParallelBalanced(LocalLayer):
         self.groups //= self.tlgc_region.ranks.size  # type: ignore[attr-defined]
 
     def mean_of_groups(self, x: Tensor) -> Tensor:
-        ranks, channels_last = self.tlgc_region.ranks, x.is_contiguous(memory_format=torch.channels_last)
+        ranks = self.tlgc_region.ranks
         own = super().mean_of_groups(x) / ranks.size  # type: ignore[misc]
         mean: Tensor = copy_to_ranks(sum_partials(own, ranks.group_name), ranks.group_name)
-        return mean.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        return mean.contiguous(memory_format=memory_format_of(x))
 
 
 class ParallelShuffle(LocalLayer):
@@ -116,11 +119,10 @@ class ParallelShuffle(LocalLayer):
         layer.groups //= ranks
 
     def _shuffled(self, y: Tensor) -> Tensor:
-        channels_last = y.is_contiguous(memory_format=torch.channels_last)
-        by_place: Tensor = y.unflatten(1, (self.groups, -1)).permute(2, 1, 0, 3, 4).flatten(0, 1)  # type: ignore[attr-defined]
+        by_place: Tensor = y.unflatten(1, (self.groups, -1)).transpose(0, 2).flatten(0, 1)  # type: ignore[attr-defined]
         received: Tensor = exchange_channels(by_place, self._sends, self._receives, self.tlgc_region.ranks.group_name)
         shuffled = received.index_select(0, self.receive_order).transpose(0, 1)
-        return shuffled.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        return shuffled.contiguous(memory_format=memory_format_of(y))
 
 
 class ParallelSyncNorm(LocalLayer):
@@ -196,8 +198,7 @@ class ParallelDropout(ShardedLayer):
         x: Tensor
         (x,) = args
         shape = (x.shape[0], x.shape[1] * ranks.size, *x.shape[2:])
-        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)  # values are drawn in memory's order
-        form = torch.channels_last if last else torch.contiguous_format
+        form = memory_format_of(x)  # values are drawn in memory's order
         drawn = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form).bernoulli_(1 - layer.p)
         kept = take_share(drawn, CHANNELS, ranks)
         scaled = kept.div_(1 - layer.p) if layer.p < 1 else kept

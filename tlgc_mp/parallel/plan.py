@@ -39,6 +39,10 @@ from tlgc_mp.nn import (
     TwoLevelConv2d,
     TwoLevelPrototypeConv2d,
 )
+from tlgc_mp.nn.balanced import BalancedConvNd
+from tlgc_mp.nn.prototype import TwoLevelPrototypeConvNd
+from tlgc_mp.nn.shuffle import ShuffleConvNd
+from tlgc_mp.nn.two_level import TwoLevelConvNd
 from tlgc_mp.parallel.layout import WHOLE, Layout
 
 
@@ -146,10 +150,10 @@ def unsplit_class(module: nn.Module) -> type:
 
 def _placement(module: nn.Module, ranks: int, name: str) -> Placement | None:
     held = set(_held(module))
-    if isinstance(module, TwoLevelConv2d | ShuffleConv2d | BalancedConv2d):
-        kind = "shuffle" if isinstance(module, ShuffleConv2d) else "balanced"
-        if isinstance(module, TwoLevelConv2d):
-            kind = "prototype" if isinstance(module, TwoLevelPrototypeConv2d) else "two-level"
+    if isinstance(module, TwoLevelConvNd | ShuffleConvNd | BalancedConvNd):
+        kind = "shuffle" if isinstance(module, ShuffleConvNd) else "balanced"
+        if isinstance(module, TwoLevelConvNd):
+            kind = "prototype" if isinstance(module, TwoLevelPrototypeConvNd) else "two-level"
         if module.groups % ranks:
             return Placement("whole", reason=f"{ranks} ranks do not divide its {module.groups} groups")
         return Placement(kind, dict.fromkeys(_parameters(module), 0))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tlgc_mp.nn.window import memory_format_of
 from tlgc_mp.parallel import collectives
 from tlgc_mp.parallel.layout import WHOLE, Layout, Ranks, contiguous_geometry, gather_shares, take_share
 from tlgc_mp.parallel.rules import aten, operators, pointwise, pointwise_in_place, rule, wrap, wrap_all
@@ -94,8 +95,7 @@ def _in_batch_norms_format(share: Tensor, x: SplitTensor) -> SplitTensor:
     """A result in the format that the kernels give it: contiguous, unless ``x`` is channels_last."""
     if share.shape[1] > 1 or not share.is_contiguous():
         return wrap(share, x.cut, x)
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous():
+    if memory_format_of(x) != torch.contiguous_format and not x.is_contiguous():
         return wrap(share, x.cut, x)
     return SplitTensor(share, x.cut, x.ranks, contiguous_geometry(share, x.cut, x.ranks))
 
@@ -249,10 +249,7 @@ def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
 
 def _dense(share: Tensor) -> Tensor:
     """``share`` in one of the memory formats that kernels know: its own where that is one of them."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(share.dim())
-    if last is not None and share.is_contiguous(memory_format=last):
-        return share
-    return share.contiguous()
+    return share.contiguous(memory_format=memory_format_of(share))
 
 
 def _in_group_norms_format(y: Tensor) -> Tensor:
