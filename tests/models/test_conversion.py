@@ -161,7 +161,8 @@ def test_fitting_draws_nothing_at_random() -> None:
 
 
 class Subclass(nn.Conv2d):
-    pass
+    def forward(self, x: Tensor) -> Tensor:
+        return -super().forward(x)
 
 
 def _with_hook() -> nn.Module:
@@ -179,11 +180,11 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
         "padding is not of zeros: padding_mode='reflect'",
     ),
-    "subclass": (lambda: Subclass(8, 8, 3), "not a plain Conv2d: Subclass"),
-    "lazy": (lambda: nn.LazyConv2d(8, 3), "not a plain Conv2d: LazyConv2d"),
-    "transposed": (lambda: nn.ConvTranspose2d(8, 8, 3), "not a plain Conv2d: ConvTranspose2d"),
-    "one-dimensional": (lambda: nn.Conv1d(8, 8, 3), "not a plain Conv2d: Conv1d"),
-    "converted": (lambda: TwoLevelConv2d(8, 8, 3, groups=2), "not a plain Conv2d: TwoLevelConv2d"),
+    "subclass": (lambda: Subclass(8, 8, 3), "not a plain Conv1d, Conv2d or Conv3d: Subclass"),
+    "lazy": (lambda: nn.LazyConv2d(8, 3), "not a plain Conv1d, Conv2d or Conv3d: LazyConv2d"),
+    "transposed": (lambda: nn.ConvTranspose2d(8, 8, 3), "not a plain Conv1d, Conv2d or Conv3d: ConvTranspose2d"),
+    "inputs of a waveform": (lambda: nn.Conv1d(6, 8, 3), "groups=4 does not divide its channels: 6 to 8"),
+    "converted": (lambda: TwoLevelConv2d(8, 8, 3, groups=2), "not a plain Conv1d, Conv2d or Conv3d: TwoLevelConv2d"),
     "hooked": (_with_hook, "hooks or a parametrization would be lost"),
     "weight norm": (
         lambda: nn.utils.weight_norm(nn.Conv2d(8, 8, 3)),
@@ -191,7 +192,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "parametrized": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)),
-        "not a plain Conv2d: ParametrizedConv2d",
+        "not a plain Conv1d, Conv2d or Conv3d: ParametrizedConv2d",
     ),
     "cannot be centred": (
         lambda: nn.Conv2d(8, 8, 2, padding="same"),
@@ -302,6 +303,65 @@ def test_coarse_level_as_asked_for() -> None:
     layer = model[1]  # type: ignore[index]
     assert isinstance(layer, TwoLevelConv2d)
     assert layer.restriction.shape[-2:] == (1, 1) and layer.prolongation.abs().min() > 0
+
+
+class MadeOtherwise(nn.Conv3d):
+    """As torchvision's networks for videos have them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1, bias=False)
+
+    @staticmethod
+    def reduces() -> int:
+        return 1
+
+
+DENSE: dict[int, type[nn.Module]] = {1: nn.Conv1d, 3: nn.Conv3d}
+
+
+@pytest.mark.parametrize("conv", [conv for conv in KINDS if conv != "flgc"])
+@pytest.mark.parametrize("dims", DENSE)
+def test_waveforms_and_volumes(dims: int, conv: str) -> None:
+    torch.manual_seed(SEED)
+    dense, size = DENSE[dims], (9, 7, 6)[:dims]
+    model = nn.Sequential(dense(3, 8, 3), dense(8, 12, 3, stride=2, padding=1, bias=True), dense(12, 5, 1)).double()
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    shape = model(x).shape
+    convert(model, conv=conv, groups=4)
+    assert report(model).left == {"0": "the stem", "2": "the head"}
+    kind = KINDS[conv].__name__.replace("2d", f"{dims}d")
+    assert type(model[1]).__name__ == kind and model[1].groups == 4
+    assert model(x).shape == shape
+    model(x).square().sum().backward()
+    assert all(param.grad is not None and param.grad.isfinite().all() for param in model.parameters())
+
+
+@pytest.mark.parametrize("dims", DENSE)
+@pytest.mark.parametrize("dial", [{}, {"coarse_channels": 200}, {"coarse_channels": 200, "coarse_sum": True}])
+def test_weights_of_waveforms_and_volumes_are_fitted(dial: dict[str, Any], dims: int) -> None:
+    """Exactly, with enough representatives; and else closer than those of groups alone."""
+    torch.manual_seed(SEED)
+    dense = DENSE[dims](8, 12, 3, stride=2, padding=1, dtype=torch.float64)
+    x = torch.randn(2, 8, *(9, 7, 6)[:dims], dtype=torch.float64)
+    errors = {}
+    for conv, given in (("gc-2l", dial), ("gc", {}), ("bgc", {})):
+        model = convert(
+            nn.Sequential(DENSE[dims](3, 8, 1), copy.deepcopy(dense), nn.Linear(1, 1)),
+            conv=conv, groups=4, init="from_dense", **given,
+        )  # fmt: skip
+        errors[conv] = (model.get_submodule("1")(x) - dense(x)).abs().max().item()
+    assert errors["gc-2l"] < errors["gc"] > errors["bgc"], f"{errors}, seed {SEED}"
+    assert errors["gc-2l"] < 1e-12 or not dial, f"{errors}, seed {SEED}"
+
+
+def test_a_subclass_that_only_says_how_it_is_made_is_replaced() -> None:
+    model = convert(nn.Sequential(nn.Conv3d(3, 8, 3), MadeOtherwise(8), nn.Conv1d(8, 8, 3)), groups=2)
+    assert list(report(model).replaced) == ["1", "2"]
+
+
+def test_learned_groups_are_of_images() -> None:
+    model = convert(nn.Sequential(nn.Conv3d(3, 8, 3), nn.Conv3d(8, 8, 3), nn.Conv2d(8, 8, 3)), conv="flgc", groups=2)
+    assert report(model).left["1"] == "no such flgc layer: convolution must be of one of 2 dimensions, got 3"
 
 
 class InAList(nn.Module):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tlgc_mp
-from tests.nn.test_dense_matrix import SEEDS, Case, drawn, random_case
+from tests.nn.test_dense_matrix import LAYERS, SEEDS, Case, drawn, random_case
 from tlgc_mp.errors import UsageError
 from tlgc_mp.models.folding import SumOfLevels
 from tlgc_mp.nn import TwoLevelConv2d
@@ -25,7 +25,7 @@ def settled(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
     """With running statistics and factors that are not those of the start."""
     generator = torch.Generator().manual_seed(SEED)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             for tensor in (module.weight.data, module.running_var):
                 tensor.uniform_(0.5, 2.0, generator=generator)
             for tensor in (module.bias.data, module.running_mean):
@@ -77,13 +77,19 @@ def test_a_model(name: str, conv: str, groups: int, arguments: dict[str, Any], s
     assert norms == {*folded.folding.batch_norms, *folded.folding.left}
 
 
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+@pytest.mark.parametrize("dims", LAYERS)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_layer(seed: int) -> None:
-    case: Case = random_case(seed)
+def test_a_layer(seed: int, dims: int) -> None:
+    case: Case = random_case(seed, dims)
     layer, x, _ = drawn(case)
-    network = settled(nn.Sequential(layer, nn.BatchNorm2d(case.out_channels)))
+    network = settled(nn.Sequential(layer, NORMS[dims](case.out_channels)))
     for module in (layer, network):
-        expected, found = module(x.detach()), tlgc_mp.fold(module)(x.detach())
+        folded = tlgc_mp.fold(module)
+        assert module is layer or folded.folding.batch_norms == ["1"]
+        expected, found = module(x.detach()), folded(x.detach())
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, msg=lambda m: f"{m}\n{case}")
 
 
@@ -117,6 +123,23 @@ def test_which_form(
     model = nn.Sequential(layer)
     assert type(tlgc_mp.fold(model)[0]) is kind
     torch.testing.assert_close(tlgc_mp.fold(model)(x), model(x), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+@pytest.mark.parametrize("coarse_kernel", [1, 3, 5])
+@pytest.mark.parametrize("kind", ["TwoLevelConv", "TwoLevelPrototypeConv", "BalancedConv"])
+def test_the_levels_apart_of_waveforms_and_volumes(kind: str, coarse_kernel: int, dims: int) -> None:
+    torch.manual_seed(SEED)
+    coarse = {} if kind == "BalancedConv" else {"coarse_kernel_size": coarse_kernel, "coarse_init": "he"}
+    width = {1: 1024, 3: 128}[dims]
+    make = getattr(tlgc_mp.nn, f"{kind}{dims}d")
+    layer = make(width, width, 3, 2, 0, groups=4, bias=True, **coarse)
+    model = settled(nn.Sequential(layer, NORMS[dims](width)))
+    folded = tlgc_mp.fold(model)
+    assert type(folded[0]) is SumOfLevels and folded.folding.batch_norms == ["1"]
+    x = torch.randn(2, width, *(7, 5, 6)[:dims], dtype=torch.float64)
+    expected = model(x)
+    torch.testing.assert_close(folded(x), expected, rtol=0, atol=1e-11 * expected.abs().max().item())
 
 
 class Branches(nn.Module):

@@ -18,9 +18,12 @@ from tlgc_mp.errors import UsageError, divisors, must_be, one_of
 from tlgc_mp.models.factory import CONVOLUTION_LAYERS, convolution
 from tlgc_mp.models.names import COARSE_INITS, COARSE_LEVEL, CoarseLevel, check_coarse_level
 from tlgc_mp.models.wide_resnet import ConvFactory
-from tlgc_mp.nn import BalancedConv2d, FullyLearnableGroupConv2d, PermutedGroupConv2d, TwoLevelConv2d
+from tlgc_mp.nn import FullyLearnableGroupConv2d, PermutedGroupConv2d
 from tlgc_mp.nn.arguments import check_module
+from tlgc_mp.nn.balanced import BalancedConvNd
 from tlgc_mp.nn.from_dense import balanced_filters, group_filters, two_level_filters
+from tlgc_mp.nn.two_level import TwoLevelConvNd
+from tlgc_mp.nn.window import channels_last_of
 
 Where = Callable[[str, nn.Module], bool] | str
 """Which convolutions: a function of a layer's name and the layer, or a pattern of names such as ``"layer4.*"``."""
@@ -30,6 +33,8 @@ INITS = {
     "from_dense": ("gc", "gc-2l", "bgc"),
 }
 """Where new weights can come from -> the convolutions that can take them from there."""
+
+Dense = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 STEM = "the stem"
 HEAD = "the head"
@@ -83,15 +88,16 @@ def convert(
 ) -> nn.Module:
     """Replaces the dense convolutions of ``model``, in place, by ``conv`` with ``groups`` groups.
 
-    Replaced is every :class:`torch.nn.Conv2d` but the first, which is the stem. A layer keeps its stride, padding,
-    dilation, bias, type, device, memory format, training mode and whether it is trained. These are left as they are,
-    each with its reason in ``model.conversion``:
+    Replaced is every :class:`torch.nn.Conv1d`, :class:`torch.nn.Conv2d` and :class:`torch.nn.Conv3d` but the first,
+    which is the stem. A layer keeps its stride, padding, dilation, bias, type, device, memory format, training mode and
+    whether it is trained. These are left as they are, each with its reason in ``model.conversion``:
 
     - the stem, and the head: a 1x1 convolution with bias that comes last in a model without a linear layer;
     - layers that ``where`` does not select;
     - layers that have groups already, whose channels ``groups`` does not divide, or whose padding is not of zeros;
     - layers whose parameters another layer has too, or that carry hooks or a parametrization;
-    - subclasses of Conv2d, and convolutions of other kinds.
+    - subclasses that do more than to make such a layer, and convolutions of other kinds; Conv1d and Conv3d for
+      ``"flgc"``.
 
     To convert a part of a model, select it by ``where``: of a part passed alone, the first convolution would be
     taken for the stem.
@@ -134,7 +140,8 @@ def convert(
             "itself"
         )
     convolutions = _convolutions(model)
-    planned, left = _plan(model, convolutions, conv, groups, where, convolution(conv, groups, coarse))
+    makers = {dims: convolution(conv, groups, coarse, dims) for dims in CONVOLUTION_LAYERS[conv]}
+    planned, left = _plan(model, convolutions, conv, groups, where, makers)
     if not planned:
         raise UsageError(_why_nothing(convolutions, left, groups, where))
     if init == "from_dense" and any(param.is_meta for found, _ in planned for param in found.layer.parameters()):
@@ -189,7 +196,7 @@ def _takes_two(function: Callable[..., object]) -> bool:
 
 def _convolutions(model: nn.Module) -> list[_Found]:
     """Every convolution of ``model``, in the order of its modules; one that has several names stands once."""
-    kinds = (_ConvNd, TwoLevelConv2d, FullyLearnableGroupConv2d, PermutedGroupConv2d)
+    kinds = (_ConvNd, TwoLevelConvNd, FullyLearnableGroupConv2d, PermutedGroupConv2d)
     found: dict[int, _Found] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, kinds):
@@ -198,7 +205,12 @@ def _convolutions(model: nn.Module) -> list[_Found]:
 
 
 def _plan(
-    model: nn.Module, convolutions: list[_Found], conv: str, groups: int, where: Where | None, replacement: ConvFactory
+    model: nn.Module,
+    convolutions: list[_Found],
+    conv: str,
+    groups: int,
+    where: Where | None,
+    makers: dict[int, ConvFactory],
 ) -> tuple[list[tuple[_Found, nn.Module]], dict[str, str]]:
     """The convolutions to replace, each with its replacement on the meta device; and name -> reason of the others."""
     owners = Counter(id(param) for module in model.modules() for param in module._parameters.values())
@@ -216,7 +228,7 @@ def _plan(
             reason = _obstacle(found.layer, groups, owners)
         if reason is None:
             try:
-                planned.append((found, _on_meta(found.layer, replacement)))
+                planned.append((found, _on_meta(found.layer, conv, makers)))
             except UsageError as error:
                 reason = f"no such {conv} layer: {str(error).partition(';')[0]}"
         if reason is not None:
@@ -228,7 +240,7 @@ def _head(model: nn.Module, convolutions: list[_Found]) -> nn.Module | None:
     if not convolutions or any(isinstance(module, nn.Linear) for module in model.modules()):
         return None
     last = convolutions[-1].layer
-    is_head = type(last) is nn.Conv2d and last.kernel_size == (1, 1) and last.bias is not None
+    is_head = isinstance(last, Dense) and _is_plain(last) and max(last.kernel_size) == 1 and last.bias is not None
     return last if is_head else None
 
 
@@ -243,8 +255,8 @@ def _selected(where: Where | None, found: _Found) -> bool:
 
 def _obstacle(layer: nn.Module, groups: int, owners: Counter[int]) -> str | None:
     """Why ``layer`` cannot be replaced, as ``kind: detail``; ``None`` where it can."""
-    if type(layer) is not nn.Conv2d:
-        return f"not a plain Conv2d: {type(layer).__name__}"
+    if not isinstance(layer, Dense) or not _is_plain(layer):
+        return f"not a plain Conv1d, Conv2d or Conv3d: {type(layer).__name__}"
     if layer.groups > 1:
         return f"grouped already: groups={layer.groups}"
     if layer.padding_mode != "zeros":
@@ -259,9 +271,27 @@ def _obstacle(layer: nn.Module, groups: int, owners: Counter[int]) -> str | None
     return None
 
 
-def _on_meta(layer: nn.Module, replacement: ConvFactory) -> nn.Module:
-    assert isinstance(layer, nn.Conv2d)
-    return replacement(
+_OF_EVERY_CLASS = frozenset((*vars(type("_", (), {})), "__init__", "__annotations__", "__firstlineno__"))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether ``layer`` is torch's, or of a subclass that says how one is made and no more, as of torchvision's
+    networks for videos."""
+    for cls in type(layer).__mro__:
+        if cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+            return True
+        own = {name for name, value in vars(cls).items() if not isinstance(value, staticmethod)}
+        if not own <= _OF_EVERY_CLASS:
+            return False
+    return False
+
+
+def _on_meta(layer: nn.Module, conv: str, makers: dict[int, ConvFactory]) -> nn.Module:
+    assert isinstance(layer, Dense)
+    dims = len(layer.kernel_size)
+    if dims not in makers:
+        raise must_be("convolution", f"of {one_of(makers)} dimensions", dims)
+    return makers[dims](
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,
@@ -277,9 +307,10 @@ def _on_meta(layer: nn.Module, replacement: ConvFactory) -> nn.Module:
 @torch.no_grad()
 def _fill(new: nn.Module, old: nn.Module, init: str) -> None:
     """Gives ``new``, which is on the meta device, its weights; where and as ``old`` has its own."""
-    assert isinstance(old, nn.Conv2d)
-    if not old.weight.is_contiguous() and old.weight.is_contiguous(memory_format=torch.channels_last):
-        new.to(memory_format=torch.channels_last)
+    assert isinstance(old, Dense)
+    last = channels_last_of(old.weight)
+    if not old.weight.is_contiguous() and old.weight.is_contiguous(memory_format=last):
+        new.to(memory_format=last)
     new.to_empty(device=old.weight.device)
     if init == "random":
         new.reset_parameters()  # type: ignore[operator]
@@ -291,15 +322,15 @@ def _fill(new: nn.Module, old: nn.Module, init: str) -> None:
     new.train(old.training)
 
 
-def _fit(new: nn.Module, dense: nn.Conv2d) -> None:
+def _fit(new: nn.Module, dense: Dense) -> None:
     """Gives ``new`` the weights that come closest to those of ``dense``."""
-    assert isinstance(new, TwoLevelConv2d | nn.Conv2d)
+    assert isinstance(new, TwoLevelConvNd | Dense)
     weight, groups = dense.weight, new.groups
     fitted: dict[str, Tensor]
-    if isinstance(new, TwoLevelConv2d):
+    if isinstance(new, TwoLevelConvNd):
         values = two_level_filters(weight, groups, new.coarse_channels, new.coarse_sum)
         fitted = dict(zip(("weight", "restriction", "prolongation"), values, strict=True))
-    elif isinstance(new, BalancedConv2d):
+    elif isinstance(new, BalancedConvNd):
         fitted = dict(zip(("weight", "mean_weight"), balanced_filters(weight, groups), strict=True))
     else:
         fitted = {"weight": group_filters(weight, groups)}

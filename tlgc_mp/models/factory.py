@@ -25,11 +25,19 @@ from tlgc_mp.models.names import (
 )
 from tlgc_mp.models.wide_resnet import ConvFactory, cifar_wide_resnet, imagenet_wide_resnet
 from tlgc_mp.nn import (
+    BalancedConv1d,
     BalancedConv2d,
+    BalancedConv3d,
     FullyLearnableGroupConv2d,
+    ShuffleConv1d,
     ShuffleConv2d,
+    ShuffleConv3d,
+    TwoLevelConv1d,
     TwoLevelConv2d,
+    TwoLevelConv3d,
+    TwoLevelPrototypeConv1d,
     TwoLevelPrototypeConv2d,
+    TwoLevelPrototypeConv3d,
     init_parameters,
 )
 from tlgc_mp.nn.arguments import check_device
@@ -38,21 +46,26 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-CONVOLUTION_LAYERS: dict[str, ConvFactory] = {
-    "sc": functools.partial(nn.Conv2d, bias=False),
-    "gc": functools.partial(nn.Conv2d, bias=False),
-    "gc-2l": TwoLevelConv2d,
-    "gc-2l-proto": TwoLevelPrototypeConv2d,
-    "shuffle": ShuffleConv2d,
-    "flgc": FullyLearnableGroupConv2d,
-    "bgc": BalancedConv2d,
+_TORCHS: dict[int, ConvFactory] = {
+    1: functools.partial(nn.Conv1d, bias=False),
+    2: functools.partial(nn.Conv2d, bias=False),
+    3: functools.partial(nn.Conv3d, bias=False),
 }
-"""Name of a convolution -> what makes one, from arguments as torch.nn.Conv2d's."""
+CONVOLUTION_LAYERS: dict[str, dict[int, ConvFactory]] = {
+    "sc": _TORCHS,
+    "gc": _TORCHS,
+    "gc-2l": {1: TwoLevelConv1d, 2: TwoLevelConv2d, 3: TwoLevelConv3d},
+    "gc-2l-proto": {1: TwoLevelPrototypeConv1d, 2: TwoLevelPrototypeConv2d, 3: TwoLevelPrototypeConv3d},
+    "shuffle": {1: ShuffleConv1d, 2: ShuffleConv2d, 3: ShuffleConv3d},
+    "flgc": {2: FullyLearnableGroupConv2d},
+    "bgc": {1: BalancedConv1d, 2: BalancedConv2d, 3: BalancedConv3d},
+}
+"""Name of a convolution -> by its dimensions, what makes one from the arguments of torch's."""
 
 
-def convolution(conv: str, groups: int, coarse: CoarseLevel) -> ConvFactory:
+def convolution(conv: str, groups: int, coarse: CoarseLevel, dims: int = 2) -> ConvFactory:
     """What makes a convolution of that name with N groups, and the coarse level described if it has one."""
-    make = functools.partial(CONVOLUTION_LAYERS[conv], groups=groups)
+    make = functools.partial(CONVOLUTION_LAYERS[conv][dims], groups=groups)
     return functools.partial(make, **coarse) if conv in TWO_LEVEL else make
 
 
@@ -99,7 +112,7 @@ def create_model(
 
     Raises:
         UsageError: an argument that cannot work, or a model that does not give logits (B, classes) for images
-            (B, 3, H, W) in training, a detector, say.
+            (B, 3, H, W), or for videos (B, 3, T, H, W), in training; a detector, say.
     """
     check_device(device)
     coarse: CoarseLevel = {

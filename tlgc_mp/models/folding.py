@@ -9,19 +9,22 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tlgc_mp.errors import UsageError, told
 from tlgc_mp.models.conversion import become, has_hooks
-from tlgc_mp.nn import BalancedConv2d, TwoLevelConv2d
 from tlgc_mp.nn.arguments import check_module
+from tlgc_mp.nn.balanced import BalancedConvNd
 from tlgc_mp.nn.composed import composed
-from tlgc_mp.nn.window import Window
+from tlgc_mp.nn.two_level import TwoLevelConvNd
+from tlgc_mp.nn.window import Window, channels_last_of
 
 NARROW = 256
 """min(n, m) / N * d * d, below which one convolution is preferred: there is little to gain with three for it."""
@@ -30,6 +33,11 @@ PASS_INPUT, PASS_OUTPUT, GROUP_WIDTH = 20, 60, 32
 """Of the two levels apart, in multiplications of a dense convolution: what restricting an input channel costs for each
 tap, what adding up an output channel costs, and the width at which a group convolution takes twice its arithmetic. One
 thread of a Xeon, 1x1 and 3x3, 16 to 1024 channels, N = 2 to 16; docs/lab/performance.md."""
+
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_CONVOLUTIONS: dict[int, type[Convolution]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_PADDINGS: dict[int, Callable[[Any], nn.Module]] = {1: nn.ZeroPad1d, 2: nn.ZeroPad2d, 3: nn.ZeroPad3d}
 
 
 @dataclass(frozen=True)
@@ -56,14 +64,14 @@ class Folding:
 class SumOfLevels(nn.Module):
     """A layer as three convolutions: fine(x) + prolongation(restriction(x))."""
 
-    def __init__(self, fine: nn.Conv2d, restriction: nn.Module, prolongation: nn.Conv2d) -> None:
+    def __init__(self, fine: Convolution, restriction: nn.Module, prolongation: Convolution) -> None:
         super().__init__()
         self.fine = fine
         self.restriction = restriction
         self.prolongation = prolongation
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, n, H, W) -> (B, m, h, w)."""
+        """(B, n, H, W) -> (B, m, h, w), or of other dimensions."""
         y: Tensor = self.fine(x)
         return y.add_(self.prolongation(self.restriction(x)))
 
@@ -71,7 +79,7 @@ class SumOfLevels(nn.Module):
 def fold(model: nn.Module) -> nn.Module:
     """A copy of ``model`` for inference, which computes the same in evaluation mode.
 
-    Every two-level layer becomes one :class:`torch.nn.Conv2d` with the filters A_k + S_k R_0 where that is about as
+    Every two-level layer becomes one convolution of torch's with the filters A_k + S_k R_0 where that is about as
     fast, else a group convolution, a restriction and a 1x1 prolongation; a balanced one likewise, the mean of the
     groups being its restriction. Each BatchNorm that takes the output of one
     convolution, and is the only one to take it, goes into that convolution. What follows what is read from the graph
@@ -94,8 +102,8 @@ def fold(model: nn.Module) -> nn.Module:
     folded = copy.deepcopy(model).eval().requires_grad_(False)
     layers = {}
     for name, module in list(folded.named_modules()):
-        if isinstance(module, TwoLevelConv2d | BalancedConv2d):
-            become(module, plain := _plain(module) if isinstance(module, TwoLevelConv2d) else _balanced(module))
+        if isinstance(module, TwoLevelConvNd | BalancedConvNd):
+            become(module, plain := _plain(module) if isinstance(module, TwoLevelConvNd) else _balanced(module))
             layers[name] = repr(plain).partition("(")[0]
     batch_norms, left = _fold_batch_norms(folded)
     folded.folding = Folding(layers, batch_norms, left)  # type: ignore[assignment]
@@ -108,25 +116,24 @@ def _check(name: str, module: nn.Module) -> None:
             "model must be on one device, got one that is split over ranks; fold what tlgc_mp.load_model makes of its "
             "exported checkpoint"
         )
-    kind = next((kind for kind in (TwoLevelConv2d, BalancedConv2d) if isinstance(module, kind)), None)
+    kind = next((kind for kind in (TwoLevelConvNd, BalancedConvNd) if isinstance(module, kind)), None)
     if kind is None:
         return
+    kinds_name = f"{kind.__name__.removesuffix('Nd')}{module.dims}d"
     if has_hooks(module):
-        raise UsageError(
-            f"model must have {kind.__name__} layers without hooks, got some at {name!r}; remove them first"
-        )
+        raise UsageError(f"model must have {kinds_name} layers without hooks, got some at {name!r}; remove them first")
     if type(module).forward is not kind.forward:
         raise UsageError(
-            f"model must have {kind.__name__} layers of this package, got a {type(module).__name__} with a forward of "
-            f"its own at {name!r}; put a {kind.__name__} in its place"
+            f"model must have {kinds_name} layers of this package, got a {type(module).__name__} with a forward of "
+            f"its own at {name!r}; put a {kinds_name} in its place"
         )
 
 
 @torch.no_grad()
-def _plain(layer: TwoLevelConv2d) -> nn.Module:
+def _plain(layer: TwoLevelConvNd) -> nn.Module:
     """The function of a layer as one convolution, or as three."""
     fine, coarse, groups = layer.fine_window, layer.coarse_window, layer.groups
-    weight, restriction = layer.weight.double(), layer.restriction_filters().double()
+    weight, restriction = layer.lifted(layer.weight).double(), layer.restriction_filters().double()
     prolongation = layer.prolongation_matrix().double()
     bias = None if layer.bias is None else layer.bias.double()
     coarse_groups = 1 if layer.coarse_sum else groups
@@ -137,53 +144,60 @@ def _plain(layer: TwoLevelConv2d) -> nn.Module:
     if min(coarse.padding) >= 0:
         restricting: nn.Module = _convolution(layer, restriction, None, coarse, coarse_groups)
     else:  # it reads less far than the fine filters
-        vertical, horizontal = coarse.padding
-        cropped = Window(coarse.kernel, coarse.stride, (0, 0), coarse.dilation)
+        cropped = coarse._replace(padding=(0,) * len(coarse.kernel))
         inner = _convolution(layer, restriction, None, cropped, coarse_groups)
-        restricting = nn.Sequential(nn.ZeroPad2d((horizontal, horizontal, vertical, vertical)), inner)
-    prolonging = _convolution(layer, prolongation[:, :, None, None], None, _POINT)
+        restricting = nn.Sequential(_PADDINGS[layer.dims](_at_both_ends(coarse.padding[-layer.dims :])), inner)
+    points = prolongation.view(*prolongation.shape, *(1,) * layer.dims)
+    prolonging = _convolution(layer, points, None, _point(layer.dims))
     return SumOfLevels(_convolution(layer, weight, bias, fine, groups), restricting, prolonging)
 
 
 @torch.no_grad()
-def _balanced(layer: BalancedConv2d) -> nn.Module:
+def _balanced(layer: BalancedConvNd) -> nn.Module:
     """The function of a balanced layer as one convolution, or as three, whose restriction is the groups' mean."""
     n, m, groups = layer.in_channels, layer.out_channels, layer.groups
     window: Any = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)  # which may be padded by name
     bias = None if layer.bias is None else layer.bias.double()
-    mean = torch.eye(n // groups, dtype=torch.float64)[:, :, None, None].repeat(1, groups, 1, 1) / groups
+    ones = [1] * layer.dims
+    mean = torch.eye(n // groups, dtype=torch.float64).view(n // groups, n // groups, *ones).repeat(1, groups, *ones)
     weight, of_mean = layer.weight.double(), layer.mean_weight.double()
     if groups <= 2 or min(n, m) // groups * math.prod(layer.kernel_size) < NARROW:
         filters = composed(
             weight, of_mean.new_zeros(groups, *weight.shape[1:]), weight.new_zeros(m, groups), groups=groups
         )
-        return _convolution(layer, filters + of_mean.repeat(1, groups, 1, 1) / groups, bias, window)
-    restricting = _convolution(layer, mean, None, _POINT)
+        return _convolution(layer, filters + of_mean.repeat(1, groups, *ones) / groups, bias, window)
+    restricting = _convolution(layer, mean / groups, None, _point(layer.dims))
     return SumOfLevels(
         _convolution(layer, weight, bias, window, groups), restricting, _convolution(layer, of_mean, None, window)
     )
 
 
-_POINT = Window((1, 1), (1, 1), (0, 0), (1, 1))
+def _point(dims: int) -> Window:
+    """Where a 1x1 convolution reads."""
+    return Window((1,) * dims, (1,) * dims, (0,) * dims, (1,) * dims)
+
+
+def _at_both_ends(lengths: Sequence[int]) -> list[int]:
+    """What torch's padding takes, to add ``lengths`` at both ends of the last dimensions."""
+    return [each for length in reversed(lengths) for each in (length, length)]
 
 
 def _around(fine: Window, coarse: Window) -> Window | None:
     """The least window that holds both; ``None`` where their taps lie between each other's."""
     if any((d0 - d) % 2 for d, d0 in zip(fine.kernel, coarse.kernel, strict=True)):
         return None
-    (kernel_h, padding_h), (kernel_w, padding_w) = (
-        max((fine.kernel[axis], fine.padding[axis]), (coarse.kernel[axis], coarse.padding[axis])) for axis in (0, 1)
-    )
-    return Window((kernel_h, kernel_w), fine.stride, (padding_h, padding_w), fine.dilation)
+    own, given = (zip(each.kernel, each.padding, strict=True) for each in (fine, coarse))
+    kernel, padding = zip(*map(max, own, given), strict=True)
+    return fine._replace(kernel=kernel, padding=padding)
 
 
 def _grown(filters: Tensor, window: Window) -> Tensor:
     """``filters`` with zeros around them, up to the kernel of ``window``."""
-    vertical, horizontal = ((d - d0) // 2 for d, d0 in zip(window.kernel, filters.shape[2:], strict=True))
-    return F.pad(filters, (horizontal, horizontal, vertical, vertical))
+    margins = [(d - d0) // 2 for d, d0 in zip(window.kernel, filters.shape[2:], strict=True)]
+    return F.pad(filters, _at_both_ends(margins))
 
 
-def _levels_are_faster(layer: TwoLevelConv2d, both: Window) -> bool:
+def _levels_are_faster(layer: TwoLevelConvNd, both: Window) -> bool:
     """Whether the two levels apart clearly beat one convolution over the window ``both``."""
     n, m, groups = layer.in_channels, layer.out_channels, layer.groups
     taps, coarse_taps = math.prod(layer.kernel_size), math.prod(layer.coarse_kernel_size)
@@ -195,16 +209,22 @@ def _levels_are_faster(layer: TwoLevelConv2d, both: Window) -> bool:
 
 
 def _convolution(
-    layer: TwoLevelConv2d | BalancedConv2d, filters: Tensor, bias: Tensor | None, window: Any, groups: int = 1
-) -> nn.Conv2d:
-    """A convolution with these weights, in the type and memory format of the layer's."""
+    layer: TwoLevelConvNd | BalancedConvNd, filters: Tensor, bias: Tensor | None, window: Any, groups: int = 1
+) -> Convolution:
+    """A convolution with these weights, in the type and memory format of the layer's. Filters and window may be those
+    of images one row high, in the place of waveforms."""
+    dims = layer.dims
+    if filters.dim() > dims + 2:
+        filters = filters.squeeze(2)
     channels = (filters.shape[1] * groups, filters.shape[0])
-    kernel, stride, padding, dilation = window
-    convolution = nn.Conv2d(
+    kernel, stride, padding, dilation = (each if isinstance(each, str) else each[-dims:] for each in window)
+    make: Callable[..., Convolution] = _CONVOLUTIONS[dims]
+    convolution = make(
         *channels, kernel, stride, padding, dilation, groups=groups, bias=bias is not None, device="meta"
     )
-    last = layer.weight.is_contiguous(memory_format=torch.channels_last) and not layer.weight.is_contiguous()
-    memory_format = torch.channels_last if last else torch.contiguous_format
+    last = channels_last_of(layer.weight)
+    is_last = layer.weight.is_contiguous(memory_format=last) and not layer.weight.is_contiguous()
+    memory_format = last if is_last else torch.contiguous_format
     weights = filters.to(layer.weight.dtype).contiguous(memory_format=memory_format)
     convolution.weight = nn.Parameter(weights, requires_grad=False)
     if bias is not None:
@@ -221,7 +241,7 @@ class _Tracer(fx.Tracer):
 
 def _fold_batch_norms(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     """Folds what can be; the names of what has been, and name -> reason of the rest."""
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     if not norms:
         return [], {}
     try:
@@ -244,7 +264,7 @@ def _fold_batch_norms(model: nn.Module) -> tuple[list[str], dict[str, str]]:
         convolution = before.get(id(norm))
         if convolution is None or not _is_plain(convolution):
             left[name] = "it does not follow one convolution alone"
-        elif type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or norm.running_mean is None or has_hooks(norm):
+        elif type(norm) not in _NORMS or norm.running_mean is None or has_hooks(norm):
             left[name] = "it has hooks, code of its own or no running statistics"
         else:
             _fold_batch_norm(convolution, norm)
@@ -253,12 +273,15 @@ def _fold_batch_norms(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     return done, left
 
 
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
 def _is_plain(module: nn.Module) -> bool:
-    return type(module) in (nn.Conv2d, SumOfLevels) and not has_hooks(module)
+    return type(module) in (*_CONVOLUTIONS.values(), SumOfLevels) and not has_hooks(module)
 
 
 @torch.no_grad()
-def _fold_batch_norm(convolution: nn.Module, norm: nn.BatchNorm2d) -> None:
+def _fold_batch_norm(convolution: nn.Module, norm: _BatchNorm) -> None:
     """norm(A x + b) = (factor A) x + factor (b - mean) + norm.bias, factor = norm.weight / sqrt(variance + eps)."""
     assert norm.running_mean is not None and norm.running_var is not None
     factor = (norm.running_var.double() + norm.eps).rsqrt()
@@ -266,7 +289,7 @@ def _fold_batch_norm(convolution: nn.Module, norm: nn.BatchNorm2d) -> None:
         factor = factor * norm.weight.double()
     summand = -norm.running_mean.double()
     first = convolution.fine if isinstance(convolution, SumOfLevels) else convolution
-    assert isinstance(first, nn.Conv2d)
+    assert isinstance(first, Convolution)
     if first.bias is not None:
         summand = summand + first.bias.double()
     summand = factor * summand
@@ -275,6 +298,5 @@ def _fold_batch_norm(convolution: nn.Module, norm: nn.BatchNorm2d) -> None:
     first.bias = nn.Parameter(summand.to(first.weight.dtype), requires_grad=False)
     scaled = (first, convolution.prolongation) if isinstance(convolution, SumOfLevels) else (first,)
     for each in scaled:
-        each.weight = nn.Parameter(
-            (each.weight.double() * factor.view(-1, 1, 1, 1)).to(each.weight.dtype), requires_grad=False
-        )
+        scaled_weight = each.weight.double() * factor.view(-1, *[1] * (each.weight.dim() - 1))
+        each.weight = nn.Parameter(scaled_weight.to(each.weight.dtype), requires_grad=False)

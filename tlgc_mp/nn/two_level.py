@@ -139,7 +139,7 @@ class TwoLevelConvNd(NotFusedByTorch):
         """Where a kernel reads in what :meth:`_computed` gets."""
         return Window(kernel, self.stride, padding, self.dilation)
 
-    def _lifted(self, filters: Tensor) -> Tensor:
+    def lifted(self, filters: Tensor) -> Tensor:
         """Filters as the autograd functions take them."""
         return filters
 
@@ -160,9 +160,9 @@ class TwoLevelConvNd(NotFusedByTorch):
         """The restriction as filters that give the maps to share: (G r, n/N, d0, d0), of one group each, or those of
         their sum over the groups held here, (r, G n/N, d0, d0)."""
         if not self.coarse_sum:
-            return self._lifted(self.restriction)
+            return self.lifted(self.restriction)
         by_group: Tensor = self.restriction.unflatten(0, (self.local_groups, -1))  # G, r, n/N, d0, d0
-        return self._lifted(by_group.transpose(0, 1).flatten(1, 2))
+        return self.lifted(by_group.transpose(0, 1).flatten(1, 2))
 
     def initial_deviations(self) -> dict[str, float]:
         """Parameter name -> the standard deviation of its initial values, which are normal with mean 0."""
@@ -234,7 +234,7 @@ class TwoLevelConvNd(NotFusedByTorch):
         return self.fine_window.output_size(x.shape[2:])
 
     def _computed(self, x: Tensor) -> Tensor:
-        groups, weight = self.local_groups, self._lifted(self.weight)
+        groups, weight = self.local_groups, self.lifted(self.weight)
         mode = self.coarse_mode
         if mode == "dense":
             (x,) = _computed_in(x)
@@ -242,7 +242,7 @@ class TwoLevelConvNd(NotFusedByTorch):
             kept = self._kept.filters(x, groups, *tensors) if self._keeps(x) else None
             y: Tensor = Dense.apply(x, *tensors, self.bias, self.fine_window, kept)
             return y
-        restriction = self._lifted(self.restriction) if mode == "fused" else self.restriction_filters()
+        restriction = self.lifted(self.restriction) if mode == "fused" else self.restriction_filters()
         tensors = _computed_in(x, weight, restriction, self.prolongation_matrix(), self.bias)
         if mode == "fused":
             y = Fused.apply(*tensors, self.fine_window, groups, self.coarse_sum, self.exchange)
@@ -263,7 +263,7 @@ class TwoLevelConvNd(NotFusedByTorch):
 
     def _in_torch(self, x: Tensor) -> Tensor:
         """The same in torch's own functions, for tools that know no others."""
-        weight = self._lifted(self.weight)
+        weight = self.lifted(self.weight)
         restriction, prolongation = self.restriction_filters(), self.prolongation_matrix()
         coarse_groups = 1 if self.coarse_sum else self.groups
         if self.coarse_mode == "dense":
@@ -341,7 +341,7 @@ class TwoLevelConv1d(TwoLevelConvNd):
     def _window(self, kernel: tuple[int, ...], padding: tuple[int, ...]) -> Window:
         return Window((1, *kernel), (1, *self.stride), (0, *padding), (1, *self.dilation))
 
-    def _lifted(self, filters: Tensor) -> Tensor:
+    def lifted(self, filters: Tensor) -> Tensor:
         return filters.unsqueeze(2)
 
     def _output_size(self, x: Tensor) -> tuple[int, ...]:
