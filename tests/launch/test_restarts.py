@@ -10,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.launch.forked import SHORT, figures, forked
 from tests.launch.jobs import BIN, free_port, marked, started
+from tlgc_mp.cli.main import main
 
 # A launch of training that trains nothing: it notes its arguments, and ends with the next of the statuses it is given.
 SCRIPT = """
@@ -129,6 +131,25 @@ def test_nothing_is_left_of_an_attempt(tmp_path: Path) -> None:
     began = time.monotonic()
     assert Launch(tmp_path, ["leave a process", 0], "--max-restarts", "1").end()[0] == 0
     assert time.monotonic() - began < 30.0
+
+
+@pytest.mark.timeout(60)
+def test_a_process_that_launches_keeps_its_children_and_adopts_no_more(tmp_path: Path) -> None:
+    gone = "import os; os.kill(os.getpid(), 9)"
+    orphan = "from subprocess import DEVNULL, Popen; print(Popen(['sleep', '99'], stdout=DEVNULL).pid)"
+    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    try:
+        assert (
+            main(["launch", "--max-restarts", "0", "--", sys.executable, "-c", gone, "train"]) == 128 + signal.SIGKILL
+        )
+        assert child.poll() is None
+        # What loses its parent from here on is init's to bury.
+        done = subprocess.run([sys.executable, "-c", orphan], stdout=subprocess.PIPE, text=True)
+        assert psutil.Process(int(done.stdout)).ppid() != os.getpid()
+        os.kill(int(done.stdout), signal.SIGKILL)
+    finally:
+        child.kill()
+        child.wait()
 
 
 @pytest.mark.timeout(60)

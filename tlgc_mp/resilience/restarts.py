@@ -1,6 +1,6 @@
 """Starts a launch of training, and starts it again from its newest checkpoint when it fails. Loads no torch.
 
-The launch gets a session of its own. This process makes itself the parent of whatever loses its parent below it
+The launch gets a session of its own. While it runs, this process is the parent of whatever loses its parent below it
 (a *subreaper*), so that it finds every process of the launch, those in sessions and groups of their own too: when the
 launcher has ended, what is left of them is killed before anything is started again. Where the run has told how it ended
 and its launcher stays, as over a network that is gone, the launcher is ended.
@@ -44,7 +44,7 @@ _MEETING_PAUSE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
 _LOOK_SECONDS = 0.5
 
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 _ASKED_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _MPI_LAUNCHERS = ("mpirun", "mpiexec", "orterun", "prterun")
 
@@ -66,11 +66,11 @@ def run(command: Sequence[str], max_restarts: int, parse: Callable[[list[str]], 
     if max_restarts < 0:
         raise must_be("--max-restarts", "0 or more", max_restarts)
     output_dir = output_folder(parse(_training(command)))
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    others = set(psutil.Process().children())
     attempt = _Attempt(mpi=os.path.basename(command[0]) in _MPI_LAUNCHERS)
     restarts, resume = 0, list[str]()
     had_met, failed_at = False, 0.0
-    with attempt.passing_signals_on(), tempfile.TemporaryDirectory(prefix="tlgc-mp-launch-") as folder:
+    with _adopting(), attempt.passing_signals_on(), tempfile.TemporaryDirectory(prefix="tlgc-mp-launch-") as folder:
         attempts = itertools.count(1)
         while True:
             verdict_file = os.path.join(folder, f"verdict-{next(attempts)}")
@@ -78,7 +78,7 @@ def run(command: Sequence[str], max_restarts: int, parse: Callable[[list[str]], 
             verdict = read_verdict(verdict_file)
             if attempt.signalled and not status and verdict.get("status"):
                 status = 128 + attempt.signalled  # mpirun may call it a success that its ranks were asked to stop
-            _clear()
+            _clear(others)
             ended = int(verdict.get("status", status)) if status else 0
             why = f"status {status}" + (f", {verdict['text']}" if verdict.get("text") else "")
             if status == 0 or attempt.signalled or ended == 2 or ended in {128 + number for number in _ASKED_TO_STOP}:
@@ -97,6 +97,18 @@ def run(command: Sequence[str], max_restarts: int, parse: Callable[[list[str]], 
             attempt.pause(_MEETING_PAUSE_SECONDS if again else _PAUSE_SECONDS)
             if attempt.signalled:
                 return 128 + attempt.signalled
+
+
+@contextlib.contextmanager
+def _adopting() -> Iterator[None]:
+    """Makes this process the parent of whatever loses its parent below it."""
+    prctl, before = ctypes.CDLL(None).prctl, ctypes.c_int()
+    prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
+    prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        prctl(_PR_SET_CHILD_SUBREAPER, before.value, 0, 0, 0)
 
 
 def _training(command: list[str]) -> list[str]:
@@ -190,20 +202,22 @@ class _Attempt:
                     os.killpg(process.pid, number)
 
 
-def _clear() -> None:
-    """Kills what is left below this process, and waits until it is gone.
+def _clear(others: set[psutil.Process]) -> None:
+    """Kills what is left below this process but for ``others``, its own children, and waits until it is gone.
 
     Raises:
         UsageError: something cannot be killed.
     """
     deadline = time.monotonic() + CLEAR_SECONDS
-    while left := psutil.Process().children(recursive=True):
+    while left := [process for process in psutil.Process().children() if process not in others]:
+        for process in list(left):
+            with contextlib.suppress(psutil.Error):
+                left += process.children(recursive=True)
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(process.pid, os.WNOHANG)
         if time.monotonic() > deadline:
             pids = sorted(process.pid for process in left)
             raise UsageError(f"launch: {len(left)} processes of the last attempt cannot be killed: {pids}")
