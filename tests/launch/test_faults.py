@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.launch.forked import SHORT, figures, forked, told_once
-from tests.launch.jobs import free_port, started
+from tests.launch.jobs import command, free_port, started
 from tests.ranks import run_ranks
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.topology import Topology
@@ -152,6 +154,16 @@ def test_mistake_is_told_once(tmp_path: Path, launcher: str) -> None:
         assert "Traceback" not in job.said()
         assert not (tmp_path / "run").exists()
         assert not job.left()
+
+
+@pytest.mark.timeout(60)
+def test_mistake_is_told_by_a_rank_that_comes_late() -> None:
+    """mpirun ends rank 0 with its first word, or none, once another rank has failed."""
+    late = f'[ "$OMPI_COMM_WORLD_RANK" != 0 ] || sleep 3; exec "{sys.executable}" -m tlgc_mp train --groups 3'
+    words = [*command("mpirun", Path())[:-4], "sh", "-c", late]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("tlgc-mp")] == [MISTAKE]
 
 
 @pytest.mark.timeout(120)

@@ -32,6 +32,9 @@ from tlgc_mp.resilience.verdicts import Failed, leave_verdict
 from tlgc_mp.training.options import LARGEST_WORKERS, ModelOptions, check_network, model_arguments
 from tlgc_mp.training.settings import default_workers
 
+_FIRST_WORD_SECONDS = 5.0
+"""What rank 0 gets, once another has found a mistake, to find and tell it too; processes of a busy host start apart."""
+
 
 def _parser() -> Parser:
     parser = Parser(
@@ -205,7 +208,7 @@ def entry() -> NoReturn:
     if status == 0 or (status != 1 and launch.world == 1):
         sys.exit(status)
     if status == 2 and launch.rank != 0:
-        time.sleep(1.0)  # a launcher that sees this rank leave ends rank 0, which has something to say
+        time.sleep(_FIRST_WORD_SECONDS)  # a launcher that sees this rank leave ends rank 0, which may not have spoken
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
