@@ -5,8 +5,8 @@ Such a name may go, or change, with any release. Then a test here names it, befo
 
 from __future__ import annotations
 
-import functools
 import importlib
+import operator
 from pathlib import Path
 
 import deepspeed
@@ -16,7 +16,7 @@ from deepspeed.module_inject.layers import TensorParallel_Layer
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 import tlgc_mp
-from tests.versions import rows_deepspeed, rows_planner, rows_torch  # noqa: F401  (they fill the table)
+from tests.versions import rows_deepspeed, rows_gradients, rows_planner, rows_torch  # noqa: F401  (they fill the table)
 from tests.versions.private_names import operators_by_name, private_names
 from tests.versions.rows import ROWS, Row
 
@@ -52,7 +52,11 @@ def _exists(name: str) -> bool:
             found = importlib.import_module(".".join(parts[:length]))
         except ImportError:
             continue
-        return functools.reduce(lambda value, part: getattr(value, part, None), parts[length:], found) is not None
+        try:
+            operator.attrgetter(".".join(parts[length:]))(found)
+        except AttributeError:
+            return False
+        return True
     return False
 
 

@@ -144,7 +144,7 @@ def _plain(layer: TwoLevelConvNd) -> nn.Module:
     if min(coarse.padding) >= 0:
         restricting: nn.Module = _convolution(layer, restriction, None, coarse, coarse_groups)
     else:  # it reads less far than the fine filters
-        cropped = coarse._replace(padding=(0,) * len(coarse.kernel))
+        cropped = coarse.resized(coarse.kernel, (0,) * len(coarse.kernel))
         inner = _convolution(layer, restriction, None, cropped, coarse_groups)
         restricting = nn.Sequential(_PADDINGS[layer.dims](_at_both_ends(coarse.padding[-layer.dims :])), inner)
     points = prolongation.view(*prolongation.shape, *(1,) * layer.dims)
@@ -188,7 +188,7 @@ def _around(fine: Window, coarse: Window) -> Window | None:
         return None
     own, given = (zip(each.kernel, each.padding, strict=True) for each in (fine, coarse))
     kernel, padding = zip(*map(max, own, given), strict=True)
-    return fine._replace(kernel=kernel, padding=padding)
+    return fine.resized(kernel, padding)
 
 
 def _grown(filters: Tensor, window: Window) -> Tensor:

@@ -51,6 +51,10 @@ class Window(NamedTuple):
     def channels_last(self) -> torch.memory_format:
         return torch.channels_last
 
+    def resized(self, kernel: Sequence[int], padding: Sequence[int]) -> Window:
+        """The same steps, with another kernel and padding."""
+        return Window(tuple(kernel), self.stride, tuple(padding), self.dilation)
+
     def output_size(self, lengths: Sequence[int]) -> tuple[int, ...]:
         """(h, w) of a convolution of so many positions."""
         return tuple(
