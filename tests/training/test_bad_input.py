@@ -198,6 +198,11 @@ MISTAKES: dict[str, tuple[int, list[str], list[str]]] = {
         [*SYNTHETIC, "--output-dir", "{tmp}/file"],
         ["--output-dir", "{tmp}/file", "folder"],
     ),
+    "output folder that is no text": (
+        1,
+        [*SYNTHETIC, "--output-dir", os.fsdecode(b"caf\xe9")],
+        ["--output-dir must be a path in UTF-8, got 'caf\\udce9'"],
+    ),
     "output folder in a file": (
         1,
         [*SYNTHETIC, "--output-dir", "{tmp}/file/run"],

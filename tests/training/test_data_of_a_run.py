@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,13 @@ def test_each_folder_has_an_output_folder(tmp_path: Path) -> None:
     assert [folder.rpartition("-")[0] for folder in folders] == [
         f"runs/wrn-10-1-gc-2l-2-imagefolder-{name}" for name in ("cats", "cats", "dogs")
     ]
+
+
+def test_a_folder_of_any_bytes_has_an_output_folder_that_is_text(tmp_path: Path) -> None:
+    place = tmp_path / os.fsdecode(b"caf\xe9\n")
+    place.mkdir()
+    folder = output_folder(parse(_parser(), ["train", *WORDS, "--data-dir", str(place)], 1))
+    assert folder.rpartition("-")[0] == r"runs/wrn-10-1-gc-2l-2-imagefolder-caf\udce9\n"
 
 
 def test_runs_on_two_folders_are_not_seeds_of_one(tmp_path: Path) -> None:

@@ -26,6 +26,10 @@ RESULT = "result.json"
 
 def check_free(path: str, argument: str, again: str) -> None:
     """Refuses a folder, given as ``argument``, that cannot take a new run; ``again`` says how one is resumed."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # which TensorBoard does not take
+        raise must_be(argument, "a path in UTF-8", path, "use e.g. 'runs/mine'") from None
     if os.path.exists(path) and not os.path.isdir(path):
         raise UsageError(f"{argument} must be a folder, got {path!r}, which is a file")
     metrics = os.path.join(path, METRICS)

@@ -17,7 +17,7 @@ from tlgc_mp.checkpoint.folder import Run, find_checkpoint, is_exported, saved_r
 from tlgc_mp.data import check_dataset
 from tlgc_mp.engine.compiled import check_compiled
 from tlgc_mp.engine.config import check_values, read_config, section, tensor_parallel_size, zero_stage
-from tlgc_mp.errors import UsageError, is_count, is_number, must_be, shown
+from tlgc_mp.errors import UsageError, is_count, is_number, must_be, printable, shown
 from tlgc_mp.host import usable_cores
 from tlgc_mp.json_types import JsonObject
 from tlgc_mp.models.names import check_split, library_model
@@ -149,7 +149,7 @@ def output_folder(options: Namespace) -> str:
     if data == "imagefolder" and isinstance(options.data_dir, str):  # of which there are many
         place = os.path.realpath(options.data_dir)
         digest = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()[:6]
-        data = f"{data}-{os.path.basename(place)}-{digest}"
+        data = f"{data}-{printable(os.path.basename(place))}-{digest}"
     return os.path.join("runs", f"{options.model.replace(':', '-')}-{options.conv}-{options.groups}-{data}")
 
 
