@@ -74,12 +74,12 @@ NOTHING: dict[str, tuple[nn.Module, str]] = {
     ),
     "only a stem": (
         network(),
-        "model must have dense torch.nn.Conv2d layers after the first, got others: none of its 1 convolutions can be "
+        "model must have dense convolutions after the first, got others: none of its 1 convolutions can be "
         "replaced: the stem (1 of them)",
     ),
     "grouped": (
         network(nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 3, groups=8), Subclass(8, 8, 3)),
-        "model must have dense torch.nn.Conv2d layers after the first, got others: none of its 4 convolutions can be "
+        "model must have dense convolutions after the first, got others: none of its 4 convolutions can be "
         "replaced: grouped already (2 of them)",
     ),
 }

@@ -124,7 +124,6 @@ def test_every_rank_holds_about_a_share(name: str, capsys: pytest.CaptureFixture
         ("torchvision:fasterrcnn_resnet50_fpn", r"logits .* a detector.*losses of boxes; train it with tlgc_mp.init"),
         ("torchvision:deeplabv3_resnet50", r"logits .* segmentation"),
         ("torchvision:raft_small", r"logits .* optical flow"),
-        ("torchvision:r3d_18", r"logits .* videos"),
         ("torchvision:googlenet", r"logits .* auxiliary classifiers"),
         ("torchvision:inception_v3", r"logits .* auxiliary classifiers"),
         ("torchvision:quantized_googlenet", r"logits .* auxiliary classifiers"),
@@ -134,6 +133,32 @@ def test_every_rank_holds_about_a_share(name: str, capsys: pytest.CaptureFixture
 def test_what_does_not_train_on_a_cross_entropy(name: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         create_model(name, conv="sc")
+
+
+def test_a_network_for_videos_is_not_trained_on_images(capsys: pytest.CaptureFixture[str]) -> None:
+    said = "model must give logits (B, classes) for images (B, 3, H, W), got 'torchvision:r3d_18', a network for videos"
+    with pytest.raises(UsageError, match=re.escape(said)):
+        libraries.check_trainable("torchvision:r3d_18")
+    assert main(["train", "--model", "torchvision:r3d_18", "--groups", "4", "--dataset", "synthetic"]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["torchvision:r3d_18", "torchvision:mc3_18", "torchvision:r2plus1d_18"])
+def test_params_of_a_network_for_videos(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of each convolution but the stem that 4 divides: a quarter of the filters, a representative a group, and N
+    columns of the prolongation."""
+    dense = library(name, num_classes=400)
+    total = sum(param.numel() for param in dense.parameters())
+    flags = ("--model", name, "--num-classes", "400")
+    assert params(capsys, *flags, "--conv", "sc") == {"total": total, "per_rank": total}
+    _, *layers = (layer for layer in dense.modules() if isinstance(layer, nn.Conv3d))
+    for layer in layers:
+        if layer.in_channels % 4 == layer.out_channels % 4 == 0:
+            filters = layer.weight.numel()
+            restriction = layer.weight[0].numel()
+            total += filters // 4 + restriction + layer.out_channels * 4 - filters
+    counts = params(capsys, *flags, "--conv", "gc-2l", "--groups", "4", "--tp", "2")
+    assert counts["total"] == total and total <= 2 * counts["per_rank"] < 1.02 * total
 
 
 ARCHITECTURES = [f"timm:{name}" for name in timm.list_models("test_*")] + [

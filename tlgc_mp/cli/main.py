@@ -228,9 +228,11 @@ def _params(options: Namespace, launch: Launch) -> int:
         raise UsageError(f"--layout must be a number of pixels, got {options.layout}; use e.g. 224")
     import torch
 
+    from tlgc_mp.models.libraries import FRAMES, takes_videos
     from tlgc_mp.parallel.report import layout_report
 
-    images = torch.empty(8, 3, options.layout, options.layout, device="meta")
+    frames = (FRAMES,) if takes_videos(options.model) else ()
+    images = torch.empty(8, 3, *frames, options.layout, options.layout, device="meta")
     print(layout_report(model, images, tensor_parallel=options.tp))
     return 0
 

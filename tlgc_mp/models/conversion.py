@@ -358,4 +358,4 @@ def _why_nothing(convolutions: list[_Found], left: dict[str, str], groups: int, 
         counts = [count for layer in layers for count in (layer.in_channels, layer.out_channels)]
         common = divisors(math.gcd(*counts))  # type: ignore[arg-type]
         return f"groups must be {one_of(common)}, got {groups}: {text}"
-    return f"model must have dense torch.nn.Conv2d layers after the first, got others: {text}"
+    return f"model must have dense convolutions after the first, got others: {text}"

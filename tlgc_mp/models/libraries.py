@@ -1,7 +1,8 @@
 """Models of torchvision and timm by name, without weights that somebody trained.
 
-Any of them will do that maps images (B, 3, H, W) to logits (B, classes), in training too: what ``tlgc-mp train`` trains
-on is a cross-entropy of logits. A forward pass on the meta device, which computes nothing, shows which ones do.
+Any of them will do that maps images (B, 3, H, W), or videos (B, 3, T, H, W), to logits (B, classes), in training too:
+what is minimized is a cross-entropy of logits. A forward pass on the meta device, which computes nothing, shows which
+ones do. ``tlgc-mp train`` has data sets of images only.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from tlgc_mp.errors import UsageError, one_of
 from tlgc_mp.models.names import library_model
+from tlgc_mp.nn.window import channels_last_of
 
 BATCH = 2
 """Images of a trial forward pass: BatchNorm takes no batch of one where a channel has one value."""
@@ -22,11 +24,13 @@ BATCH = 2
 USUAL_SIZE = 224
 """Pixels a side, of images for models that do not say which they take."""
 
+FRAMES = 16
+"""Images of a video, in a trial forward pass."""
+
 _NO_CLASSIFIERS = {
     "detection": "a detector, which is trained on losses of boxes",
     "segmentation": "a segmentation network, which gives logits for each pixel",
     "optical_flow": "a network for optical flow, which takes two images",
-    "video": "a network for videos",
     "googlenet": "which gives the logits of auxiliary classifiers as well in training",
     "inception": "which gives the logits of auxiliary classifiers as well in training",
 }
@@ -35,15 +39,36 @@ _NO_CLASSIFIERS = {
 _OWN_LOOP = "train it with tlgc_mp.initialize in a loop of your own, as docs/other_models.md shows"
 
 
-@functools.cache
+def takes_videos(name: str) -> bool:
+    """Whether it is a model of torchvision that takes (B, 3, T, H, W)."""
+    return "video" in _modules_of(name)
+
+
+def _modules_of(name: str) -> list[str]:
+    """The parts of the name of the module that builds a model of torchvision; none for other models."""
+    found = library_model(name)
+    if found is None or found[0] != "torchvision":
+        return []
+    from torchvision.models import get_model_builder, list_models
+
+    _check_known(name, found[1], list_models())
+    module: str = get_model_builder(found[1]).__module__
+    return module.split(".")
+
+
 def check_trainable(name: str) -> None:
     """Raises :class:`UsageError` unless the library has such a model, and it gives logits for images."""
+    if takes_videos(name):
+        raise _no_classifier(name, "a network for videos")
+    check_classifier(name)
+
+
+@functools.cache
+def check_classifier(name: str) -> None:
+    """Raises :class:`UsageError` unless the library has such a model, and it gives logits for images or videos."""
     library, own_name = _parts(name)
     if library == "torchvision":
-        from torchvision.models import get_model_builder, list_models
-
-        _check_known(name, own_name, list_models())
-        for part in get_model_builder(own_name).__module__.split("."):
+        for part in _modules_of(name):
             if part in _NO_CLASSIFIERS:
                 raise _no_classifier(name, _NO_CLASSIFIERS[part])
     else:
@@ -54,8 +79,9 @@ def check_trainable(name: str) -> None:
     classes = 10
     model = _on_meta(name, classes)
     height, width = _made_for(model)
+    frames = (FRAMES,) if takes_videos(name) else ()
     try:
-        found = output_on_meta(model, BATCH, height, width)
+        found = output_on_meta(model, BATCH, *frames, height, width)
     except Exception as error:  # the model's own code may raise anything
         raise _no_classifier(name, f"which cannot take {height} x {width} images ({_in_a_line(error)})") from error
     if not isinstance(found, Tensor):
@@ -83,9 +109,9 @@ def build_on_meta(name: str, num_classes: int) -> nn.Module:
     """The model on the meta device, where it has names and shapes and no values.
 
     Raises:
-        UsageError: as :func:`check_trainable`.
+        UsageError: as :func:`check_classifier`.
     """
-    check_trainable(name)
+    check_classifier(name)
     return _on_meta(name, num_classes)
 
 
@@ -93,9 +119,9 @@ def build(name: str, num_classes: int) -> nn.Module:
     """The model with its initial weights, which the library's own code draws from torch's random state.
 
     Raises:
-        UsageError: as :func:`check_trainable`.
+        UsageError: as :func:`check_classifier`.
     """
-    check_trainable(name)
+    check_classifier(name)
     return _builder(name)(num_classes=num_classes)
 
 
@@ -137,11 +163,12 @@ def _made_for(model: nn.Module) -> tuple[int, int]:
     return size, size
 
 
-def output_on_meta(model: nn.Module, batch_size: int, height: int, width: int) -> object:
-    """What the model, which is on the meta device, gives for such images in training."""
-    images = torch.empty(batch_size, 3, height, width, device="meta").to(memory_format=torch.channels_last)
+def output_on_meta(model: nn.Module, batch_size: int, *size: int) -> object:
+    """What the model, which is on the meta device, gives in training for images or videos of that size, (H, W) or
+    (T, H, W)."""
+    images = torch.empty(batch_size, 3, *size, device="meta")
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return model.train()(images)
+        return model.train()(images.to(memory_format=channels_last_of(images)))
 
 
 def _check_known(name: str, own_name: str, known: list[str]) -> None:
