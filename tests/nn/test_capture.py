@@ -9,10 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from tlgc_mp.nn import (
+    BalancedConv1d,
     BalancedConv2d,
+    BalancedConv3d,
     FullyLearnableGroupConv2d,
+    ShuffleConv1d,
     ShuffleConv2d,
+    ShuffleConv3d,
+    TwoLevelConv1d,
     TwoLevelConv2d,
+    TwoLevelConv3d,
     TwoLevelPrototypeConv2d,
     init_parameters,
 )
@@ -30,6 +36,47 @@ def two_level(mode: str, coarse_channels: int = 1, coarse_sum: bool = False) -> 
         return layer
 
     return make
+
+
+def of_dimensions(kind: type[TwoLevelConv1d | TwoLevelConv3d], mode: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        layer = kind(8, 12, 3, coarse_init="he", coarse_channels=2, **WINDOW)
+        layer.coarse_mode = mode
+        return layer
+
+    return make
+
+
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    **{f"waveforms, {mode}": of_dimensions(TwoLevelConv1d, mode) for mode in COARSE_MODES},
+    **{f"volumes, {mode}": of_dimensions(TwoLevelConv3d, mode) for mode in COARSE_MODES},
+    "waveforms, cropped": lambda: TwoLevelConv1d(
+        8, 12, 3, coarse_kernel_size=1, coarse_init="he", **{**WINDOW, "padding": 0}
+    ),
+    "volumes, cropped": lambda: TwoLevelConv3d(
+        8, 12, 3, coarse_kernel_size=1, coarse_init="he", **{**WINDOW, "padding": 0}
+    ),
+    "waveforms, balanced": lambda: BalancedConv1d(8, 12, 3, **WINDOW),
+    "volumes, balanced": lambda: BalancedConv3d(8, 12, 3, **WINDOW),
+    "waveforms, shuffled": lambda: ShuffleConv1d(8, 12, 3, **WINDOW),
+    "volumes, shuffled": lambda: ShuffleConv3d(8, 12, 3, **WINDOW),
+}
+"""Of another number of dimensions."""
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_waveforms_and_volumes(kind: str) -> None:
+    """Captured by each tool, and without a batch."""
+    torch.manual_seed(SEED)
+    layer = OTHERS[kind]()
+    size = (9, 5, 6)[: 1 if kind.startswith("waveforms") else 3]
+    x = torch.randn(5, 8, *size, dtype=torch.float64)
+    expected = layer(x)
+    dynamic = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(layer, (x[:2],), dynamic_shapes=dynamic).module()
+    by_sample = torch.func.vmap(lambda one: layer(one[None])[0])(x)
+    for found in (exported(x), torch.fx.symbolic_trace(layer)(x), by_sample, torch.stack([layer(one) for one in x])):
+        close(found, expected)
 
 
 def frozen() -> nn.Module:
@@ -120,11 +167,22 @@ def test_an_ensemble(network: nn.Module) -> None:
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.filterwarnings("ignore")
 def test_onnx(mode: str, gradients: bool) -> None:
+    check_onnx(two_level(mode)(), images(5), gradients)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OTHERS if any(mode in kind for mode in COARSE_MODES)])
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_of_waveforms_and_volumes(kind: str) -> None:
+    size = (9, 5, 6)[: 1 if kind.startswith("waveforms") else 3]
+    check_onnx(OTHERS[kind](), torch.randn(5, 8, *size, generator=torch.Generator().manual_seed(SEED)), False)
+
+
+def check_onnx(layer: nn.Module, x: Tensor, gradients: bool) -> None:
     import onnxruntime
 
-    torch.manual_seed(SEED)
-    layer = two_level(mode)().float().eval()
-    batch = images(2).float()
+    init_parameters(layer, SEED)
+    layer, x = layer.float().eval(), x.float()
+    batch = x[:2]
     with torch.set_grad_enabled(gradients):
         program = torch.onnx.export(
             layer, (batch,), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("batch")},)
@@ -132,8 +190,8 @@ def test_onnx(mode: str, gradients: bool) -> None:
     assert program is not None
     model = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: images(5).float().numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), layer(images(5).float()), rtol=1e-5, atol=1e-5)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), layer(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", COARSE_MODES)
