@@ -92,6 +92,9 @@ def _on_ranks(cases: tuple[tuple[str, int], ...], folder: str) -> dict[Any, dict
         engine, *_ = initialize(model=_model(name, stage), optimizer=_sgd, config=config)
         layers = [module for module in engine.modules() if isinstance(module, TwoLevelConvNd)]
         assert layers and all(isinstance(module, ShardedLayer) for module in layers)
+        if name != "waveforms" and stage == 0:
+            filters = [param for param in engine.module.parameters() if param.dim() == 5]
+            assert filters and all(param.is_contiguous(memory_format=torch.channels_last_3d) for param in filters)
         found = _two_steps(name, stage, engine, engine.backward, engine.step)
         state = gather_state_dict(engine.module)
         answers[name, stage] = {**found, **state}
