@@ -20,6 +20,7 @@ _TAKES_LONG = {
     "start processes": ("subprocess", "multiprocessing", "tests.ranks", "tests.forked"),
     "measure": ("--quick", "tlgc_mp.bench.ranks.launch.measure"),
     "start an engine": ("deepspeed", "tlgc_mp.engine.initialization"),
+    "judge by the clock": ("time.perf_counter", "time.process_time"),
     "compile or export": ("torch.compile", "torch.export", "torch.jit", "torch.onnx", "onnxruntime"),
 }
 """What a test does: the modules, functions and options of commands by which it does so."""

@@ -16,7 +16,7 @@ import tlgc_mp
 from tests.bench import test_launch
 from tests.conftest import _takes_long
 from tests.models import test_compiled
-from tests.parallel import common, test_engine_parity
+from tests.parallel import common, test_engine_parity, test_operator_speed
 from tests.training import test_bad_input
 from tlgc_mp.cli.main import main
 
@@ -78,6 +78,7 @@ _TABLE = {"a": [_by_a_helper]}
         (test_compiled.test_models_for_imagenet, "compile or export"),
         (test_engine_parity.test_bf16_autocast, "start an engine"),
         (_engine, "start an engine"),
+        (test_operator_speed.test_gradients_take_little, "judge by the clock"),
         (_refused, None),
         (_one_layer, None),
         (test_bad_input.test_mistake_in_the_arguments, None),
