@@ -184,7 +184,10 @@ def test_a_preparation_that_cannot_be_is_refused(change: dict[str, Any]) -> None
     [
         (["evaluate", "FILE"], "--dataset must be given for an exported file, got none; use one of digits, "),
         (["evaluate", "FILE", "--dataset", "digits"], "--dataset must have the 3 classes of the network, got digits"),
-        (["evaluate", "nowhere", "--dataset", "digits"], "'nowhere' holds no checkpoint"),
+        (
+            ["evaluate", "nowhere", "--dataset", "digits"],
+            "checkpoint must be one, or a folder that holds one, got 'nowhere'",
+        ),
         (["evaluate", "FILE", "--dataset", "imagefolder"], "--data-dir must be given with --dataset imagefolder"),
         (["evaluate", "RUN", "--output", "/nowhere/x.json"], "--output must be a file to write, got '/nowhere/x.json'"),
         (["predict", "FILE", "nowhere.png"], "IMAGE must be a file, got 'nowhere.png'"),

@@ -153,14 +153,14 @@ def _without(key: str) -> dict[str, Any]:
     ("content", "message"),
     [
         (None, "which does not exist"),
-        ("{", "cannot be read as rows of runs: Expecting property name"),
+        ("{", "': Expecting property name"),
         ("[1]\n", "must hold a JSON object on each line, got [1]"),
         ("7\n", "must hold a JSON object on each line, got 7"),
-        ("[" * 100_000, "cannot be read as rows of runs: maximum recursion"),
+        ("[" * 100_000, "': maximum recursion"),
         (json.dumps({**ROWS[0], "groups": "1"}), 'must be a count, got "1"; give rows that tlgc-mp train wrote'),
         (
             json.dumps({**ROWS[0], "model": "../wrn"}),
-            "is not of a known model: model must be wrn-<depth>-<width>, imagenet-wrn-34-2, mobilenet_v2",
+            "': model must be wrn-<depth>-<width>, imagenet-wrn-34-2, mobilenet_v2",
         ),
         (
             json.dumps({**ROWS[0], "epoch_lines": []}),

@@ -91,7 +91,7 @@ def test_the_folded_model_computes_the_same(run: Path, weights: Path, tmp_path: 
     images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(folded(images), model(images), rtol=1e-5, atol=1e-5)
-    with pytest.raises(UsageError, match="does not hold the weights of its model"):
+    with pytest.raises(UsageError, match="path must be a file of the weights of its model, got "):
         state = load_file(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
@@ -129,11 +129,11 @@ def test_a_run_goes_on_from_what_was_cut(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["export", "{}/nothing", "{}/out"], "holds no checkpoint"),
-        (["reshard", "{}/nothing", "{}/out", "--tp", "2"], "holds no checkpoint"),
-        (["export", "{run}", "{}/file/out"], "cannot be written"),
+        (["export", "{}/nothing", "{}/out"], "checkpoint must be one, or a folder that holds one, got "),
+        (["reshard", "{}/nothing", "{}/out", "--tp", "2"], "checkpoint must be one, or a folder that holds one, got "),
+        (["export", "{run}", "{}/file/out"], "output must be a file to write, got "),
         (["reshard", "{run}", "{}/out", "--tp", "3"], "use one of 1, 2, 4"),
-        (["reshard", "{run}", "{}/file", "--tp", "2"], "cannot be written"),
+        (["reshard", "{run}", "{}/file", "--tp", "2"], "output must be a folder to write, got "),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(
@@ -160,7 +160,7 @@ def test_a_damaged_file_is_not_exported(run: Path, tmp_path: Path, weights: Path
     save_file({"x": torch.zeros(1)}, not_ours)
     with pytest.raises(UsageError, match="does not say which model"):
         load_model(str(not_ours))
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="path must be a safetensors file, got "):
         load_model(str(tmp_path / "nothing"))
     assert json.loads((run / "checkpoints" / "epoch-2" / "checkpoint.json").read_text())["format"] == 1
 

@@ -53,7 +53,7 @@ def _flip(checkpoint: Path) -> None:
 SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "one bit of one shard": (_flip, "shard-01-00.safetensors' is damaged: its checksum"),
     "no shard": (lambda path: (path / "shard-01-00.safetensors").unlink(), "shard-01-00.safetensors' is missing"),
-    "no description": (lambda path: (path / "checkpoint.json").unlink(), "holds no checkpoint"),
+    "no description": (lambda path: (path / "checkpoint.json").unlink(), "checkpoint must be one, or a folder"),
     "a description of nothing": (lambda path: (path / "checkpoint.json").write_text("{}"), "of format 1, got None"),
     "files a list": (_put("files", []), "names no files"),
     "no files": (_put("files", {}), "has no files of weights"),
@@ -126,7 +126,7 @@ def refusals(folder: str) -> tuple[dict[str, str], bool]:
 
 
 ARGUMENTS = {
-    "a path that one rank does not see": "'nowhere' holds no checkpoint",
+    "a path that one rank does not see": "holds one, got 'nowhere'; give",
     "path": "checkpoint must be a path, got 5",
     "engine": "engine must be the one that tlgc_mp.initialize returns, got Linear",
     "engine saved": "engine must be the one that tlgc_mp.initialize returns, got NoneType",

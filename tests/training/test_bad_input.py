@@ -209,7 +209,11 @@ MISTAKES: dict[str, tuple[int, list[str], list[str]]] = {
         ["--output-dir", "{tmp}/file/run", "folder"],
     ),
     "nothing to resume": (1, [*SYNTHETIC, "--resume"], ["--resume", "{tmp}/run", "--output-dir"]),
-    "resume from elsewhere": (1, [*SYNTHETIC, "--resume", "{tmp}/flat"], ["--resume", "{tmp}/flat", "no checkpoint"]),
+    "resume from elsewhere": (
+        1,
+        [*SYNTHETIC, "--resume", "{tmp}/flat"],
+        ["--resume", "a folder that holds one, got '{tmp}/flat'"],
+    ),
     "resume a checkpoint that is gone": (
         1,
         [*SYNTHETIC, "--resume", "{tmp}/gone"],

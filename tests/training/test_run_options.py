@@ -142,10 +142,10 @@ def test_a_run_that_goes_on_over_other_ranks(tmp_path: Path) -> None:
     [
         ("batch_size: many", "run.yaml': argument --batch-size: invalid int value: 'many'"),
         ("batch_size: [1, 2]", "run.yaml': batch_size must be a number, text, true or false, got [1, 2]"),
-        ("resume: here", "resume must be left out; give it as a flag"),
+        ("resume: here", 'resume must be left out, got "here"; give it as a flag'),
         ("optimiser_speed: 2", "run.yaml': unrecognized arguments: --optimiser-speed=2"),
         ("- epochs", 'run.yaml\' must hold options, as `epochs: 2`, a line each, got ["epochs"]'),
-        ("epochs: [", "run.yaml' cannot be read as YAML: "),
+        ("epochs: [", "--config must be a YAML file, got "),
         ("ema: false", "run.yaml': ema must be left out where it is not wanted, got false; remove the line"),
         ("batch_size: 1\nbatch-size: 2", "run.yaml' must have each option once, got batch_size 2 times; keep one"),
         ("bach_size: false", "run.yaml': unrecognized arguments: --no-bach-size"),

@@ -276,7 +276,7 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         "taken",
         f"folder must be a folder without a run, got {folder!r}, which holds one; call resume() to resume it",
         "the checkpoint must be of epochs of 4 steps, got 1; train on the same data, with the same batch size",
-        f"'{folder}/nowhere' holds no checkpoint",
+        f"checkpoint must be one, or a folder that holds one, got '{folder}/nowhere'",
         "the checkpoint must be one that a Trainer saved, got one without 'epoch'",
         "batches must have a length and a method epoch, got list; give tlgc_mp.data.TrainingBatches",
         "engine must be the one that tlgc_mp.initialize returns, got str",

@@ -235,7 +235,10 @@ def resolve(options: Namespace) -> BenchSettings:
                 case = make_case(strategy, depth, width, count, batch_size, options)
                 cases[case] = None
     if (options.coarse_channels != 1 or options.coarse_sum) and not any(case.conv == "gc-2l" for case in cases):
-        raise UsageError("--coarse-channels and --coarse-sum must be left out without a strategy gc-2l; add gc-2l")
+        raise UsageError(
+            "--coarse-channels and --coarse-sum must be left out without a strategy gc-2l, got "
+            f"{' '.join(names)}; add gc-2l"
+        )
     hosts = tuple(options.hosts or ())
     for case in cases:
         if hosts and case.ranks % len(hosts):

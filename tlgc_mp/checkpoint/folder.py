@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping
 from typing import TypedDict, cast
 
-from tlgc_mp.errors import UsageError, is_count
+from tlgc_mp.errors import UsageError, is_count, must_be
 from tlgc_mp.host import as_path, replace_file, sync_folder
 from tlgc_mp.json_types import JsonObject
 from tlgc_mp.models.names import check_coarse_level, check_model, coarse_level_of
@@ -132,7 +132,8 @@ def find_checkpoint(path: str) -> tuple[str, str]:
         places = (os.path.join(path, CHECKPOINTS), path)
         folder = next((place for place in places if _tag_in(os.path.join(place, LATEST)) or tags(place)), "")
         if not folder:
-            raise UsageError(f"{path!r} holds no checkpoint; give the --output-dir of a run that saved one")
+            hint = "give the --output-dir of a run that saved one"
+            raise must_be("checkpoint", "one, or a folder that holds one", path, hint)
         tag = _tag_in(os.path.join(folder, LATEST)) or tags(folder)[0]
     problem = missing(folder, tag)
     if problem is not None:
@@ -231,26 +232,27 @@ def saved_run(folder: str, tag: str) -> Run:
         UsageError: something else saved it.
     """
     state, where = read_description(folder, tag).get("client_state"), os.path.join(folder, tag)
+    own = "one that tlgc-mp train saved"
     if not isinstance(state, dict):
-        raise UsageError(f"{where!r} is not a checkpoint of tlgc-mp train: it has no client_state")
+        raise must_be("checkpoint", own, where, note=", which has no client_state")
     run, progress = state.get("run"), state.get("progress")
     if not isinstance(run, dict):
-        raise UsageError(f"{where!r} is not a checkpoint of tlgc-mp train")
+        raise must_be("checkpoint", own, where, note=", which has no run")
     odd = [name for name in _COUNTED if not is_count(run.get(name))]
     odd += [name for name in _TOLD if name not in run]
     odd += [] if isinstance(run.get("coarse_everywhere"), bool) else ["coarse_everywhere"]
     if not isinstance(progress, dict) or not all(_fits(progress.get(name), kind) for name, kind in _PROGRESS.items()):
         odd.append("progress")
     if odd:
-        raise UsageError(f"{where!r} is not a checkpoint of tlgc-mp train: it has no {odd[0]}")
+        raise must_be("checkpoint", own, where, note=f", which has no {odd[0]}")
     if run["batch_size"] % (run["accumulation"] * run["data_parallel"]):
-        raise UsageError(f"{where!r} is not a checkpoint of tlgc-mp train: its batch_size is not valid")
+        raise must_be("checkpoint", own, where, note=", whose batch_size is not valid")
     try:
         classes = cast(int, state.get("num_classes"))
         check_model(run["model"], run["conv"], run["groups"], classes, run["coarse_everywhere"])
         check_coarse_level(run["conv"], coarse_level_of(run))
     except UsageError as error:
-        raise UsageError(f"{where!r} is not of a known model: {error}") from None
+        raise UsageError(f"{where!r}: {error}") from None
     return cast(Run, {**run, **coarse_level_of(run)})
 
 

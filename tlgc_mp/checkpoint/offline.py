@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tlgc_mp.checkpoint import folder as folders
 from tlgc_mp.checkpoint.reader import INDEX, CheckpointReader, Index, Part, Piece
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import UsageError, must_be
 from tlgc_mp.host import as_path
 from tlgc_mp.json_types import Json
 from tlgc_mp.models import create_model, fold
@@ -74,7 +74,8 @@ def export_checkpoint(path: str, output: str, *, folded: bool = False) -> NamedM
     except (OSError, SafetensorError) as error:
         if os.path.isfile(partial):
             os.unlink(partial)
-        raise UsageError(f"{output!r} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        note = f": {getattr(error, 'strerror', None) or error}"
+        raise must_be("output", "a file to write", output, note=note) from None
     return arguments
 
 
@@ -104,18 +105,19 @@ def load_exported(path: str, device: torch.device | str) -> tuple[nn.Module, Jso
             folded = bool(arguments.pop("folded", False))
         state = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path!r} cannot be read: {error}") from None
+        raise must_be("path", "a safetensors file", path, note=f": {error}") from None
     except (KeyError, ValueError, TypeError, RecursionError):
-        raise UsageError(f"{path!r} does not say which model it holds; give a file that tlgc-mp export wrote") from None
+        note = ", which does not say which model it holds"
+        raise must_be("path", "a file that tlgc-mp export wrote", path, note=note) from None
     arguments.pop("checkpoint", None)
     images = arguments.pop("images", None)
     try:
         model = create_meta_model(**arguments)
         model = fold(model) if folded else model
     except UsageError as error:
-        raise UsageError(f"{path!r} is not of a known model: {error}") from None
+        raise UsageError(f"{path!r}: {error}") from None
     if odd := _difference(model, {name: tuple(value.shape) for name, value in state.items()}):
-        raise UsageError(f"{path!r} does not hold the weights of its model: {odd}; export it again")
+        raise must_be("path", "a file of the weights of its model", path, "export it again", note=f": {odd}")
     return _filled(arguments, state, device, folded=folded).eval(), images
 
 
@@ -205,7 +207,8 @@ def reshard_checkpoint(path: str, output: str, tensor_parallel: int) -> str:
         folders.commit(folder, tag, {**description, "files": files})
     except (OSError, SafetensorError) as error:
         folders.abandon(folder, tag)
-        raise UsageError(f"{folder!r} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        note = f": {getattr(error, 'strerror', None) or error}"
+        raise must_be("output", "a folder to write", folder, note=note) from None
     except BaseException:
         folders.abandon(folder, tag)
         raise

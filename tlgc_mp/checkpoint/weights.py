@@ -13,7 +13,7 @@ from tlgc_mp.checkpoint.engine_state import EngineState
 from tlgc_mp.checkpoint.loader import all_or_none
 from tlgc_mp.checkpoint.reader import CheckpointReader, Part
 from tlgc_mp.engine.protocols import Engine
-from tlgc_mp.errors import UsageError, told
+from tlgc_mp.errors import UsageError, must_be, told
 from tlgc_mp.parallel.layout import Ranks, take_share
 
 Source = tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]
@@ -54,7 +54,7 @@ def _exported(path: str) -> Source:
     try:
         file = safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path!r} cannot be read as a safetensors file: {error}") from None
+        raise must_be("path", "a checkpoint or a safetensors file", path, note=f": {error}") from None
     names = file.keys()
     return {name: tuple(file.get_slice(name).get_shape()) for name in names}, file.get_tensor
 
@@ -79,7 +79,7 @@ def _fill(state: EngineState, source: Source, path: str) -> list[str]:
     for name in left:
         if name.rpartition(".")[0] != last:
             found = f"is {shapes[name]}, not {parts[name].whole_shape}" if name in shapes else "is not there"
-            raise UsageError(f"{path!r} holds the weights of another model: {name} {found}")
+            raise must_be("path", "a file of the weights of this model", path, note=f", where {name} {found}")
 
     def part_of(name: str) -> Tensor:
         part = parts[name]

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import UsageError, must_be
 from tlgc_mp.resilience.verdicts import VERDICT_FILE
 
 _FORWARDED = re.compile(
@@ -61,5 +61,5 @@ def _is_open_mpi(mpirun: str) -> bool:
             [mpirun, "--version"], capture_output=True, text=True, errors="replace", timeout=_VERSION_SECONDS
         ).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UsageError(f"--mpi needs an mpirun that works, got {mpirun!r}: {error}") from None
+        raise must_be("--mpi", "used where mpirun works", mpirun, note=f": {error}") from None
     return "Open MPI" in said

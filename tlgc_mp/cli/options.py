@@ -17,7 +17,7 @@ from typing import NoReturn, TypeAlias, TypedDict, cast
 
 from tlgc_mp.checkpoint.folder import BEST, CHECKPOINTS, DESCRIPTION, LATEST
 from tlgc_mp.engine.config import read_config
-from tlgc_mp.errors import UsageError, shown
+from tlgc_mp.errors import UsageError, must_be, shown
 from tlgc_mp.host import replace_file
 from tlgc_mp.json_types import JsonObject
 from tlgc_mp.parallel.topology import Launch
@@ -195,7 +195,7 @@ def _read(path: str) -> JsonObject:
     except OSError as error:
         raise UsageError(f"--config must be a file of options, got {path!r}: {error.strerror}") from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UsageError(f"{path!r} cannot be read as YAML: {' '.join(str(error).split())}") from None
+        raise must_be("--config", "a YAML file", path, note=f": {' '.join(str(error).split())}") from None
     if not isinstance(entries, dict) or not all(isinstance(key, str) for key in entries):
         raise UsageError(f"{path!r} must hold options, as `epochs: 2`, a line each, got {shown(entries)}")
     keys = [key.value.replace("-", "_") for key, _ in read.value]
@@ -212,7 +212,7 @@ def _as_words(parser: Parser, entries: JsonObject, path: str) -> list[str]:
         if isinstance(value, dict | list):
             raise UsageError(f"{path!r}: {key} must be a number, text, true or false, got {shown(value)}")
         if key in EACH_START and key != "output_dir":
-            raise UsageError(f"{path!r}: {key} must be left out; give it as a flag")
+            raise UsageError(f"{path!r}: {key} must be left out, got {shown(value)}; give it as a flag")
         if value is False and key in _VALUES:
             raise UsageError(f"{path!r}: {key} must be left out where it is not wanted, got false; remove the line")
         word = f"--no-{flag[2:]}" if value is False else flag if value is True else f"{flag}={value}"

@@ -46,8 +46,8 @@ def choose(interfaces: Mapping[str, str], towards: str | None) -> str:
     if len(found) == 1:
         return found[0]
     raise UsageError(
-        f"{GLOO_INTERFACE} must be set to the interface that reaches the other hosts, as this host's own name "
-        f"({socket.gethostname()}) has a loopback address; use one of {', '.join(found) or 'those that are up'}"
+        f"{GLOO_INTERFACE} must be set to the interface that reaches the other hosts, got none, and this host's own "
+        f"name ({socket.gethostname()}) has a loopback address; use one of {', '.join(found) or 'those that are up'}"
     )
 
 

@@ -137,7 +137,7 @@ def convert(
     ):
         raise UsageError(
             "coarse_kernel_size and coarse_init must be left out with init='from_dense', which sets the coarse level "
-            "itself"
+            f"itself, got {coarse['coarse_kernel_size']} and {coarse['coarse_init']!r}; leave them out"
         )
     convolutions = _convolutions(model)
     makers = {dims: convolution(conv, groups, coarse, dims) for dims in CONVOLUTION_LAYERS[conv]}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 from tlgc_mp.data.catalog import DATASETS
-from tlgc_mp.errors import UsageError, check_representatives, is_count, is_number, shown
+from tlgc_mp.errors import UsageError, check_representatives, is_count, is_number, must_be, shown
 from tlgc_mp.models.names import COARSE_INITS, COARSE_LEVEL, CONVOLUTIONS, TWO_LEVEL, check_model, coarse_level_of
 from tlgc_mp.training.runs import RESULT
 
@@ -81,7 +81,8 @@ def _read(path: str) -> list[Row]:
         with open(path, encoding="utf-8") as file:
             rows = [json.loads(line) for line in file if line.strip()]
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path!r} cannot be read as rows of runs: {' '.join(str(error).split())}") from None
+        note = f": {' '.join(str(error).split())}"
+        raise must_be("SOURCE", "a folder of runs, or a file of rows", path, note=note) from None
     for row in rows:
         _check(row, path)
     return rows
@@ -106,7 +107,7 @@ def _check(row: object, path: str) -> None:
         coarse = coarse_level_of(row)
         check_representatives(coarse["coarse_channels"], coarse["coarse_sum"])
     except UsageError as error:
-        raise UsageError(f"the coarse level of a row in {path!r} is not one: {error}") from None
+        raise UsageError(f"a row in {path!r}: {error}") from None
     if not _PERHAPS_COUNT[0](row.get("effective_parameters")):
         raise UsageError(
             f"effective_parameters of a row in {path!r} must be {_PERHAPS_COUNT[1]}, got "
@@ -115,7 +116,7 @@ def _check(row: object, path: str) -> None:
     try:
         check_model(row["model"], row["conv"], row["groups"])
     except UsageError as error:
-        raise UsageError(f"a row in {path!r} is not of a known model: {error}") from None
+        raise UsageError(f"a row in {path!r}: {error}") from None
 
 
 def _is_figure(value: object) -> TypeGuard[float]:

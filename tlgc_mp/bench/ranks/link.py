@@ -18,6 +18,7 @@ from tlgc_mp.errors import UsageError, must_be
 
 NETWORK = "10.79.0"
 INTERFACE = "eth0"
+_REAL_HOSTS = "use bench scaling --hosts with real hosts"
 TOOLS = ("ip", "tc", "unshare", "nsenter")
 UNLIMITED = "unlimited"
 
@@ -77,10 +78,8 @@ def cable() -> Iterator[Cable]:
     """
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if os.name != "posix" or os.geteuid() != 0 or missing:
-        lacking = f"without {', '.join(missing)}" if missing else "without root"
-        raise UsageError(
-            f"a link between two hosts cannot be made {lacking}; use bench scaling --hosts with real hosts"
-        )
+        need = f"have {', '.join(missing)}" if missing else "let you be root"
+        raise UsageError(f"this machine must {need} to link two hosts on it, got none; {_REAL_HOSTS}")
     holders: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(2):
@@ -107,13 +106,11 @@ def _wait_for_namespace(holder: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + _SECONDS
     while os.readlink(f"/proc/{holder.pid}/ns/net") == own:
         if holder.poll() is not None or time.monotonic() > deadline:
-            raise UsageError("a network namespace cannot be made here; use bench scaling --hosts with real hosts")
+            raise UsageError(f"this machine must allow network namespaces, got none; {_REAL_HOSTS}")
         time.sleep(0.01)
 
 
 def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
     if done.returncode:
-        raise UsageError(
-            f"{' '.join(command)} failed: {done.stderr.strip()}; use bench scaling --hosts with real hosts"
-        )
+        raise must_be(f"`{' '.join(command)}`", "allowed on this machine", done.stderr.strip(), _REAL_HOSTS)
