@@ -258,7 +258,6 @@ CONFIGURATIONS: dict[str, Any] = {
     "offload to nowhere": {**CONFIG, "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "moon"}}},
     "a key of ZeRO that is none": {**CONFIG, "zero_optimization": {"stage": 2, "stages": 3}},
     "fp16 and bf16": {**CONFIG, "fp16": {"enabled": True}, "bf16": {"enabled": True}},
-    "bf16 as text": {**CONFIG, "bf16": {"enabled": "perhaps"}},
     "autocast of no type": {**CONFIG, "torch_autocast": {"enabled": True, "dtype": "float12"}},
 }  # fmt: skip
 
