@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tlgc_mp.errors import UsageError
 from tlgc_mp.parallel.gradient_shares import mark_gradient
 from tlgc_mp.parallel.layout import Ranks
+from tlgc_mp.parallel.partitioned import is_partitioned, partitioned
 from tlgc_mp.parallel.plan import Placement
 from tlgc_mp.parallel.split_tensor import (
     SplitTensor,
@@ -97,6 +98,8 @@ class ShardedLayer:
             return self._tlgc_given_whole(name, value)
         if own["tlgc_region"].plain:
             return value
+        if is_partitioned(value):
+            return partitioned(value, self, name)  # type: ignore[arg-type]
         check_not_transformed()
         layout = own["tlgc_placement"].layout(name)
         ranks = own["tlgc_region"].ranks
@@ -326,8 +329,8 @@ def _plain_parameter(param: nn.Parameter | None, done: dict[int, Any]) -> Any:
     if param is None or (id(param) not in done and not vars(param)):
         return param
     if id(param) not in done:
-        with zero3_gathered([param]) as partitioned:
-            values = param.data.clone() if partitioned else param.data
+        with zero3_gathered([param]) as was_away:
+            values = param.data.clone() if was_away else param.data
         done[id(param)] = nn.Parameter(values, requires_grad=param.requires_grad)
     return done[id(param)]
 
@@ -345,12 +348,12 @@ def extra_state(module: nn.Module) -> dict[str, object]:
 @contextlib.contextmanager
 def zero3_gathered(parameters: Sequence[Any]) -> Iterator[bool]:
     """A context in which parameters that ZeRO 3 has partitioned are whole, and whether there are any. Collective."""
-    partitioned = [param for param in parameters if hasattr(param, "ds_id")]
-    if not partitioned:
+    held = [param for param in parameters if hasattr(param, "ds_id")]
+    if not held:
         yield False
         return
     zero = sys.modules["deepspeed.runtime.zero.partition_parameters"]  # which has partitioned them
-    away = [param for param in partitioned if param.ds_status is not zero.ZeroParamStatus.AVAILABLE]
+    away = [param for param in held if param.ds_status is not zero.ZeroParamStatus.AVAILABLE]
     with zero.GatheredParameters(away) if away else contextlib.nullcontext():
         yield True
 
