@@ -45,7 +45,8 @@ class Region:
         plain: whether shares go from layer to layer as plain tensors, now.
         replicas: the ranks that hold this share, one of each replica; ``None`` where nobody asks.
         over_network: whether the tensor-parallel ranks lie on several hosts.
-        marks_gradients: whether gradients know that they are shares (``gradient_shares.py``): outside of an engine.
+        in_engine: whether an engine clips gradients, and has looked at the optimizer. Gradients know that they are shares
+            else (``gradient_shares.py``).
         report: how each layer is held, as ``model.layout``; a model may have an attribute of its own of that name.
     """
 
@@ -63,7 +64,7 @@ class Region:
         self.plain = ranks.size == 1
         self.replicas = replicas
         self.over_network = over_network
-        self.marks_gradients = False
+        self.in_engine = True
         self.report: LayoutReport | None = None
 
     @contextlib.contextmanager
@@ -203,7 +204,7 @@ class ShardedLayer:
         for key, param in self._parameters.items():  # type: ignore[attr-defined]
             if param is not None:
                 keep_gradient_plain(param, self.tlgc_placement.dims.get(key), self.tlgc_region)
-        if self.tlgc_region.marks_gradients:
+        if self.tlgc_region.ranks.size > 1 and not self.tlgc_region.in_engine:
             self.tlgc_mark_gradients(set())
 
     def tlgc_mark_gradients(self, marked: set[int]) -> None:

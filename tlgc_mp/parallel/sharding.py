@@ -83,10 +83,10 @@ def shard(
         sample_inputs=sample_inputs,
     )
     region: Region = model.tlgc_region  # type: ignore[assignment]
-    region.marks_gradients = region.ranks.size > 1
+    region.in_engine = False
     marked: set[int] = set()
     for module in model.modules():
-        if region.marks_gradients and isinstance(module, ShardedLayer):
+        if region.ranks.size > 1 and isinstance(module, ShardedLayer):
             module.tlgc_mark_gradients(marked)
     return model
 
