@@ -45,8 +45,8 @@ class Region:
         plain: whether shares go from layer to layer as plain tensors, now.
         replicas: the ranks that hold this share, one of each replica; ``None`` where nobody asks.
         over_network: whether the tensor-parallel ranks lie on several hosts.
-        in_engine: whether an engine clips gradients, and has looked at the optimizer. Gradients know that they are shares
-            else (``gradient_shares.py``).
+        in_engine: whether an engine clips gradients, and has looked at the optimizer. Else gradients know that they are
+            shares (``gradient_shares.py``).
         report: how each layer is held, as ``model.layout``; a model may have an attribute of its own of that name.
     """
 
