@@ -30,6 +30,7 @@ def _train(model: nn.Module, batch: slice) -> None:
         images = torch.randn(4, 3, 6, 6, generator=data, dtype=torch.float64)
         optimizer.zero_grad()
         F.cross_entropy(model(images[batch]), torch.arange(4)[batch]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
         optimizer.step()
 
 
@@ -43,6 +44,9 @@ def _over_replicas() -> tuple[dict[str, object], str]:
     _train(DistributedDataParallel(model, process_group=replicas), slice(2 * (rank // 2), 2 * (rank // 2) + 2))
     with pytest.raises(UsageError) as refused:
         DistributedDataParallel(nn.Sequential(nn.Identity(), again))(torch.zeros(1, 3, 6, 6, dtype=torch.float64))
+    views = DistributedDataParallel(again, process_group=replicas, gradient_as_bucket_view=True)
+    with pytest.raises(UsageError, match="gradient_as_bucket_view must be False of a split model, got True"):
+        views(torch.zeros(1, 3, 6, 6, dtype=torch.float64))
     return gather_state_dict(model), str(refused.value)
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tlgc_mp.errors import UsageError
+from tlgc_mp.errors import UsageError, must_be
 from tlgc_mp.nn.window import AXES, memory_format_of
 from tlgc_mp.parallel.collectives import coarse_gather, copy_to_ranks, exchange_channels, sum_partials
 from tlgc_mp.parallel.exchange import CoarseExchange, CoarseSum
@@ -290,7 +290,8 @@ def _run_eagerly(forward: Callable[..., object], args: tuple[object, ...], kwarg
 
 
 def _check_not_averaged(region: Region) -> None:
-    """Refuses DistributedDataParallel over ranks that share a replica: it gives all of them the first one's shares.
+    """Refuses DistributedDataParallel over ranks that share a replica: it gives all of them the first one's shares. So
+    too where its buckets take the place of gradients, which would not know then that they are shares.
 
     Raises:
         UsageError: within the forward pass of such a wrapper.
@@ -305,6 +306,8 @@ def _check_not_averaged(region: Region) -> None:
             f"process_group of DistributedDataParallel must be ranks that hold the same share, got {averaged}; leave "
             f"out all but one of {members}, and split the model again"
         )
+    if wrapper.gradient_as_bucket_view:
+        raise must_be("gradient_as_bucket_view", "False of a split model", True, "leave it out")
 
 
 _HOOKS_OF_ALL_MODULES = (
