@@ -91,7 +91,10 @@ def convolution(func: Operator, args: Args, kwargs: Kwargs) -> object:
     if type(x) is not SplitTensor and type(weight) is not SplitTensor:
         return NotImplemented
     kind, inputs, outputs = _convolution_kind(x, weight, transposed, groups)
-    fits = bias is None or bias.shape == (weight.shape[1] * groups if transposed else weight.shape[0],)
+    read, written = (
+        (weight.shape[0], weight.shape[1] * groups) if transposed else (weight.shape[1] * groups, len(weight))
+    )
+    fits = x.shape[1] == read and (bias is None or bias.shape == (written,))
     if kind == "whole" or not fits:
         return NotImplemented  # where it does not fit, torch complains of the whole
     ranks = ranks_of(x, weight)
