@@ -221,6 +221,7 @@ def _records(content: bytes) -> Iterator[bytes]:
 
 @pytest.mark.timeout(180)
 def test_wandb_holds_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
     (history,) = run_ranks(1, _with_wandb, str(tmp_path))
     written = {row["_step"]: row for row in history}
     for kind, lines in (("Train", step_metrics(tmp_path / "run")), ("Epoch", metrics(tmp_path / "run"))):
