@@ -45,6 +45,15 @@ def _largest(parameters: Parameters) -> Tensor:
     return torch.stack([param.grad.abs().max() for param in parameters if param.grad is not None]).max()
 
 
+def _largest_of_two(param: nn.Parameter) -> Tensor:
+    """As optimizers keep the largest of what there was, element by element, on either side."""
+    kept = torch.max(torch.zeros_like(param), param.grad.abs())
+    kept = torch.max(param.grad, kept)
+    assert type(kept) is Tensor and kept.shape == param.shape
+    assert all(type(made) is Tensor for made in param.grad.max(dim=1))
+    return (kept - param.grad.abs()).abs().max()
+
+
 def _gradients(parameters: Parameters) -> list[Tensor]:
     return [param.grad for param in parameters if param.grad is not None]
 
@@ -67,6 +76,8 @@ WAYS: dict[str, Callable[[nn.Module], Any]] = {
     "the old way": lambda model: _old_way(model.parameters()),
     "by hand": lambda model: _by_hand(model.parameters()),
     "by hand, largest": lambda model: _largest(model.parameters()),
+    "by name": lambda model: torch.norm(input=next(model.parameters()).grad),
+    "of two": lambda model: _largest_of_two(next(model.parameters())),
     "a weight's": lambda model: model[3].weight.grad.norm(),
     "along a dimension": lambda model: torch.linalg.vector_norm(model[0].weight.grad, dim=(1, 2, 3)),
     "along a dimension of shares": lambda model: next(model.parameters()).grad.sum((0, 2, 3)),

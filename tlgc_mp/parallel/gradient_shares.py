@@ -8,11 +8,12 @@ one, is computed with the shares.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, SupportsIndex, cast
+from typing import Any, SupportsIndex
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from tlgc_mp.parallel import collectives
 from tlgc_mp.parallel.layout import Layout, Ranks
@@ -84,10 +85,13 @@ Replacement = Callable[[Function, Args, Kwargs], Any]
 
 def _reduced(func: Function, args: Args, kwargs: Kwargs) -> object:
     """``func`` of the whole gradient: this rank's share of what comes out, where it is still cut."""
-    share = cast(GradientShare, args[0])
+    if not args and "input" in kwargs:
+        args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
+    share, *rest = args
+    if type(share) is not GradientShare or any(isinstance(value, Tensor) for value in (*rest, *kwargs.values())):
+        return func(*args, **kwargs)  # element by element, as torch.max of two tensors
     of_whole = SplitTensor(share.as_subclass(Tensor), share.cut, share.ranks)
-    out = func(of_whole, *args[1:], **kwargs)
-    return out.share if type(out) is SplitTensor else out
+    return tree_map_only(SplitTensor, lambda made: made.share, func(of_whole, *rest, **kwargs))
 
 
 def _norms(func: Function, args: Args, kwargs: Kwargs) -> list[Tensor]:
