@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -58,10 +58,12 @@ def test_hosts_whose_own_names_are_loopback_addresses_train_as_one_does(tmp_path
     assert "2 tensor-parallel x 1 data-parallel, on 2 hosts; the tensor-parallel ranks of 1 replica(s) lie on " in said
 
 
-FAULTS: dict[str, Any] = {
-    "kill": "rank 1: process {} on node2 has not answered for 6 s and its connections are closed: killed, or crashed",
-    "cut": "rank 1: process {} on node2 has not answered for 1",
-    "stop": "rank 1: process {} on node2 has not answered for 1",
+_SILENT = r"tlgc-mp: rank 1: process \d+ on node2 has not answered for"
+FAULTS = {
+    # 6 s from where the other rank finds its connection broken, or the rank timeout from the last beat it has seen.
+    "kill": rf"{_SILENT} (6|1\d) s and its connections are closed: killed, or crashed",
+    "cut": rf"{_SILENT} 1\d s",
+    "stop": rf"{_SILENT} 1\d s",
 }
 
 
@@ -84,6 +86,5 @@ def test_rank_that_was_alone_on_its_host_is_named(tmp_path: Path, fault: str) ->
 def check_named(folder: Path, fault: str) -> None:
     """That the rank on the other host is the one that is named, and how it went."""
     lines = told(folder)
-    before, _, after = FAULTS[fault].partition("{}")
     first = next(line for line in lines if line.startswith("tlgc-mp: rank 1: process"))
-    assert first.startswith(f"tlgc-mp: {before}") and after in first, lines
+    assert re.match(FAULTS[fault], first), lines

@@ -44,6 +44,7 @@ _UNJOINED_SECONDS = 3.0
 _TURN_SECONDS = 2.0
 _ANSWER_SECONDS = 1.0
 _GLANCE_SECONDS = 0.1
+_GONE = " and its connections are closed: killed, or crashed"
 
 _runs = itertools.count()
 
@@ -236,8 +237,8 @@ class Watchdog:
         if now - self._answered_at < 2 * self._beat and self._next not in self._left:
             silence = now - self._next_seen_at
             if silence > self._timeout:
-                who = self._members.silent_process(self._next)
-                return self._about(self._next, f"{who} has not answered for {silence:.0f} s", lost=True)
+                how = f"has not answered for {silence:.0f} s{_GONE if self._beats else ''}"
+                return self._about(self._next, f"{self._members.silent_process(self._next)} {how}", lost=True)
         return None
 
     def _store_failed(self, how: str) -> Verdict:
@@ -295,8 +296,8 @@ class Watchdog:
             return self._about(self._rank, worker)
         if self._beats is not None and (silent := self._beats.silent()) is not None:
             # On another machine, of which the kernel here knows nothing.
-            how = f"has not answered for {ECHO_SECONDS:.0f} s and its connections are closed: killed, or crashed"
-            return self._about(silent, f"{self._members.process(silent)} {how}")
+            who = self._members.process(silent)
+            return self._about(silent, f"{who} has not answered for {ECHO_SECONDS:.0f} s{_GONE}")
         text = cause.text
         if cause.traced and (path := write_traceback(error, self._rank, self._output_dir)):
             text = f"{text} (traceback: {path})"
