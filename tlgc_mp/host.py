@@ -24,10 +24,16 @@ if TYPE_CHECKING:
     from typing_extensions import NotRequired
 
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 """Parameters of glibc's ``mallopt``."""
 _KEEP_FREED = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 << 20}
-_RETURN_FREED = {_M_MMAP_MAX: 65536, _M_TRIM_THRESHOLD: 128 << 10, _M_TOP_PAD: 128 << 10}  # glibc's own
+_RETURN_FREED = {
+    _M_MMAP_MAX: 65536,
+    _M_TRIM_THRESHOLD: 128 << 10,
+    _M_TOP_PAD: 128 << 10,
+    _M_MMAP_THRESHOLD: 128 << 10,
+}
+"""As glibc begins. By itself it lets the threshold grow to the largest block that was freed, and keeps smaller ones."""
 
 
 class Machine(TypedDict):
@@ -125,7 +131,8 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Undoes :func:`keep_freed_memory`."""
+    """Undoes :func:`keep_freed_memory`, and has blocks of 128 KiB and more handed back as they are freed, for good: the
+    process holds what its tensors hold, and no holes. Each is cleared by the kernel anew."""
     _set_allocator(_RETURN_FREED)
 
 

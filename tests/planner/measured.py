@@ -10,18 +10,21 @@ import gc
 import sys
 import time
 from collections import Counter
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from tests.ranks import run_ranks
 from tlgc_mp import checkpoint_activations, create_model, initialize
+from tlgc_mp.bench.ranks import launch
 from tlgc_mp.bench.ranks.meters import CollectiveClock, peak_memory_bytes, reset_peak_memory
+from tlgc_mp.host import return_freed_memory
 from tlgc_mp.parallel import collectives
 from tlgc_mp.planner import plan
-from tlgc_mp.planner.devices import find_device
+from tlgc_mp.planner.candidates import Candidate
+from tlgc_mp.planner.devices import Device, find_device
 
 SEED = 7
 TIMED = 3
@@ -34,15 +37,14 @@ def momentum_sgd(parameters: Any) -> torch.optim.Optimizer:
 def measure(arguments: dict[str, Any], side: int, config: dict[str, Any], checkpointing: bool) -> dict[str, Any]:
     """Of this rank: ``sent``, collective -> (calls, bytes given) among the tensor-parallel ranks in a step;
     ``replicas``, the same among the replicas, as torch.distributed sees them; ``norm``, the bytes that the engine
-    reduces among the tensor-parallel ranks; ``peak``, the bytes by which the process grew beyond what it had before
-    there was a model; ``seconds``, its processor time of the fastest step."""
+    reduces among the tensor-parallel ranks; ``peak``, the most bytes that the process had; ``seconds``, its
+    processor time of the fastest step."""
     model = create_model(**arguments, device="meta")
     if checkpointing:
         checkpoint_activations(model)
     device = torch.device("cpu")
     gc.collect()
     reset_peak_memory(device)
-    before = peak_memory_bytes(device)
     settings = {**config, "zero_allow_untested_optimizer": True}
     engine, *_ = initialize(model=model, optimizer=momentum_sgd, config=settings, seed=SEED)
     generator = torch.Generator().manual_seed(SEED)
@@ -63,7 +65,7 @@ def measure(arguments: dict[str, Any], side: int, config: dict[str, Any], checkp
         began = time.process_time()
         step()
         seconds.append(time.process_time() - began)
-    peak = peak_memory_bytes(device) - before
+    peak = peak_memory_bytes(device)
     given: Counter[str] = Counter()
     calls: Counter[str] = Counter()
 
@@ -97,6 +99,22 @@ def measure(arguments: dict[str, Any], side: int, config: dict[str, Any], checkp
     }
 
 
+@dataclass(frozen=True)
+class StepRequest(launch.Request[dict[str, Any]]):
+    """:func:`measure` in a process of its own that hands freed memory back."""
+
+    arguments: dict[str, Any]
+    side: int
+    config: dict[str, Any]
+    checkpointing: bool
+    measured_by: ClassVar[str] = "tests.planner.measured:measure_alone"
+
+
+def measure_alone(request: StepRequest, device: torch.device) -> dict[str, Any]:
+    return_freed_memory()
+    return measure(request.arguments, request.side, request.config, request.checkpointing)
+
+
 CASES = (
     ("wrn-16-4", 32, 16, (1, 1), 0, False),
     ("wrn-16-8", 32, 16, (1, 1), 0, False),
@@ -114,30 +132,42 @@ CASES = (
 def main(calibrated: str) -> None:
     """Prints a table in Markdown."""
     device = find_device("", calibrated)
-    print("| model | P x D | ZeRO | recompute | MB planned, of tensors | grown | s planned | processor s |")
-    print("| --- " * 8 + "|")
+    heads = ("model", "P x D", "ZeRO", "recompute", "MB planned", "of it beside the fixed part", "MB measured")
+    print(f"| {' | '.join([*heads, 's planned', 'processor s'])} |")
+    print("| --- " * 9 + "|")
     for name, side, batch, (ranks, replicas), stage, checkpointing in CASES:
-        arguments = {"name": name, "conv": "gc-2l", "groups": 4, "num_classes": 10}
-        config = {
-            "train_batch_size": batch,
-            "train_micro_batch_size_per_gpu": batch // replicas,
-            "tensor_parallel": {"autotp_size": ranks},
-            "zero_optimization": {"stage": stage},
-        }
-        images = torch.empty(2, 3, side, side, device="meta").to(memory_format=torch.channels_last)
-        model = create_model(**arguments, device="meta")  # type: ignore[arg-type]
-        found = plan(model, images, config, ranks=ranks * replicas, device=device, optimizer=momentum_sgd)
-        candidate = next(each for each in found.candidates if each.checkpointing == checkpointing)
-        answers = run_ranks(
-            ranks * replicas, measure, arguments, side, found.config(candidate), checkpointing, timeout=300.0
-        )
-        grown, seconds = (max(answer[key] for answer in answers) for key in ("peak", "seconds"))
+        candidate, answers = beside(device, name, side, batch, ranks, replicas, stage, checkpointing)
+        held, seconds = (max(answer[key] for answer in answers) for key in ("peak", "seconds"))
         print(
             f"| {name} | {ranks} x {replicas} | {stage} | {'yes' if checkpointing else 'no'} | "
-            f"{candidate.memory.total / 1e6:.1f} | {grown / 1e6:.1f} | {candidate.step_seconds:.3f} | {seconds:.3f} |",
+            f"{candidate.needed / 1e6:.1f} | {candidate.memory.total / 1e6:.1f} | {held / 1e6:.1f} | "
+            f"{candidate.step_seconds:.3f} | {seconds:.3f} |",
             flush=True,
         )
 
 
+def beside(
+    device: Device, name: str, side: int, batch: int, ranks: int, replicas: int, stage: int, checkpointing: bool
+) -> tuple[Candidate, list[dict[str, Any]]]:
+    """What is planned, and what each rank measures."""
+    arguments = {"name": name, "conv": "gc-2l", "groups": 4, "num_classes": 10}
+    config = {
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": batch // replicas,
+        "tensor_parallel": {"autotp_size": ranks},
+        "zero_optimization": {"stage": stage},
+    }
+    images = torch.empty(2, 3, side, side, device="meta").to(memory_format=torch.channels_last)
+    model = create_model(**arguments, device="meta")  # type: ignore[arg-type]
+    found = plan(model, images, config, ranks=ranks * replicas, device=device, optimizer=momentum_sgd)
+    candidate = next(each for each in found.candidates if each.checkpointing == checkpointing)
+    request = StepRequest(arguments, side, found.config(candidate), checkpointing)
+    outcome = launch.measure(request, ranks * replicas, 300.0)
+    assert outcome.error is None, outcome.error
+    return candidate, outcome.ranks
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    from tests.planner import measured  # under its own name, by which ranks find what they measure
+
+    measured.main(sys.argv[1])

@@ -25,7 +25,7 @@ def test_it_says_how_to_start_what_fits_best(tmp_path: Path, capsys: pytest.Capt
     found = json.loads((tmp_path / "plan.json").read_text())
     rates = [each["samples_per_second"] for each in found["candidates"] if each["fits"]]
     assert rates == sorted(rates, reverse=True) and found["best"]["samples_per_second"] == rates[0]
-    kinds = ("parameters", "gradients", "optimizer", "activations", "copies")
+    kinds = ("parameters", "gradients", "optimizer", "activations", "copies", "workspace")
     for each in found["candidates"]:
         assert each["memory"]["total"] == pytest.approx(sum(each["memory"][kind] for kind in kinds))
         assert each["step_seconds"] == pytest.approx(sum(each["seconds"].values()))

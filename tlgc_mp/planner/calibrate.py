@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tlgc_mp.bench.ranks import launch
-from tlgc_mp.bench.scaling.capacity import PROCESS_BYTES, available_bytes
+from tlgc_mp.bench.scaling.capacity import available_bytes
 from tlgc_mp.errors import UsageError
 from tlgc_mp.host import describe_machine, replace_file, usable_cores
-from tlgc_mp.planner.devices import Device, to_dict
-from tlgc_mp.planner.link import LinkRequest
+from tlgc_mp.models import create_model
+from tlgc_mp.planner.devices import CONTEXT, Device, to_dict
+from tlgc_mp.planner.link import LinkFigures, LinkRequest
+from tlgc_mp.planner.process import IMAGES, LARGE, SIDE, MemoryFigures, MemoryRequest
+from tlgc_mp.planner.trace import trace
 
 SHAPES = ((64, 32, 8, 1), (128, 16, 16, 1), (256, 8, 32, 1), (256, 16, 8, 4), (512, 8, 16, 4))
 """Channels in and out, image size, images and groups of the convolutions."""
@@ -28,7 +31,7 @@ ACCELERATOR_IMAGES = 32
 TRIES = 5
 PRODUCT = 768
 ELEMENTS = 1 << 22
-LINK_SECONDS = 120.0
+RANKS_SECONDS = 240.0
 
 
 def calibrate(path: str) -> int:
@@ -37,12 +40,14 @@ def calibrate(path: str) -> int:
     Raises:
         UsageError: the file cannot be written.
     """
-    outcome = launch.measure(LinkRequest(), 2, LINK_SECONDS)
-    if outcome.error is not None:
-        print(f"calibrate  {outcome.error}", flush=True)
-        return 1
-    link = outcome.ranks[0]
-    device = measure(link["bytes_per_second"], link["latency_seconds"])
+    joined = launch.measure(LinkRequest(), 2, RANKS_SECONDS)
+    of_cpu = not torch.accelerator.is_available()
+    held = launch.measure(MemoryRequest(), 2, RANKS_SECONDS) if of_cpu else launch.Outcome[MemoryFigures]()
+    for error in (joined.error, held.error):
+        if error is not None:
+            print(f"calibrate  {error}", flush=True)
+            return 1
+    device = measure(joined.ranks[0], held.ranks[0] if of_cpu else None)
     try:
         replace_file(path, json.dumps({"device": to_dict(device)}, indent=1) + "\n")
     except OSError as error:
@@ -50,13 +55,14 @@ def calibrate(path: str) -> int:
     rates = ", ".join(f"{name} {rate / 1e9:.4g}" for name, rate in device.convolution.items())
     print(
         f"{device.name}: convolutions {rates} GFLOP/s, memory {device.bandwidth / 1e9:.4g} GB/s, "
-        f"link {device.link / 1e9:.4g} GB/s; wrote {path}"
+        f"link {device.link / 1e9:.4g} GB/s, a process {device.fixed / 1e6:.4g} MB; wrote {path}"
     )
     return 0
 
 
-def measure(link: float, latency: float) -> Device:
-    """The device at hand, one core of it on a CPU, whose ranks are joined by a link of so many bytes/s."""
+def measure(link: LinkFigures, held: MemoryFigures | None) -> Device:
+    """The device at hand, one core of it on a CPU, whose ranks have measured their link and, on a CPU, what they
+    hold."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = torch.device("cpu") if found is None else found
     on_accelerator = device.type != "cpu"
@@ -81,13 +87,22 @@ def measure(link: float, latency: float) -> Device:
         product=product,
         bandwidth=bandwidth,
         overhead=overhead,
-        link=link,
-        latency=latency,
+        link=link["bytes_per_second"],
+        latency=link["latency_seconds"],
         host=host,
         accelerator=on_accelerator,
-        fixed=0.6 * 2**30 if on_accelerator else float(PROCESS_BYTES),
+        fixed=CONTEXT if held is None else float(held["plain"]),
+        zero=0.0 if held is None else float(max(0, held["zero"] - held["plain"])),
+        compiled=0.0 if held is None else max(0, held["many_shapes"] - held["zero"]) / _shapes(),
         source=f"measured {time.strftime('%Y-%m-%d')}",
     )
+
+
+def _shapes() -> int:
+    """Convolutions of different shapes in the larger of the networks that a rank has trained to tell what it holds."""
+    model = create_model(LARGE, groups=2, num_classes=10, device="meta")
+    images = torch.empty(IMAGES, 3, SIDE[LARGE], SIDE[LARGE], device="meta").to(memory_format=torch.channels_last)
+    return trace(model, (images,), torch.sum, tensor_parallel=1, placements={}).convolutions
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -16,6 +16,9 @@ SHARE_OF_PEAK = 0.5
 """What a training step is taken to reach of the arithmetic and the bandwidth that is published, where nothing was
 measured."""
 
+CONTEXT = 0.6 * 2**30
+"""Bytes that a process takes of an accelerator before it holds a tensor."""
+
 DTYPES = ("fp32", "bf16")
 
 
@@ -33,6 +36,8 @@ class Device:
         host: bytes/s between the device and its host's memory.
         accelerator: whether it is one; else it is a core of a CPU.
         fixed: bytes that a process takes before it holds a tensor.
+        zero: bytes that it takes beside under ZeRO, which loads more code.
+        compiled: bytes that it keeps for each convolution of another shape, forward or backward, that it has computed.
         source: where the figures are from.
     """
 
@@ -47,6 +52,8 @@ class Device:
     host: float
     accelerator: bool
     fixed: float
+    zero: float
+    compiled: float
     source: str
 
 
@@ -65,7 +72,9 @@ def _of_peak_rates(
         latency=10e-6,
         host=SHARE_OF_PEAK * 32e9,
         accelerator=True,
-        fixed=0.6 * 2**30,
+        fixed=CONTEXT,
+        zero=0.0,
+        compiled=0.0,
         source=f"half of {source}",
     )
 

@@ -21,6 +21,9 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 MASTER = 4
 """Bytes of an element of what the optimizer steps under ZeRO, and of its gradient: float32."""
 
+KINDS = ("parameters", "gradients", "optimizer", "activations", "copies", "workspace")
+"""Of memory."""
+
 REDUCED_AT_ONCE = 500_000_000
 """Elements after which the engine, without ZeRO, reduces what it has flattened of the gradients."""
 
@@ -36,6 +39,7 @@ class Memory:
         optimizer: what the optimizer keeps, and the float32 copy that it steps under ZeRO.
         activations: kept for backward, temporary tensors and the batch.
         copies: buckets, flattened gradients, and parameters that ZeRO gathers.
+        workspace: what the process keeps to compute convolutions.
     """
 
     moment: str
@@ -44,10 +48,11 @@ class Memory:
     optimizer: float
     activations: float
     copies: float
+    workspace: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.copies
+        return float(sum(getattr(self, kind) for kind in KINDS))
 
     def to_dict(self) -> dict[str, float]:
         return {**asdict(self), "total": self.total}

@@ -15,7 +15,6 @@ ELEMENTS, REPEATS = 1 << 21, 10
 """Of the all-reduce that measures a link, in float32."""
 
 
-@dataclass(frozen=True)
 class LinkFigures(TypedDict):
     """What a rank sends in a ring, and how long a message takes."""
 

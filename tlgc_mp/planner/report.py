@@ -10,6 +10,7 @@ from tlgc_mp.errors import UsageError
 from tlgc_mp.figures import rounded
 from tlgc_mp.host import replace_file
 from tlgc_mp.planner.candidates import Candidate, Plan
+from tlgc_mp.planner.holdings import KINDS
 from tlgc_mp.planner.settings import PlanSettings
 
 GIB = 2**30
@@ -72,7 +73,7 @@ def named(candidate: Candidate) -> str:
 
 def _too_large(candidate: Candidate) -> str:
     memory = candidate.memory
-    kinds = {name: getattr(memory, name) for name in ("parameters", "gradients", "optimizer", "activations", "copies")}
+    kinds = {name: getattr(memory, name) for name in KINDS}
     most = max(kinds, key=kinds.__getitem__)
     return (
         f"{named(candidate)}: {candidate.needed / GIB:.2f} GiB, {(candidate.needed - candidate.limit) / GIB:.2f} too "
@@ -191,7 +192,7 @@ def _plot(plan: Plan, folder: str) -> None:
     names = [f"{p} x {d}" for p, d in places]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8), layout="constrained")
     bottom = [0.0] * len(places)
-    for kind in ("parameters", "gradients", "optimizer", "activations", "copies"):
+    for kind in KINDS:
         heights = [getattr(best[place].memory, kind) / GIB for place in places]
         left.bar(names, heights, bottom=bottom, label=kind)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]

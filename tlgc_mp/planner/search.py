@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -271,7 +271,10 @@ class Search:
         job, device = self.job, self.device
         accumulation = job.batch // (share.replicas * micro_batch)
         found = self._traces(tensor_parallel, checkpointing).at(micro_batch)
-        memory = holdings(found, share, accumulation, job.optimizer, device.accelerator)
+        memory = replace(
+            holdings(found, share, accumulation, job.optimizer, device.accelerator),
+            workspace=device.compiled * found.convolutions,
+        )
         sends = collectives(found, share, tensor_parallel, accumulation, self.network)
         spent = {each: each.seconds(device, self.network, tensor_parallel) for each in sends}
         part = partition(found.parameters, share.replicas) if share.stage else found.parameters
@@ -295,7 +298,7 @@ class Search:
             collectives=sends,
             seconds=seconds,
             limit=self.memory,
-            fixed=device.fixed,
+            fixed=device.fixed + (device.zero if share.stage else 0),
             samples=job.batch,
         )
 

@@ -54,6 +54,7 @@ class Trace:
         sizes: elements of each parameter that this rank trains; they belong to ``layers`` modules.
         again: elements of each parameter of a block that is computed once more in backward; they belong to
             ``layers_again`` modules.
+        convolutions: operators of different shapes among those that compute convolutions.
         frozen: bytes of parameters that it does not.
         buffers: bytes.
         item: bytes of an element of a parameter.
@@ -70,6 +71,7 @@ class Trace:
     layers: int
     again: tuple[int, ...]
     layers_again: int
+    convolutions: int
     frozen: int
     buffers: int
     item: int
@@ -88,7 +90,7 @@ class Trace:
 
 
 _GROWS = ("flops", "moved", "live", "arrived", "sent")
-_FIXED = ("kinds", "names", "sizes", "layers", "again", "layers_again", "frozen", "buffers", "item")
+_FIXED = ("kinds", "names", "sizes", "layers", "again", "layers_again", "convolutions", "frozen", "buffers", "item")
 
 
 class Traces:
@@ -176,6 +178,7 @@ def trace(
         layers=_layers(twin.modules()),
         again=tuple(param.numel() for block in blocks for param in block.parameters() if param.requires_grad),
         layers_again=sum(_layers(block.modules()) for block in blocks),
+        convolutions=len(recorder.convolutions),
         frozen=frozen,
         buffers=sum(buffer.nbytes for buffer in twin.buffers()),
         item=trained[0].element_size(),
@@ -208,6 +211,7 @@ class _Recorder(TorchDispatchMode):
         self.sent: list[tuple[str, int]] = []
         self.live = 0
         self.arrived = 0
+        self.convolutions: set[str] = set()
         self._known: dict[int, object] = {}  # by the id of a storage: a reference, which keeps the id from being reused
         self._held: dict[int, int] = {}
 
@@ -264,6 +268,9 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func._schema.name == "aten::convolution" and any(_is_channels_last(each) for each in args[:2]):
             out = out.contiguous(memory_format=torch.channels_last)  # as every device but the meta device gives it
+        if func._schema.name in _CONVOLUTIONS:
+            shapes = [(each.shape, each.stride()) if isinstance(each, Tensor) else each for each in args]
+            self.convolutions.add(f"{func._schema.name} {shapes}")
         results = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
         for tensor in results:
             self.hold(tensor)
