@@ -26,8 +26,8 @@ class Failed(Exception):
 
 
 class Verdict(NamedTuple):
-    """Why a job ends: what ``teller`` found out about ``rank``. ``lost``: that one lives, and cannot be asked to leave.
-    An empty text is not printed."""
+    """Why a job ends: what ``teller`` found out about ``rank``. ``lost``: that one cannot be asked to leave, whether
+    it lives or not. An empty text is not printed."""
 
     teller: int
     rank: int

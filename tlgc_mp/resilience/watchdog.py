@@ -297,7 +297,7 @@ class Watchdog:
         if self._beats is not None and (silent := self._beats.silent()) is not None:
             # On another machine, of which the kernel here knows nothing.
             who = self._members.process(silent)
-            return self._about(silent, f"{who} has not answered for {ECHO_SECONDS:.0f} s{_GONE}")
+            return self._about(silent, f"{who} has not answered for {ECHO_SECONDS:.0f} s{_GONE}", lost=True)
         text = cause.text
         if cause.traced and (path := write_traceback(error, self._rank, self._output_dir)):
             text = f"{text} (traceback: {path})"
